@@ -1,0 +1,363 @@
+"""Hamiltonian Generative Networks in one file that needs only torch.
+
+Toth, Rezende, Jaegle, Racaniere, Botev, Higgins: "Hamiltonian Generative Networks", ICLR 2020 (arXiv
+1909.13789). An encoder infers an abstract state (q, p) from the first frames, a learnt scalar H rolls it out
+with leapfrog, and a decoder paints every frame from q alone:
+
+    model = HGN()                                   # 32x32 RGB, sees 5 frames
+    loss, mse, kl = model.loss(frames)              # frames (B, T, 3, 32, 32) in [0, 1]
+    q, p = model.infer(frames)                      # state at frame 0
+    q, p = model.rollout(q, p, steps=90)            # (B, 91, latent); dt=-model.dt runs backward
+    movie = model.decode(q)                         # (B, 91, 3, 32, 32)
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def leapfrog(dH_dq, dH_dp, q, p, dt, steps, substeps=1, separable=True):
+    """Roll (q, p) out under dq/dt = dH/dp, dp/dt = -dH/dq by leapfrog (kick, drift, kick; "velocity Verlet").
+
+        p_{n+1/2} = p_n       - dt/2 dH/dq(q_n, p_n)
+        q_{n+1}   = q_n       + dt   dH/dp(q_n, p_{n+1/2})
+        p_{n+1}   = p_{n+1/2} - dt/2 dH/dq(q_{n+1}, p_{n+1/2})
+
+    For separable H = K(p) + V(q) it is of order 2, symplectic and reversible, and the last kick's gradient is the
+    next step's first: one gradient of V and one of K a step. Otherwise this is the paper's explicit form, of
+    order 1 and neither exactly symplectic nor exactly reversible (section 2.1 and appendix of the paper).
+
+    Args: dH_dq, dH_dp: functions of (q, p). q, p: (B, ...). dt: time between the returned states, a number or a
+    tensor that broadcasts with q; negative runs backward. substeps: leapfrog steps from one returned state to
+    the next. Returns: q, p of shape (B, steps + 1, ...), the start included.
+    """
+    h = dt / substeps
+    states = [(q, p)]
+    kick = dH_dq(q, p)
+    for _ in range(steps):
+        for _ in range(substeps):
+            p = p - 0.5 * h * kick
+            q = q + h * dH_dp(q, p)
+            kick = dH_dq(q, p)
+            p = p - 0.5 * h * kick
+            if not separable:
+                kick = dH_dq(q, p)
+        states.append((q, p))
+    q, p = zip(*states)
+    return torch.stack(q, 1), torch.stack(p, 1)
+
+
+def euler(dH_dq, dH_dp, q, p, dt, steps, substeps=1, separable=True):
+    """Explicit Euler, the paper's ablation: order 1, not symplectic. Arguments as for `leapfrog`."""
+    h = dt / substeps
+    states = [(q, p)]
+    for _ in range(steps):
+        for _ in range(substeps):
+            q, p = q + h * dH_dp(q, p), p - h * dH_dq(q, p)
+        states.append((q, p))
+    q, p = zip(*states)
+    return torch.stack(q, 1), torch.stack(p, 1)
+
+
+INTEGRATORS = {"leapfrog": leapfrog, "euler": euler}
+
+
+class Energy(nn.Module):
+    """A learnt scalar of a vector, K(p) or V(q): sum c x^2 / 2 + MLP(x), with its gradient written out.
+
+    The quadratic term makes latents oscillate, all at one frequency, from the first training step. The gradient
+    is a formula rather than a call of autograd because it is what a rollout spends its time on.
+    """
+    def __init__(self, dim, width, frequency=0.5):
+        super().__init__()
+        self.c = nn.Parameter(torch.full((dim,), frequency))
+        self.first, self.second = nn.Linear(dim, width), nn.Linear(width, width)
+        for layer in (self.first, self.second):          # torch's default is almost linear where the states are:
+            nn.init.normal_(layer.weight, std=1.5 / layer.in_features ** 0.5)    # errors 10x larger after 300 steps
+            nn.init.uniform_(layer.bias, -1, 1)
+        self.last = nn.Parameter(torch.randn(width) * 0.1 / width ** 0.5)
+
+    def forward(self, x):                                                        # (..., dim) -> (...)
+        h = torch.tanh(self.second(torch.tanh(self.first(x))))
+        return 0.5 * (self.c * x.square()).sum(-1) + h @ self.last
+
+    def grad(self, x):                                                           # (..., dim) -> (..., dim)
+        a = torch.tanh(self.first(x))
+        b = torch.tanh(self.second(a))
+        g = (self.last * (1 - b * b)) @ self.second.weight * (1 - a * a)
+        return self.c * x + g @ self.first.weight
+
+
+class Separable(nn.Module):
+    """H(q, p) = K(p) + V(q): leapfrog on it is exactly symplectic and reversible."""
+    separable = True
+
+    def __init__(self, dim, width):
+        super().__init__()
+        self.K, self.V = Energy(dim, width), Energy(dim, width)
+
+    def forward(self, q, p):
+        return self.K(p) + self.V(q)
+
+    def dq(self, q, p):
+        return self.V.grad(q)
+
+    def dp(self, q, p):
+        return self.K.grad(p)
+
+
+class ConvHamiltonian(nn.Module):
+    """The paper's H(q, p): six 3x3 convolutions on the stacked (q, p), summed over space; not separable.
+    Softplus, since the second derivative of a ReLU is zero and such an H would never learn."""
+    separable = False
+
+    def __init__(self, channels, width=64):
+        super().__init__()
+        sizes = (2 * channels,) + (width,) * 5 + (1,)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(sizes, sizes[1:]))
+
+    def forward(self, q, p):                                                     # (B, 16, 4, 4) twice -> (B,)
+        x = torch.cat((q, p), 1)
+        for conv in self.convs[:-1]:
+            x = F.softplus(conv(x))
+        return self.convs[-1](x).sum((1, 2, 3))
+
+    def dq(self, q, p):
+        return torch.func.grad(lambda q: self(q, p).sum())(q)
+
+    def dp(self, q, p):
+        return torch.func.grad(lambda p: self(q, p).sum())(p)
+
+
+def he_(*modules):
+    """He initialisation of every layer: with torch's own, HGN paints the mean image for over 1,000 steps."""
+    for layer in (layer for module in modules for layer in module.modules()):
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+def mlp(*sizes):
+    layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.SiLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+class ResidualMLP(nn.Module):
+    """f_psi of the compact model: z + MLP(z), the identity at first."""
+    def __init__(self, dim, width=128):
+        super().__init__()
+        self.net = mlp(dim, width, dim)
+        he_(self)
+        nn.init.zeros_(self.net[-1].weight)
+
+    def forward(self, z):
+        return z + self.net(z)
+
+
+class CentroidEncoder(nn.Module):
+    """Where things are and how they move: the centroids of learnt 3x3 filters' energy in every context frame, and
+    a parabola fitted to each in time (value, velocity, acceleration at frame 0), then a linear map plus an MLP.
+
+    Why not plain convolutions: K(p) + V(q) can only describe motion in coordinates that are linear in the true
+    positions, and a convolutional encoder and decoder agree on a bent chart long before they learn the motion.
+    Centroids are linear in the positions, to a hundredth of a pixel, from the first step.
+    """
+    def __init__(self, channels, context, outputs, dt, filters=16):
+        super().__init__()
+        self.filters = nn.Conv2d(channels, filters, 3, padding=1)
+        time = torch.arange(context, dtype=torch.float64) * dt
+        powers = torch.stack([time ** j / math.factorial(j) for j in range(min(context, 3))], 1)
+        self.register_buffer("fit", torch.linalg.pinv(powers).float(), persistent=False)     # (degree + 1, context)
+        features = len(self.fit) * filters * 2
+        self.linear, self.mlp = nn.Linear(features, outputs), mlp(features, 256, outputs)
+        he_(self)
+        self.mlp[-1].weight.data.mul_(0.1)
+
+    def forward(self, frames):                                                   # (B, context, C, H, W)
+        energy = self.filters(frames.flatten(0, 1)).square()                     # (B * context, filters, H, W)
+        mass = energy.sum((2, 3)) + 1e-2
+        xy = [(energy.sum(dim) @ torch.linspace(-2, 2, energy.shape[dim ^ 1], device=mass.device)) / mass
+              for dim in (2, 3)]
+        xy = torch.cat(xy, 1).unflatten(0, frames.shape[:2])                     # (B, context, 2 * filters)
+        features = torch.einsum("jt,btk->bjk", self.fit, xy).flatten(1)
+        return self.linear(features) + self.mlp(features)
+
+
+def compact(size, channels, context, latent, f_psi, dt):
+    """Vector latent, separable H, a decoder whose work is done at low resolution (sub-pixel convolutions)."""
+    low = size // 8
+    encoder = CentroidEncoder(channels, context, 4 * latent, dt)
+    decoder = nn.Sequential(
+        mlp(latent, 128, 32 * low * low), nn.SiLU(), nn.Unflatten(1, (32, low, low)),
+        nn.Conv2d(32, 64, 3, 1, 1), nn.PixelShuffle(2), nn.SiLU(), nn.Conv2d(16, 64, 3, 1, 1), nn.PixelShuffle(2),
+        nn.SiLU(), nn.Conv2d(16, 32, 3, 1, 1), nn.PixelShuffle(2), nn.SiLU(), nn.Conv2d(8, channels, 3, 1, 1))
+    he_(decoder)
+    start_posterior_(encoder.linear)
+    return encoder, ResidualMLP(2 * latent) if f_psi else nn.Identity(), Separable(latent, 128), decoder
+
+
+def start_posterior_(layer):
+    """Start q(z|x) with variance exp(-6): with that of the prior, the decoder first sees nothing but noise."""
+    layer.weight.data.chunk(2)[1].mul_(0.01)
+    layer.bias.data.chunk(2)[1].fill_(-6)
+
+
+class ResidualUp(nn.Module):
+    """Nearest x2 upsampling, then two 3x3 convolutions with a skip."""
+    def __init__(self, channels, width):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(channels, width, 3, 1, 1), nn.Conv2d(width, width, 3, 1, 1)
+        self.skip = nn.Conv2d(channels, width, 1) if channels != width else nn.Identity()
+
+    def forward(self, x):
+        x = F.interpolate(x, scale_factor=2)
+        return F.leaky_relu(self.skip(x) + self.second(F.leaky_relu(self.first(x))))
+
+
+def paper(size, channels, context, latent, f_psi, dt):
+    """The paper's networks (its appendix, and the reproduction's): q and p are 16 maps of size / 8 squared.
+    Without f_psi its strided convolutions become the encoder's last, and z itself is the state."""
+    def convs(*sizes, stride):
+        layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Conv2d(a, b, 3, stride, 1), nn.LeakyReLU())]
+        return layers[:-1]
+    head = convs(channels * context, 32, *(64,) * 6, 96 if f_psi else 48, stride=1)
+    tail = convs(48, 64, 64, 2 * latent if f_psi else 4 * latent, stride=2)
+    encoder = nn.Sequential(nn.Flatten(1, 2), *head, *(() if f_psi else (nn.LeakyReLU(), *tail)))
+    f_psi = nn.Sequential(*tail) if f_psi else nn.Identity()
+    decoder = nn.Sequential(ResidualUp(latent, 64), ResidualUp(64, 64), ResidualUp(64, 64),
+                            nn.Conv2d(64, channels, 3, 1, 1))
+    he_(encoder, f_psi, decoder)
+    start_posterior_(encoder[-1])
+    return encoder, f_psi, ConvHamiltonian(latent), decoder
+
+
+ARCHITECTURES = {"compact": compact, "paper": paper}
+
+
+class HGN(nn.Module):
+    """Hamiltonian Generative Network (Toth et al. 2020, section 3).
+
+    Args:
+        size: height and width of a frame, a multiple of 8 from 16 to 128. channels: of a frame.
+        context: how many first frames the encoder sees (the paper: all 30; here 5).
+        arch: "compact" (vector latent, separable K(p) + V(q)) or "paper" (16x4x4 latents, convolutional H).
+        latent: numbers in q (compact), or feature maps in q (paper: 16).
+        integrator: "leapfrog" or "euler". substeps: integrator steps from one frame to the next.
+        f_psi: False drops the network between z and the initial state. deterministic: no sampling and no KL.
+        dt: time between frames. background: colour that inputs are centred on and the decoder starts from.
+    Raises: ValueError, with the cure, for a value outside these.
+    """
+    def __init__(self, size=32, channels=3, context=5, arch="compact", latent=8, integrator="leapfrog", substeps=1,
+                 f_psi=True, deterministic=False, dt=0.125, background=(0.318, 0.345, 0.365)):
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        if size % 8 or not 16 <= size <= 128:
+            raise ValueError(f"size must be a multiple of 8 from 16 to 128, not {size}")
+        for name, value, known in (("arch", arch, ARCHITECTURES), ("integrator", integrator, INTEGRATORS)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        for name, value in (("context", context), ("latent", latent), ("substeps", substeps)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        self.context, self.dt, self.substeps, self.deterministic = context, dt, substeps, deterministic
+        self.integrate = INTEGRATORS[integrator]
+        self.encoder, self.f_psi, self.H, self.decoder = ARCHITECTURES[arch](size, channels, context, latent, f_psi, dt)
+        state = (2 * latent,) if arch == "compact" else (2 * latent, size // 8, size // 8)
+        self.z_shape = (48, size, size) if arch == "paper" and f_psi else state
+        self.register_buffer("background", torch.tensor(background).view(-1, 1, 1), persistent=False)
+        self.decoder[-1].weight.data.mul_(0.1)                                   # first, paint a blank background
+        self.decoder[-1].bias.data.copy_(torch.logit(self.background.flatten()))
+        self.to(memory_format=torch.channels_last)                               # 1.3-2x on small convolutions
+
+    def encode(self, frames):
+        """frames (B, T >= context, C, size, size) -> mean and log-variance of q(z|x), each (B, *z_shape)."""
+        if frames.shape[1] < self.context:
+            raise ValueError(f"the encoder needs {self.context} frames, got {frames.shape[1]}: "
+                             "give longer clips, or train with a smaller context")
+        return self.encoder(4 * (frames[:, :self.context] - self.background)).chunk(2, 1)
+
+    def state(self, z):
+        """f_psi: z (B, *z_shape) -> initial state q, p."""
+        return self.f_psi(z).chunk(2, 1)
+
+    def infer(self, frames):
+        """The state q, p at frame 0 of clips, taken at the posterior mean."""
+        return self.state(self.encode(frames)[0])
+
+    def energy(self, q, p):
+        """The learnt H of states (B, ...), shape (B,). It has neither a natural zero nor a natural unit."""
+        return self.H(q, p)
+
+    def rollout(self, q, p, steps, dt=None):
+        """States at `steps` frames after (q, p), the start included: (B, steps + 1, ...) twice. dt: time from one
+        frame to the next, by default that of training; -dt runs backward, 2 dt at double speed."""
+        dt = self.dt if dt is None else dt
+        return self.integrate(self.H.dq, self.H.dp, q, p, dt, steps, self.substeps, self.H.separable)
+
+    def decode(self, q, block=1024):
+        """Paint q (B, T, ...) -> frames (B, T, C, size, size), all in one call. Without gradients it goes in
+        blocks, so that memory beside the output stays constant."""
+        flat = q.flatten(0, 1)
+        blocks = (flat,) if torch.is_grad_enabled() else flat.split(block)
+        return torch.cat([torch.sigmoid(self.decoder(b)) for b in blocks]).unflatten(0, q.shape[:2])
+
+    def sample(self, n, steps, dt=None, generator=None):
+        """n rollouts from the prior z ~ N(0, I): frames (n, steps + 1, C, size, size)."""
+        z = _normal(torch.empty(n, *self.z_shape, device=self.background.device), generator)
+        return self.decode(self.rollout(*self.state(z), steps, dt)[0])
+
+    def loss(self, frames, targets=None, times=None, beta=1e-3, generator=None):
+        """The negative ELBO, in units of the mean squared error of a pixel.
+
+            mse + beta * KL(q(z|x) || N(0, I)) / (C * size * size)
+
+        It is the paper's -(1/T) sum_t log p(x_t | q_t) + KL for a Gaussian p of variance beta / 2, divided by the
+        pixels of a frame. A fixed beta is the default because one value serves every system at any noise; see
+        `GECO` for the paper's own scheme.
+
+        Args: frames: (B, T, C, size, size); the encoder sees the first `context`. targets, times: to score other
+        frames, `targets` (B, n, C, size, size) at integer `times` (B, n) counted from frame 0, negative ones before
+        it; a random choice of times gives an unbiased estimate. Default: all of `frames`. generator: of the
+        posterior sample. Returns: loss, mse, kl (nats, mean over clips), each a scalar tensor.
+        """
+        mean, logvar = self.encode(frames)
+        z, kl = mean, mean.new_zeros(())
+        if not self.deterministic:
+            z = mean + (0.5 * logvar).exp() * _normal(mean, generator)
+            kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
+        q, p = self.state(z)
+        if times is None:
+            targets, q = frames, self.rollout(q, p, frames.shape[1] - 1)[0]
+        else:                                                  # forward and backward in one batch of twice the size
+            reach, rows = int(times.abs().max()), torch.arange(len(q), device=q.device).unsqueeze(1)
+            dt = self.dt * torch.ones(2 * len(q), *(1,) * (q.dim() - 1), device=q.device)
+            dt[len(q):] *= -1
+            both = self.rollout(torch.cat((q, q)), torch.cat((p, p)), reach, dt)[0]      # (2B, reach + 1, ...)
+            q = both[rows + len(q) * (times < 0), times.abs()]                           # (B, n, ...)
+        mse = F.mse_loss(self.decode(q), targets)
+        return mse + beta * kl / targets[0, 0].numel(), mse, kl
+
+
+def _normal(like, generator):
+    source = generator.device if generator is not None else like.device
+    return torch.randn(like.shape, generator=generator, device=source, dtype=like.dtype).to(like.device)
+
+
+class GECO:
+    """Rezende & Viola 2018, "Taming VAEs": minimise the KL subject to mse <= tolerance.
+
+    Their Lagrange multiplier is 1 / beta here, which leaves the scale of the loss alone: beta shrinks while the
+    moving average of the error is above the tolerance and grows while it is below. Both are bounded, so that a
+    tolerance below the noise floor ends as a small fixed beta instead of diverging (the brittleness that the
+    ReScience reproduction reports).
+    """
+    def __init__(self, tolerance=2e-4, rate=0.01, beta=1e-3, bounds=(1e-5, 1.0)):
+        self.tolerance, self.rate, self.bounds, self.beta, self.mse = tolerance, rate, bounds, beta, None
+
+    def update(self, mse):
+        """Take one batch's mse (a number); returns the beta for the next step."""
+        self.mse = mse if self.mse is None else 0.95 * self.mse + 0.05 * mse
+        push = max(-1.0, min(1.0, math.log(self.tolerance / max(self.mse, 1e-12))))
+        self.beta = min(max(self.beta * math.exp(self.rate * push), self.bounds[0]), self.bounds[1])
+        return self.beta
