@@ -62,7 +62,7 @@ def pick_device(name):
 def provenance():
     """What a written result needs to be made again."""
     return {"command": shlex.join(["python", *sys.argv]),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}}
 
 
 def newest_run(system=None):
@@ -134,7 +134,7 @@ def measure(model, clips, frames=90):
     for start in range(0, frames, WINDOW):
         result[f"mse_{start}_{min(start + WINDOW, frames) - 1}"] = forward[:, start:start + WINDOW].mean().item()
     for name, speed in (("backward", -1.0), ("double_speed", 2.0), ("half_speed", 0.5)):
-        result[f"mse_{name}"] = error(clips.truth(window, speed), speed).mean().item()
+        result[f"mse_{name}"] = error(clips.truth(window, speed), speed).mean().item()      # over `window` frames
     if clips.noise:
         q = model.rollout(q0, p0, window - 1)[0]
         result["mse_noisy"] = (model.decode(q) - clips.observed[:, :window]).square().mean().item()

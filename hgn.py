@@ -71,7 +71,7 @@ class Energy(nn.Module):
     """
     def __init__(self, dim, width, frequency=0.5):
         super().__init__()
-        self.c = nn.Parameter(torch.full((dim,), frequency))
+        self.c = nn.Parameter(torch.full((dim,), float(frequency)))
         self.first, self.second = nn.Linear(dim, width), nn.Linear(width, width)
         for layer in (self.first, self.second):          # torch's default is almost linear where the states are:
             nn.init.normal_(layer.weight, std=1.5 / layer.in_features ** 0.5)    # errors 10x larger after 300 steps
@@ -175,11 +175,12 @@ class CentroidEncoder(nn.Module):
         self.mlp[-1].weight.data.mul_(0.1)
 
     def forward(self, frames):                                                   # (B, context, C, H, W)
-        energy = self.filters(frames.flatten(0, 1)).square()                     # (B * context, filters, H, W)
-        mass = energy.sum((2, 3)) + 1e-2
-        xy = [(energy.sum(dim) @ torch.linspace(-2, 2, energy.shape[dim ^ 1], device=mass.device)) / mass
-              for dim in (2, 3)]
-        xy = torch.cat(xy, 1).unflatten(0, frames.shape[:2])                     # (B, context, 2 * filters)
+        side = torch.linspace(-2, 2, frames.shape[-1], device=frames.device)
+        x, y = side.expand(len(side), -1), side.unsqueeze(1).expand(-1, len(side))
+        moments = torch.stack((x, y, torch.ones_like(x))).flatten(1)             # (3, H * W)
+        energy = self.filters(frames.flatten(0, 1)).permute(0, 2, 3, 1).flatten(1, 2).square()
+        xy = moments @ energy                                                    # (B * context, 3, filters)
+        xy = (xy[:, :2] / (xy[:, 2:] + 1e-2)).flatten(1).unflatten(0, frames.shape[:2])  # (B, context, 2 * filters)
         features = torch.einsum("jt,btk->bjk", self.fit, xy).flatten(1)
         return self.linear(features) + self.mlp(features)
 

@@ -158,7 +158,7 @@ def main():
 
     config = {k: v for k, v in vars(args).items() if k not in KEPT} | {"steps": args.steps}
     batches, start, before = Batches(args, device), time.time(), checkpoint["seconds"]
-    test = TestClips(config, 64, 90, device=device)
+    test = TestClips(config, 100, 90, device=device)
     log = open(folder / "metrics.jsonl", "a")
 
     def record(step, **values):
@@ -213,7 +213,6 @@ def main():
         print(f"stopped at step {step}: go on with python train.py --resume {folder}/checkpoint.pt")
         raise SystemExit(130)
     store(args.steps)
-    test = TestClips(config, 256, 90, device=device)
     result = look(args.steps)
     table(result, config)
     print(f"\n{before + time.time() - start:.0f} s; look at {folder}/rollout.gif, then: python eval.py --reverse --speed 2 --sample 4")

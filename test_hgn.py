@@ -1,0 +1,475 @@
+"""Physics and behaviour, each against an independent truth. Run: python -m pytest -q test_hgn.py"""
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from hgn import ARCHITECTURES, GECO, HGN, ConvHamiltonian, Energy, Separable, euler, leapfrog
+from physics import BACKGROUND, SYSTEMS, clips, initial_states, noise_floor, render, simulate
+
+HERE = Path(__file__).parent
+NAMES = list(SYSTEMS)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------- physics.py
+
+def equations_of_motion(name, q, p):
+    """dq/dt, dp/dt written from the textbook, body by body, not shared with physics.py."""
+    if name == "mass_spring":
+        return p / 0.5, -2.0 * q
+    if name == "pendulum":
+        return p / (0.5 * 1.0 ** 2), -0.5 * 3.0 * 1.0 * torch.sin(q)
+    force = torch.zeros_like(q)
+    for i in range(q.shape[1]):
+        for j in range(q.shape[1]):
+            if i != j:
+                d = q[:, j] - q[:, i]
+                force[:, i] += d / d.norm(dim=-1, keepdim=True) ** 3
+    return p, force
+
+
+def runge_kutta(name, q, p, frames, dt, substeps=100):
+    """Classical RK4 in float64: the reference integrator of these tests."""
+    h, out = dt / substeps, [q]
+    for _ in range(frames - 1):
+        for _ in range(substeps):
+            a = equations_of_motion(name, q, p)
+            b = equations_of_motion(name, q + h / 2 * a[0], p + h / 2 * a[1])
+            c = equations_of_motion(name, q + h / 2 * b[0], p + h / 2 * b[1])
+            d = equations_of_motion(name, q + h * c[0], p + h * c[1])
+            q, p = (x + h / 6 * (k + 2 * l + 2 * m + n) for x, k, l, m, n in zip((q, p), a, b, c, d))
+        out.append(q)
+    return torch.stack(out, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_simulator_agrees_with_runge_kutta_in_both_directions(name):
+    q, p = initial_states(SYSTEMS[name], 16, seeded())
+    for dt in (0.125, -0.125, 0.25):
+        assert (simulate(SYSTEMS[name], q, p, 30, dt)[0] - runge_kutta(name, q, p, 30, dt)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forces_and_energies(name):
+    system = SYSTEMS[name]
+    q, p = (x.requires_grad_() for x in initial_states(system, 50, seeded()))
+    dH_dq, dH_dp = torch.autograd.grad(system.energy(q, p).sum(), (q, p))
+    dq, dp = equations_of_motion(name, q.detach(), p.detach())
+    torch.testing.assert_close(dH_dp, dq)
+    torch.testing.assert_close(-dH_dq, dp)
+    torch.testing.assert_close(system.force(q), dp)
+    known = {"mass_spring": (1.0, 0.5, 0.25 / 1.0 + 1.0), "pendulum": (math.pi / 2, 1.0, 1.0 + 1.5),
+             "two_body": ([[1.0, 0], [-1.0, 0]], 0.5, 0.5 - 0.5), "three_body": ([[0, 0], [3.0, 0], [0, 4.0]], 0.0, -1 / 3 - 1 / 4 - 1 / 5)}
+    q, p, H = known[name]
+    q = torch.tensor(q, dtype=torch.float64).view(1, len(system.colours), -1)
+    assert system.energy(q, torch.full_like(q, p)).item() == pytest.approx(H)
+
+
+@pytest.mark.parametrize("name, limit", tuple(zip(NAMES, (1e-9, 1e-9, 1e-6, 1e-6))))
+def test_energy_is_conserved_over_300_frames(name, limit):
+    q, p = simulate(SYSTEMS[name], *initial_states(SYSTEMS[name], 40, seeded()), 300)
+    H = SYSTEMS[name].energy(q, p)
+    assert ((H - H[:, :1]) / H[:, :1]).abs().amax(1).median() < limit
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_initial_states(name):
+    system, n = SYSTEMS[name], 100_000
+    q, p = initial_states(system, n, seeded())
+    x, y = (q[:, 0, 0], p[:, 0, 0]) if q.shape[-1] == 1 else q[:, 0].unbind(-1)
+    low, high = {"mass_spring": (0.1, 1), "pendulum": (1.3, 2.3), "two_body": (0.5, 1.5), "three_body": (0.9, 1.2)}[name]
+    r, angle = torch.hypot(x, y), torch.atan2(y, x)
+    assert low <= r.min() and r.max() <= high and abs(r.mean() - (low + high) / 2) < 0.01
+    counts = torch.histc(angle, 64, -math.pi, math.pi)          # a square instead of a disc would peak at diagonals
+    assert ((counts - n / 64).square() / (n / 64)).sum() < 120  # chi squared with 63 degrees of freedom
+    if q.shape[-1] == 2:
+        spin = (q[..., 0] * p[..., 1] - q[..., 1] * p[..., 0]).sign()
+        assert (spin == spin[:, :1]).all() and abs(spin.mean()) < 0.02
+        speed = p.norm(dim=-1) * q.norm(dim=-1).sqrt()          # circular speed * sqrt(r), jittered by at most 10 %
+        circular = {"two_body": 0.5, "three_body": 3 ** -0.25}[name]
+        assert 0.9 * circular <= speed.min() and speed.max() <= 1.1 * circular and abs(speed.mean() / circular - 1) < 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_nan_in_many_clips(name):
+    q, p = simulate(SYSTEMS[name], *initial_states(SYSTEMS[name], 10_000, seeded(3)), 30)
+    assert q.isfinite().all() and p.isfinite().all()
+
+
+def test_rendering_is_sub_pixel():
+    system, size = SYSTEMS["mass_spring"], 32
+    pixel = 2 * system.half_width / size
+    q = (torch.arange(60, dtype=torch.float64) * pixel / 10).view(60, 1, 1, 1)
+    frames = render(system, q, size)[:, 0]
+    ink = frames - torch.tensor(BACKGROUND).view(3, 1, 1)
+    grid = (torch.arange(size) - (size - 1) / 2) * pixel
+    centroid = (ink.sum((1, 2)) * grid).sum(1) / ink.sum((1, 2, 3))
+    assert (centroid - q.flatten()).abs().max() < 0.02 * pixel
+    steps = (frames[1:] - frames[:-1]).abs()
+    assert steps.amax() < 0.11 * max(system.colours[0])         # a tenth of a pixel moves an edge by a tenth of its height
+    change = steps.sum((1, 2, 3))
+    assert change.max() < 1.5 * change.min()
+
+
+def test_rendering_conventions():
+    system = SYSTEMS["two_body"]
+    q = torch.tensor([[[[1.5, 1.5], [-1.5, -1.5]]]])            # yellow up right, red down left
+    for size in (32, 64, 128):
+        frame = render(system, q, size)[0, 0]
+        at = lambda x, y: frame[:, int((0.5 - y / 6) * size), int((0.5 + x / 6) * size)]
+        background = torch.tensor(BACKGROUND)
+        torch.testing.assert_close(at(1.5, 1.5), (background + torch.tensor([173, 146, 0]) / 255).clamp(max=1))
+        torch.testing.assert_close(at(-1.5, -1.5), (background + torch.tensor([173, 0, 0]) / 255).clamp(max=1))
+        torch.testing.assert_close(at(-1.5, 1.5), background)
+    overlap = render(system, torch.zeros(1, 1, 2, 2))
+    assert overlap.max() == 1 and overlap.min() >= 0            # colours add and are clipped
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_clips_and_noise(name):
+    system = SYSTEMS[name]
+    a, b, c = (clips(system, 4, 6, noise="paper", generator=seeded(s))[0] for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == (4, 6, 3, 32, 32)
+    clean, q, _ = clips(system, 4, 6, generator=seeded(1))
+    assert torch.equal(clean, render(system, q)) and q.shape[:2] == (4, 6)
+    # The best possible guess, the mean noisy picture of the true state, errs by the floor.
+    state = simulate(system, *initial_states(system, 200, seeded(5)), 10)[0][:, 9:]
+    noisy = lambda seed: render(system, state + system.noise * torch.randn(200, 64, *state.shape[2:], generator=seeded(seed)))
+    floor = noise_floor(system, n=500, generator=seeded(6))
+    assert (noisy(7).mean(1, keepdim=True) - noisy(8)).square().mean().item() == pytest.approx(floor * (1 + 1 / 64), rel=0.1)
+    assert noise_floor(system, noise=0.0, n=10) == 0
+
+
+# ---------------------------------------------------------------- hgn.py
+
+M, K = 0.5, 3.0                                                 # a spring with m != 1
+SPRING = (lambda q, p: K * q, lambda q, p: p / M)
+
+
+def closed_form(q, p, t):
+    w = math.sqrt(K / M)
+    return q * math.cos(w * t) + p / (M * w) * math.sin(w * t), p * math.cos(w * t) - M * w * q * math.sin(w * t)
+
+
+@pytest.mark.parametrize("integrate, order", ((leapfrog, 2), (euler, 1)))
+def test_order_of_convergence(integrate, order):
+    q, p = torch.tensor([[0.7]], dtype=torch.float64), torch.tensor([[-0.4]], dtype=torch.float64)
+    exact = torch.cat(closed_form(q, p, 2.0))
+    errors = [(torch.cat([x[:, -1] for x in integrate(*SPRING, q, p, 2.0 / n, n)]) - exact).norm() for n in (400, 800)]
+    substeps = torch.cat([x[:, -1] for x in integrate(*SPRING, q, p, 2.0, 1, substeps=800)])
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.05)
+    assert (substeps - exact).norm() == pytest.approx(errors[1].item(), rel=1e-6)
+
+
+def test_leapfrog_takes_one_gradient_of_each_a_step_and_runs_backward():
+    calls = {"q": 0, "p": 0}
+
+    def dH_dq(q, p):
+        calls["q"] += 1
+        return 1.5 * q.sin()
+
+    def dH_dp(q, p):
+        calls["p"] += 1
+        return p / M
+    q, p = torch.randn(2, 5, 1, dtype=torch.float64, generator=seeded())
+    qs, ps = leapfrog(dH_dq, dH_dp, q, p, 0.1, 50)
+    assert calls == {"q": 51, "p": 50} and qs.shape == (5, 51, 1)
+    back = leapfrog(dH_dq, dH_dp, qs[:, -1], ps[:, -1], -0.1, 50)
+    torch.testing.assert_close(back[0].flip(1), qs, rtol=0, atol=1e-12)
+    general = leapfrog(dH_dq, dH_dp, q, p, 0.1, 50, separable=False)
+    assert torch.equal(general[0], qs)                          # on a separable H the two forms agree
+
+
+def test_general_leapfrog_is_the_papers_formula():
+    H = lambda q, p: (q * q * p * p / 2 + p * p / 2 + q ** 4).sum()
+    dq, dp = (lambda q, p: torch.func.grad(H, 0)(q, p)), (lambda q, p: torch.func.grad(H, 1)(q, p))
+    q, p, h = torch.tensor([[0.3]]), torch.tensor([[0.8]]), 0.1
+    half = p - h / 2 * (q * p * p + 4 * q ** 3)
+    new_q = q + h * (q * q * half + half)
+    new_p = half - h / 2 * (new_q * half * half + 4 * new_q ** 3)
+    qs, ps = leapfrog(dq, dp, q, p, h, 1, separable=False)
+    torch.testing.assert_close((qs[:, 1], ps[:, 1]), (new_q, new_p))
+
+
+def shaken(seed=0, **options):
+    """A compact model with weights as large as training makes them, in float64."""
+    torch.manual_seed(seed)
+    model = HGN(**options).double()
+    with torch.no_grad():
+        for parameter in model.H.parameters():
+            parameter.mul_(1.5)
+    return model
+
+
+def test_gradients_of_H_are_its_gradients():
+    torch.manual_seed(0)
+    q, p = torch.randn(2, 7, 6, dtype=torch.float64)
+    for H in (Separable(6, 32).double(), ConvHamiltonian(6, 8).double()):
+        shape = (7, 6) if H.separable else (7, 6, 4, 4)
+        q, p = torch.randn(2, *shape, dtype=torch.float64).requires_grad_().unbind(0)
+        expected = torch.autograd.grad(H(q, p).sum(), (q, p))
+        torch.testing.assert_close((H.dq(q, p), H.dp(q, p)), expected)
+        assert H(q, p).shape == (7,)
+
+
+def test_compact_rollout_is_symplectic():
+    model, d = shaken(latent=3), 3
+    step = lambda s: torch.cat([x[0, -1] for x in model.rollout(s[None, :d], s[None, d:], 20)])
+    J = torch.autograd.functional.jacobian(step, torch.randn(2 * d, dtype=torch.float64, generator=seeded()))
+    omega = torch.zeros(2 * d, 2 * d, dtype=torch.float64)
+    omega[:d, d:], omega[d:, :d] = torch.eye(d), -torch.eye(d)
+    torch.testing.assert_close(J.T @ omega @ J, omega, rtol=0, atol=1e-9)
+    assert (J - torch.eye(2 * d)).norm() > 0.1
+
+
+@pytest.mark.parametrize("kind, limit", ((torch.float32, 1e-4), (torch.float64, 1e-10)))
+def test_a_thousand_steps_there_and_back(kind, limit):
+    model = shaken().to(kind)
+    q, p = torch.randn(2, 16, 8, generator=seeded(), dtype=torch.float64).to(kind).unbind(0)
+    with torch.inference_mode():
+        there = [x[:, -1] for x in model.rollout(q, p, 1000)]
+        back = torch.cat([x[:, -1] for x in model.rollout(*there, 1000, -model.dt)])
+    assert (back - torch.cat((q, p))).norm() / torch.cat((q, p)).norm() < limit
+    assert (there[0] - q).norm() > 0.1
+
+
+def test_frames_depend_on_q_alone():
+    model = shaken(latent=4)
+    q, p = torch.randn(2, 3, 4, dtype=torch.float64, generator=seeded()).unbind(0)
+    a, b = (model.decode(model.rollout(q, momentum, 3)[0]) for momentum in (p, -p))
+    assert torch.equal(a[:, 0], b[:, 0]) and not torch.allclose(a[:, 3], b[:, 3])
+
+
+def test_kl_is_that_of_torch_distributions():
+    model = HGN()
+    frames = clips(SYSTEMS["pendulum"], 5, generator=seeded())[0]
+    mean, logvar = model.encode(frames)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, (0.5 * logvar).exp()), normal(0.0, 1.0)).sum(1).mean()
+    loss, mse, kl = model.loss(frames, beta=0.3)
+    torch.testing.assert_close(kl, expected)
+    torch.testing.assert_close(loss, mse + 0.3 * kl / (3 * 32 * 32))
+
+
+def test_scoring_some_frames_is_scoring_them_all_on_average():
+    model = HGN(deterministic=True)
+    system = SYSTEMS["two_body"]
+    q, p = initial_states(system, 3, seeded())
+    after, before = (render(system, simulate(system, q, p, 9, dt)[0]) for dt in (0.125, -0.125))
+    mse = [model.loss(after, after[:, t:t + 1], torch.full((3, 1), t))[1] for t in range(9)]
+    torch.testing.assert_close(sum(mse) / 9, model.loss(after)[1])
+    past = model.loss(after, before[:, 1:], -torch.arange(1, 9).expand(3, 8))[1]
+    painted = model.decode(model.rollout(*model.infer(after), 8, -model.dt)[0])
+    torch.testing.assert_close(past, (painted - before)[:, 1:].square().mean())
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("options", ({}, {"f_psi": False}, {"integrator": "euler", "deterministic": True}))
+def test_both_architectures_and_the_ablations_learn(arch, options):
+    torch.manual_seed(0)
+    model = HGN(arch=arch, latent=4, context=3, **options)
+    frames = clips(SYSTEMS["mass_spring"], 2, 4, generator=seeded())[0]
+    before = [x.clone() for x in model.parameters()]
+    optimiser = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(2):                                          # f_psi's last layer starts at zero
+        optimiser.zero_grad()
+        model.loss(frames, generator=seeded())[0].backward()
+        optimiser.step()
+    still = [name for (name, x), y in zip(model.named_parameters(), before) if torch.equal(x, y)]
+    assert still == (["H.convs.5.bias"] if arch == "paper" else [])      # a constant in H moves nothing
+    assert model.sample(2, 3, generator=seeded()).shape == (2, 4, 3, 32, 32)
+
+
+def test_geco_keeps_beta_bounded_and_pushes_the_right_way():
+    for mse, end in ((1.0, 1e-5), (1e-9, 1.0)):
+        geco = GECO()
+        first = geco.beta
+        assert (geco.update(mse) < first) == (mse == 1.0)
+        for _ in range(5000):
+            geco.update(mse)
+        assert geco.beta == end
+
+
+def test_ten_thousand_frames_in_constant_memory():
+    code = ("import resource, torch; from hgn import HGN\nm = HGN()\nwith torch.inference_mode():\n"
+            " f = m.decode(m.rollout(torch.randn(1, 8), torch.randn(1, 8), 9999)[0])\n"
+            "print(f.shape[1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    frames, kilobytes = map(int, subprocess.check_output([sys.executable, "-c", code], cwd=HERE, text=True).split())
+    assert frames == 10_000 and kilobytes < 1.5e6
+
+
+@pytest.mark.parametrize("option", ({"size": 20}, {"size": 136}, {"arch": "x"}, {"integrator": "rk4"}, {"context": 0},
+                                    {"latent": 0}, {"substeps": 0}))
+def test_hgn_names_the_bad_argument(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        HGN(**option)
+    with pytest.raises(ValueError, match="needs 5 frames, got 3"):
+        HGN().encode(torch.zeros(1, 3, 3, 32, 32))
+
+
+# ---------------------------------------------------------------- the commands
+
+def run(main, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["x.py", *map(str, words)])
+    main()
+
+
+TINY = ("--steps", 4, "--batch-size", 2, "--window", 6, "--targets", 2, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with runs/mass_spring, made by the command itself."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = [sys.executable, HERE / "train.py", "--noise", "paper", *TINY]
+    done = subprocess.run([*map(str, words)], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_train_writes_what_it_says(trained):
+    run_folder = trained / "runs/mass_spring"
+    assert {p.name for p in run_folder.iterdir()} == {"checkpoint.pt", "metrics.jsonl", "rollout.gif"}
+    checkpoint = torch.load(run_folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 4 and checkpoint["seed"] == 0 and checkpoint["config"]["noise"] == "paper"
+    assert {"model", "optimiser", "versions", "command"} <= checkpoint.keys()
+    lines = [json.loads(line) for line in open(run_folder / "metrics.jsonl")]
+    assert lines[0]["config"] == checkpoint["config"] and "mse_0_29" in lines[-1]
+
+
+def test_eval_writes_every_movie_and_figure(trained):
+    words = [sys.executable, HERE / "eval.py", "--reverse", "--speed", 2, "--speed", 0.5, "--sample", 2, "--frames", 12, "--clips", 4]
+    done = subprocess.run([*map(str, words)], cwd=trained, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = trained / "runs/mass_spring"
+    assert {"rollout.gif", "reverse.gif", "speed_2.gif", "speed_0.5.gif", "samples.gif"} <= {p.name for p in folder.iterdir()}
+    report = json.load(open(folder / "metrics.json"))
+    metrics = report["metrics"]
+    assert len(metrics["mse_per_frame"]) == 12 and metrics["noise_floor"] > 1e-4 and "eval.py --reverse" in report["command"]
+    for key in ("mse_0_11", "mse_backward", "mse_double_speed", "mse_half_speed", "energy_std_ratio", "reversal_error", "mse_noisy"):
+        assert math.isfinite(metrics[key])
+    assert "return error" in done.stdout
+    from PIL import Image
+    with Image.open(folder / "rollout.gif") as gif:
+        assert gif.n_frames == 12 and gif.info["duration"] in (120, 130) and gif.width >= 4 * 8 * 32
+
+
+def test_measures_of_a_perfect_model():
+    """A stand-in that encodes the true state, rolls it out with the true forces and paints it has no error."""
+    system = SYSTEMS["mass_spring"]
+    config = {"system": "mass_spring", "size": 32, "noise": 0.0, "context": 5}
+    test = evaluation.TestClips(config, 8, 30)
+
+    class Perfect:
+        dt = 0.125
+        infer = staticmethod(lambda frames: (test.q.flatten(1), test.p.flatten(1)))
+        decode = staticmethod(lambda q: render(system, q.unsqueeze(-1)))
+        energy = staticmethod(lambda q, p: system.energy(q.unsqueeze(-1), p.unsqueeze(-1)))
+
+        def rollout(self, q, p, steps, dt=0.125):
+            return leapfrog(lambda q, p: 2 * q, lambda q, p: p / 0.5, q, p, dt, steps, substeps=50)
+    result = evaluation.measure(Perfect(), test, 40)
+    assert max(result["mse_per_frame"]) < 1e-6 and result["energy_std_ratio"] < 1e-3 and result["reversal_error"] < 1e-10
+    assert max(result[f"mse_{k}"] for k in ("0_29", "30_39", "backward", "double_speed", "half_speed")) < 1e-6
+    assert result["blank_mse"] == pytest.approx(60e-4, rel=0.3)
+
+
+def test_resumed_run_is_the_uninterrupted_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "measure", lambda *_: {"mse_0_29": 1.0, "clips": 1})
+    monkeypatch.setattr(train, "movies", lambda *_: None)
+    run(train.main, monkeypatch, *TINY, "--geco")
+    run(train.main, monkeypatch, *TINY, "--geco")               # the same again, into mass_spring-2
+    make = train.Batches.__call__
+
+    def interrupted(self, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return make(self, step)
+    monkeypatch.setattr(train.Batches, "__call__", interrupted)
+    with pytest.raises(SystemExit):
+        run(train.main, monkeypatch, *TINY, "--geco", "--name", "cut")
+    assert "--resume runs/cut/checkpoint.pt" in capsys.readouterr().out
+    monkeypatch.setattr(train.Batches, "__call__", make)
+    run(train.main, monkeypatch, "--resume", "runs/cut/checkpoint.pt")
+    a, b, c = (torch.load(f"runs/{n}/checkpoint.pt", weights_only=True) for n in ("mass_spring", "mass_spring-2", "cut"))
+    for key in a["model"]:
+        assert torch.equal(a["model"][key], b["model"][key]) and torch.equal(a["model"][key], c["model"][key])
+    assert a["geco"] == c["geco"] and c["step"] == 4
+    with pytest.raises(SystemExit, match="2"):
+        run(train.main, monkeypatch, "--resume", "runs/cut/checkpoint.pt", "--steps", 9, "--latent", 3)
+    assert "--latent cannot change" in capsys.readouterr().err
+
+
+def test_no_compiler_is_said_and_survived(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "measure", lambda *_: {"mse_0_29": 1.0, "clips": 1})
+    monkeypatch.setattr(train, "movies", lambda *_: None)
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    run(train.main, monkeypatch, *TINY, "--compile")
+    assert capsys.readouterr().out.count("no C++ compiler") == 1
+
+
+BAD_TRAIN = ("--system pluto", "--size 20", "--size 500", "--size x", "--noise -1", "--noise loud", "--window 0", "--targets 0",
+             "--arch big", "--latent 0", "--context 0", "--context 50", "--integrator rk4", "--substeps 0", "--steps 0",
+             "--steps 1.5", "--batch-size 0", "--lr 0", "--lr nan", "--beta -1", "--tolerance 0", "--seed -1",
+             f"--seed {2 ** 40}", "--name taken", "--resume nowhere.pt", "--resume bad.pt", "--resume other.pt",
+             "--device tpu", "--device cuda:77", "--colour red")
+BAD_EVAL = ("--checkpoint nowhere.pt", "--checkpoint bad.pt", "--checkpoint other.pt", "--checkpoint cut.pt", "--system pluto",
+            "--system two_body", "--frames 0", "--frames x", "--clips 0", "--speed 0", "--speed -1", "--speed inf", "--sample -1",
+            "--scale 0", "--seed x", "--device tpu")
+
+
+@pytest.mark.parametrize("main, words", [(train.main, w) for w in BAD_TRAIN] + [(evaluation.main, w) for w in BAD_EVAL])
+def test_a_mistake_gets_one_line_and_status_2(main, words, tmp_path, monkeypatch, capsys, trained):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/taken").mkdir(parents=True)
+    (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
+    whole = (trained / "runs/mass_spring/checkpoint.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    torch.save({"kind": "something else"}, tmp_path / "other.pt")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        run(main, monkeypatch, *words.split())
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and error.startswith("error: ") and "\n" not in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("main", (train.main, evaluation.main))
+def test_unwritable_folder(main, tmp_path, monkeypatch, capsys, trained):
+    monkeypatch.chdir(tmp_path)
+    if main is train.main:
+        (tmp_path / "runs").write_text("a file where the folder should be")
+    else:
+        shutil.copytree(trained / "runs", tmp_path / "runs")
+        monkeypatch.setattr(evaluation.os, "access", lambda *_: False)
+    with pytest.raises(SystemExit, match="2"):
+        run(main, monkeypatch, *(TINY if main is train.main else ()))
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, companions", (("hgn", ()), ("physics", ())))
+def test_stands_alone(name, companions, tmp_path):
+    for file in (name, *companions):
+        shutil.copy(HERE / f"{file}.py", tmp_path)
+    subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, check=True)
+
+
+def test_the_example_in_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S):
+        exec(block, {})
