@@ -209,6 +209,7 @@ def main():
     parser.add_argument("--speed", type=at_least(0, float, above=True), action="append", default=[],
                         help="write a GIF at this multiple of the training speed; may be given several times")
     parser.add_argument("--sample", type=at_least(0), default=0, metavar="N", help="write samples.gif: N rollouts from the prior")
+    parser.add_argument("--show", type=at_least(1), default=4, help="test clips in a GIF, side by side")
     parser.add_argument("--scale", type=at_least(1), default=8, help="screen pixels for one pixel of a clip")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the samples; the test clips are always the same")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
@@ -226,7 +227,7 @@ def main():
     result = measure(model, clips, args.frames)
     if clips.noise:
         result["noise_floor"] = noise_floor(clips.system, clips.noise, clips.size, generator=torch.Generator().manual_seed(0))
-    movies(model, clips, folder, args.frames, 4, args.reverse, args.speed, args.sample, args.seed, args.scale)
+    movies(model, clips, folder, args.frames, args.show, args.reverse, args.speed, args.sample, args.seed, args.scale)
     report = {**provenance(), "seed": args.seed, "test_seed": TEST_SEED, "checkpoint": str(path), "config": config,
               "step": checkpoint["step"], "metrics": result}
     (folder / "metrics.json").write_text(json.dumps(report, indent=1))

@@ -156,20 +156,21 @@ class ResidualMLP(nn.Module):
 
 
 class CentroidEncoder(nn.Module):
-    """Where things are and how they move: the centroids of learnt 3x3 filters' energy in every context frame, and
-    a parabola fitted to each in time (value, velocity, acceleration at frame 0), then a linear map plus an MLP.
+    """Where things are and how they move: the centroids of learnt 3x3 filters' energy in every context frame, as
+    polynomials in time about the middle frame (position, velocity, ...), then a linear map plus an MLP.
 
     Why not plain convolutions: K(p) + V(q) can only describe motion in coordinates that are linear in the true
     positions, and a convolutional encoder and decoder agree on a bent chart long before they learn the motion.
     Centroids are linear in the positions, to a hundredth of a pixel, from the first step.
     """
-    def __init__(self, channels, context, outputs, dt, filters=16):
+    def __init__(self, channels, context, outputs, filters=16):
         super().__init__()
         self.filters = nn.Conv2d(channels, filters, 3, padding=1)
-        time = torch.arange(context, dtype=torch.float64) * dt
-        powers = torch.stack([time ** j / math.factorial(j) for j in range(min(context, 3))], 1)
-        self.register_buffer("fit", torch.linalg.pinv(powers).float(), persistent=False)     # (degree + 1, context)
-        features = len(self.fit) * filters * 2
+        time = torch.linspace(-1, 1, context, dtype=torch.float64) if context > 1 else torch.zeros(1)
+        basis = torch.linalg.qr(torch.stack([time ** j for j in range(context)], 1))[0].T      # (order, context)
+        scale = 3.0 ** torch.arange(context).clamp(max=2).unsqueeze(1)           # higher orders are small, so louder
+        self.register_buffer("basis", (basis * scale).float())                   # kept: QR's signs are a matter of taste
+        features = 2 * filters * context
         self.linear, self.mlp = nn.Linear(features, outputs), mlp(features, 256, outputs)
         he_(self)
         self.mlp[-1].weight.data.mul_(0.1)
@@ -181,14 +182,14 @@ class CentroidEncoder(nn.Module):
         energy = self.filters(frames.flatten(0, 1)).permute(0, 2, 3, 1).flatten(1, 2).square()
         xy = moments @ energy                                                    # (B * context, 3, filters)
         xy = (xy[:, :2] / (xy[:, 2:] + 1e-2)).flatten(1).unflatten(0, frames.shape[:2])  # (B, context, 2 * filters)
-        features = torch.einsum("jt,btk->bjk", self.fit, xy).flatten(1)
+        features = (self.basis @ xy).flatten(1)
         return self.linear(features) + self.mlp(features)
 
 
-def compact(size, channels, context, latent, f_psi, dt):
+def compact(size, channels, context, latent, f_psi):
     """Vector latent, separable H, a decoder whose work is done at low resolution (sub-pixel convolutions)."""
     low = size // 8
-    encoder = CentroidEncoder(channels, context, 4 * latent, dt)
+    encoder = CentroidEncoder(channels, context, 4 * latent)
     decoder = nn.Sequential(
         mlp(latent, 128, 32 * low * low), nn.SiLU(), nn.Unflatten(1, (32, low, low)),
         nn.Conv2d(32, 64, 3, 1, 1), nn.PixelShuffle(2), nn.SiLU(), nn.Conv2d(16, 64, 3, 1, 1), nn.PixelShuffle(2),
@@ -199,9 +200,9 @@ def compact(size, channels, context, latent, f_psi, dt):
 
 
 def start_posterior_(layer):
-    """Start q(z|x) with variance exp(-6): with that of the prior, the decoder first sees nothing but noise."""
+    """Start q(z|x) with variance exp(-8): with that of the prior, the decoder first sees nothing but noise."""
     layer.weight.data.chunk(2)[1].mul_(0.01)
-    layer.bias.data.chunk(2)[1].fill_(-6)
+    layer.bias.data.chunk(2)[1].fill_(-8)
 
 
 class ResidualUp(nn.Module):
@@ -216,7 +217,7 @@ class ResidualUp(nn.Module):
         return F.leaky_relu(self.skip(x) + self.second(F.leaky_relu(self.first(x))))
 
 
-def paper(size, channels, context, latent, f_psi, dt):
+def paper(size, channels, context, latent, f_psi):
     """The paper's networks (its appendix, and the reproduction's): q and p are 16 maps of size / 8 squared.
     Without f_psi its strided convolutions become the encoder's last, and z itself is the state."""
     def convs(*sizes, stride):
@@ -243,14 +244,15 @@ class HGN(nn.Module):
         size: height and width of a frame, a multiple of 8 from 16 to 128. channels: of a frame.
         context: how many first frames the encoder sees (the paper: all 30; here 5).
         arch: "compact" (vector latent, separable K(p) + V(q)) or "paper" (16x4x4 latents, convolutional H).
-        latent: numbers in q (compact), or feature maps in q (paper: 16).
+        latent: numbers in q (compact, default 8), or feature maps in q (paper, default 16).
         integrator: "leapfrog" or "euler". substeps: integrator steps from one frame to the next.
         f_psi: False drops the network between z and the initial state. deterministic: no sampling and no KL.
         dt: time between frames. background: colour that inputs are centred on and the decoder starts from.
     Raises: ValueError, with the cure, for a value outside these.
     """
-    def __init__(self, size=32, channels=3, context=5, arch="compact", latent=8, integrator="leapfrog", substeps=1,
+    def __init__(self, size=32, channels=3, context=5, arch="compact", latent=None, integrator="leapfrog", substeps=1,
                  f_psi=True, deterministic=False, dt=0.125, background=(0.318, 0.345, 0.365)):
+        latent = latent if latent is not None else 16 if arch == "paper" else 8
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         if size % 8 or not 16 <= size <= 128:
@@ -262,8 +264,9 @@ class HGN(nn.Module):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         self.context, self.dt, self.substeps, self.deterministic = context, dt, substeps, deterministic
+        self.lead = context // 2 if arch == "compact" else 0
         self.integrate = INTEGRATORS[integrator]
-        self.encoder, self.f_psi, self.H, self.decoder = ARCHITECTURES[arch](size, channels, context, latent, f_psi, dt)
+        self.encoder, self.f_psi, self.H, self.decoder = ARCHITECTURES[arch](size, channels, context, latent, f_psi)
         state = (2 * latent,) if arch == "compact" else (2 * latent, size // 8, size // 8)
         self.z_shape = (48, size, size) if arch == "paper" and f_psi else state
         self.register_buffer("background", torch.tensor(background).view(-1, 1, 1), persistent=False)
@@ -279,8 +282,10 @@ class HGN(nn.Module):
         return self.encoder(4 * (frames[:, :self.context] - self.background)).chunk(2, 1)
 
     def state(self, z):
-        """f_psi: z (B, *z_shape) -> initial state q, p."""
-        return self.f_psi(z).chunk(2, 1)
+        """f_psi: z (B, *z_shape) -> state q, p at frame 0. The compact model infers the state at the middle of the
+        context, where position and velocity are known best, and goes back from there with its own dynamics."""
+        q, p = self.f_psi(z).chunk(2, 1)
+        return tuple(x[:, -1] for x in self.rollout(q, p, self.lead, -self.dt)) if self.lead else (q, p)
 
     def infer(self, frames):
         """The state q, p at frame 0 of clips, taken at the posterior mean."""

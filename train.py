@@ -63,7 +63,8 @@ def parse():
     if args.seed >= 2 ** 20:
         fail(f"--seed must be below {2 ** 20}, not {args.seed}")
     if not args.resume:
-        args.latent = args.latent or (16 if args.arch == "paper" else 4 * len(SYSTEMS[args.system].colours))
+        if args.latent is None and args.arch == "compact":
+            args.latent = 4 * len(SYSTEMS[args.system].colours)
         if args.context > args.window + 1:
             fail(f"--context {args.context} is longer than the {args.window + 1} frames of a training clip: "
                  "raise --window or lower --context")
