@@ -69,7 +69,7 @@ class Energy(nn.Module):
     The quadratic term makes latents oscillate, all at one frequency, from the first training step. The gradient
     is a formula rather than a call of autograd because it is what a rollout spends its time on.
     """
-    def __init__(self, dim, width, frequency=0.5):
+    def __init__(self, dim, width, frequency=1.0):
         super().__init__()
         self.c = nn.Parameter(torch.full((dim,), float(frequency)))
         self.first, self.second = nn.Linear(dim, width), nn.Linear(width, width)

@@ -344,7 +344,7 @@ def test_train_writes_what_it_says(trained):
     assert {p.name for p in run_folder.iterdir()} == {"checkpoint.pt", "metrics.jsonl", "rollout.gif"}
     checkpoint = torch.load(run_folder / "checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 4 and checkpoint["seed"] == 0 and checkpoint["config"]["noise"] == "paper"
-    assert {"model", "optimiser", "versions", "command"} <= checkpoint.keys()
+    assert {"model", "optimisers", "versions", "command"} <= checkpoint.keys()
     lines = [json.loads(line) for line in open(run_folder / "metrics.jsonl")]
     assert lines[0]["config"] == checkpoint["config"] and "mse_0_29" in lines[-1]
 
