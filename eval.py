@@ -31,6 +31,13 @@ def fail(message):
     raise SystemExit(2)
 
 
+class Help(argparse.HelpFormatter):
+    """Shows the defaults that are worth showing."""
+    def _get_help_string(self, action):
+        shown = action.choices or type(action.default) in (int, float)
+        return f"{action.help} (default: %(default)s)" if shown and action.default is not None else action.help
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message} (--help lists the options)")
@@ -101,45 +108,46 @@ def load(path, device="cpu"):
 
 class TestClips:
     """Fixed test clips: true states at frame 0 and what the encoder sees of them (noisy if trained with noise)."""
-    def __init__(self, config, n, frames, seed=TEST_SEED, device="cpu"):
+    def __init__(self, config, n, seed=TEST_SEED, device="cpu"):
         self.system, self.size, self.noise, self.dt = SYSTEMS[config["system"]], config["size"], config["noise"], 0.125
         generator = torch.Generator().manual_seed(seed)
         self.q, self.p = initial_states(self.system, n, generator, device)
-        length = max(frames, config["context"])
-        self.observed = self.truth(length)
-        if self.noise:
-            q = simulate(self.system, self.q, self.p, length, self.dt)[0]
-            self.observed = render(self.system, jitter(self.system, q, self.noise, generator), self.size)
+        length = max(WINDOW, config["context"]) if self.noise else config["context"]
+        q = simulate(self.system, self.q, self.p, length, self.dt)[0]
+        self.observed = render(self.system, jitter(self.system, q, self.noise, generator), self.size)
 
-    def truth(self, frames, speed=1.0):
-        """The true system's clean frames from frame 0 at `speed` (negative: backward), float32."""
-        return render(self.system, simulate(self.system, self.q, self.p, frames, speed * self.dt)[0], self.size)
+    def truth(self, frames, speed=1.0, block=32):
+        """The true system's clean frames from frame 0 at `speed` (negative: backward), `block` clips at a time."""
+        for part in simulate(self.system, self.q, self.p, frames, speed * self.dt)[0].split(block):
+            yield render(self.system, part, self.size)
 
 
 @torch.inference_mode()
 def measure(model, clips, frames=90):
     """Every figure of metrics.json but the noise floor. Errors are pixel MSEs against the clean truth, with the
-    standard deviation over clips beside the means; the model sees the first `context` frames only."""
+    standard deviation over clips beside the mean; the model sees the first `context` frames only."""
     q0, p0 = model.infer(clips.observed)
 
-    def error(truth, speed=1.0):                                                         # (n, T)
-        q = model.rollout(q0, p0, truth.shape[1] - 1, speed * model.dt)[0]
-        return torch.cat([(model.decode(q[i:i + 50]) - truth[i:i + 50]).square().mean((2, 3, 4))
-                          for i in range(0, len(q), 50)])
+    def error(length, speed=1.0):                                                        # (clips, length)
+        q = model.rollout(q0, p0, length - 1, speed * model.dt)[0]
+        return torch.cat([(model.decode(part) - truth).square().mean((2, 3, 4))
+                          for part, truth in zip(q.split(32), clips.truth(length, speed))])
 
-    truth = clips.truth(frames)
-    forward, window = error(truth), min(WINDOW, frames)
-    result = {"frames": frames, "clips": len(truth), "window": window, "blank_mse": truth.var((0, 1)).mean().item(),
-              "mse_per_frame": forward.mean(0).tolist(), "mse_std_over_clips": forward[:, :window].mean(1).std().item()}
+    forward, window = error(frames), min(WINDOW, frames)
+    result = {"frames": frames, "clips": len(q0), "window": window, "mse_per_frame": forward.mean(0).tolist(),
+              "blank_mse": next(clips.truth(frames)).var((0, 1)).mean().item()}
     for start in range(0, frames, WINDOW):
         result[f"mse_{start}_{min(start + WINDOW, frames) - 1}"] = forward[:, start:start + WINDOW].mean().item()
+    result["mse_std_over_clips"] = forward[:, :window].mean(1).std().item()
     for name, speed in (("backward", -1.0), ("double_speed", 2.0), ("half_speed", 0.5)):
-        result[f"mse_{name}"] = error(clips.truth(window, speed), speed).mean().item()      # over `window` frames
+        result[f"mse_{name}"] = error(window, speed).mean().item()
+    if frames > window:
+        result[f"mse_backward_{frames}_frames"] = error(frames, -1.0).mean().item()
     if clips.noise:
-        q = model.rollout(q0, p0, window - 1)[0]
-        result["mse_noisy"] = (model.decode(q) - clips.observed[:, :window]).square().mean().item()
+        painted = model.decode(model.rollout(q0, p0, WINDOW - 1)[0])
+        result["mse_noisy"] = (painted - clips.observed[:, :WINDOW]).square().mean().item()
     qs, ps = model.rollout(q0, p0, frames - 1)
-    H = torch.stack([model.energy(qs[:, t], ps[:, t]) for t in range(frames)], 1)        # (n, frames)
+    H = torch.stack([model.energy(qs[:, t], ps[:, t]) for t in range(frames)], 1)        # (clips, frames)
     result["energy_std_ratio"] = (H.std(1).mean() / H.mean(1).std()).item()
     back = torch.cat([x[:, -1] for x in model.rollout(qs[:, -1], ps[:, -1], frames - 1, -model.dt)], 1)
     start = torch.cat((q0, p0), 1)
@@ -147,17 +155,20 @@ def measure(model, clips, frames=90):
     return result
 
 
+LABELS = {"blank_mse": "a blank prediction", "mse_noisy": "against the noisy frames", "noise_floor": "its floor",
+          "mse_std_over_clips": "spread over clips, first frames", "mse_backward": "backward",
+          "mse_double_speed": "at double speed", "mse_half_speed": "at half speed",
+          "energy_std_ratio": "std of H: along a rollout / across clips", "reversal_error": "return error, relative"}
+
+
 def table(result, config):
     """The metrics as a small aligned table."""
-    names = {"energy_std_ratio": "std of H along a rollout / across clips", "reversal_error": "return error, relative",
-             "blank_mse": "blank prediction", "mse_noisy": "against noisy frames, 0-29", "noise_floor": "its floor",
-             "mse_std_over_clips": "spread over clips"}
-    print(f"\n{config['system']}, {result['clips']} test clips, context {config['context']}: pixel MSE x 1e-4")
+    print(f"\n{config['system']}, {result['clips']} test clips, {config['context']} context frames, pixel MSE x 1e-4:")
     for key, value in result.items():
         if isinstance(value, float):
-            name = names.get(key, key.replace("mse_", "").replace("_", "-" if key[-1].isdigit() else " "))
-            print(f"  {name:<40} {value:10.2e}" if "H along" in name or "relative" in name else
-                  f"  {name:<40} {value * 1e4:10.3f}")
+            label = LABELS.get(key, key.replace("mse_", "frames ").replace("_", " "))
+            shown = f"{value:.1e}" if key in ("energy_std_ratio", "reversal_error") else f"{value * 1e4:.2f}"
+            print(f"  {label:<42}{shown:>10}")
 
 
 def write_gif(path, rows, dt, scale=8):
@@ -183,7 +194,7 @@ def movies(model, clips, folder, frames, show=4, reverse=False, speeds=(), sampl
     """Write rollout.gif and whichever of the others are asked for."""
     q0, p0 = (x[:show] for x in model.infer(clips.observed))
     dt = model.dt
-    truth, (q, p) = clips.truth(frames)[:show], model.rollout(q0, p0, frames - 1)
+    truth, (q, p) = next(clips.truth(frames, block=show)), model.rollout(q0, p0, frames - 1)
     write_gif(folder / "rollout.gif", {"truth": truth, "model": model.decode(q)}, dt, scale)
     if reverse:
         back = model.rollout(q[:, -1], p[:, -1], frames - 1, -dt)[0]
@@ -191,27 +202,28 @@ def movies(model, clips, folder, frames, show=4, reverse=False, speeds=(), sampl
                                            "model, backward from its last state": model.decode(back)}, dt, scale)
     for speed in speeds:
         q = model.rollout(q0, p0, frames - 1, speed * dt)[0]
-        write_gif(folder / f"speed_{speed:g}.gif", {f"truth at speed {speed:g}": clips.truth(frames, speed)[:show],
-                                                    f"model at speed {speed:g}": model.decode(q)}, dt, scale)
+        write_gif(folder / f"speed_{speed:g}.gif", {
+            f"truth at speed {speed:g}": next(clips.truth(frames, speed, block=show)),
+            f"model at speed {speed:g}": model.decode(q)}, dt, scale)
     if samples:
-        generator = torch.Generator().manual_seed(seed)
-        write_gif(folder / "samples.gif", {"samples from the prior": model.sample(samples, frames - 1, generator=generator)},
-                  dt, scale)
+        frames = model.sample(samples, frames - 1, generator=torch.Generator().manual_seed(seed))
+        write_gif(folder / "samples.gif", {"samples from the prior": frames}, dt, scale)
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=Help)
     parser.add_argument("--checkpoint", metavar="PATH", help="a checkpoint file (default: the newest run)")
     parser.add_argument("--system", choices=SYSTEMS, help="take the newest run of this system")
     parser.add_argument("--frames", type=at_least(2), default=90, help="frames to roll out; the paper's clips have 30")
     parser.add_argument("--clips", type=at_least(2), default=256, help="test clips to measure on")
-    parser.add_argument("--reverse", action="store_true", help="write reverse.gif: from the last state back to the first")
+    parser.add_argument("--reverse", action="store_true", help="write reverse.gif: from the last state to the first")
     parser.add_argument("--speed", type=at_least(0, float, above=True), action="append", default=[],
                         help="write a GIF at this multiple of the training speed; may be given several times")
-    parser.add_argument("--sample", type=at_least(0), default=0, metavar="N", help="write samples.gif: N rollouts from the prior")
+    parser.add_argument("--sample", type=at_least(0), default=0, metavar="N",
+                        help="write samples.gif: N rollouts from the prior")
     parser.add_argument("--show", type=at_least(1), default=4, help="test clips in a GIF, side by side")
     parser.add_argument("--scale", type=at_least(1), default=8, help="screen pixels for one pixel of a clip")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the samples; the test clips are always the same")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the samples; test clips are always the same")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     args = parser.parse_args()
 
@@ -223,10 +235,11 @@ def main():
         fail(f"{path} was trained on {config['system']}, not {args.system}")
     if not os.access(folder, os.W_OK):
         fail(f"cannot write into {folder}: copy the checkpoint to a folder of your own")
-    clips = TestClips(config, args.clips, max(args.frames, WINDOW), device=device)
+    clips = TestClips(config, args.clips, device=device)
     result = measure(model, clips, args.frames)
     if clips.noise:
-        result["noise_floor"] = noise_floor(clips.system, clips.noise, clips.size, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(TEST_SEED + 1)
+        result["noise_floor"] = noise_floor(clips.system, clips.noise, clips.size, generator=generator)
     movies(model, clips, folder, args.frames, args.show, args.reverse, args.speed, args.sample, args.seed, args.scale)
     report = {**provenance(), "seed": args.seed, "test_seed": TEST_SEED, "checkpoint": str(path), "config": config,
               "step": checkpoint["step"], "metrics": result}

@@ -263,6 +263,8 @@ class HGN(nn.Module):
         for name, value in (("context", context), ("latent", latent), ("substeps", substeps)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if len(background) != channels:
+            raise ValueError(f"background needs one number for each of the {channels} channels, not {len(background)}")
         self.context, self.dt, self.substeps, self.deterministic = context, dt, substeps, deterministic
         self.lead = context // 2 if arch == "compact" else 0
         self.integrate = INTEGRATORS[integrator]
@@ -271,7 +273,7 @@ class HGN(nn.Module):
         self.z_shape = (48, size, size) if arch == "paper" and f_psi else state
         self.register_buffer("background", torch.tensor(background).view(-1, 1, 1), persistent=False)
         self.decoder[-1].weight.data.mul_(0.1)                                   # first, paint a blank background
-        self.decoder[-1].bias.data.copy_(torch.logit(self.background.flatten()))
+        self.decoder[-1].bias.data.copy_(torch.logit(self.background.flatten(), eps=0.01))
         self.to(memory_format=torch.channels_last)                               # 1.3-2x on small convolutions
 
     def encode(self, frames):

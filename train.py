@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from eval import Parser, TestClips, at_least, fail, load, measure, movies, newest_run, pick_device, provenance, table
+from eval import (Help, Parser, TestClips, at_least, fail, load, measure, movies, newest_run, pick_device, provenance,
+                  table)
 from hgn import ARCHITECTURES, GECO, HGN, INTEGRATORS
 from physics import BACKGROUND, SYSTEMS, initial_states, jitter, render, simulate
 
@@ -30,17 +31,18 @@ def noise(text):
 
 
 def parse():
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=Help)
     data = parser.add_argument_group("data")
     data.add_argument("--system", choices=SYSTEMS, default="mass_spring", help="what to learn")
-    data.add_argument("--size", type=int, default=32, help="height and width of a frame, a multiple of 8 from 16 to 128")
-    data.add_argument("--noise", type=noise, default=0.0, help="sigma on every coordinate before it is painted, or 'paper'")
+    data.add_argument("--size", type=int, default=32, help="pixels a side, a multiple of 8 from 16 to 128")
+    data.add_argument("--noise", type=noise, default=0.0, help="sigma on every coordinate before painting, or 'paper'")
     data.add_argument("--window", type=at_least(1), default=30, help="frames to learn from, before and after frame 0")
     data.add_argument("--targets", type=at_least(1), default=8, help="random frames of the window painted for the loss")
     model = parser.add_argument_group("model")
-    model.add_argument("--arch", choices=ARCHITECTURES, default="compact", help="paper: the published convolutional networks")
+    model.add_argument("--arch", choices=ARCHITECTURES, default="compact", help="paper: the published networks")
     model.add_argument("--latent", type=at_least(1), help="numbers in q (default: 4 per body), or maps in q (paper: 16)")
-    model.add_argument("--context", type=at_least(1), default=5, help="first frames that the encoder sees; 30: the paper's formula")
+    model.add_argument("--context", type=at_least(1), default=5,
+                       help="first frames that the encoder sees; 30: the paper's formula")
     model.add_argument("--integrator", choices=INTEGRATORS, default="leapfrog", help="euler: the paper's ablation")
     model.add_argument("--substeps", type=at_least(1), default=1, help="integrator steps from one frame to the next")
     model.add_argument("--no-f-psi", dest="f_psi", action="store_false", help="ablation: z itself is the initial state")
@@ -49,13 +51,15 @@ def parse():
     train.add_argument("--steps", type=at_least(1), default=6000, help="training steps")
     train.add_argument("--batch-size", type=at_least(1), default=16, help="clips a step")
     train.add_argument("--lr", type=at_least(0, float, above=True), default=3e-3, help="highest learning rate")
-    train.add_argument("--beta", type=at_least(0, float), default=1e-3, help="weight of the KL (HGN.loss says in what unit)")
+    train.add_argument("--beta", type=at_least(0, float), default=1e-3, help="weight of the KL, see HGN.loss")
     train.add_argument("--geco", action="store_true", help="the paper's constrained loss instead of a fixed beta")
-    train.add_argument("--tolerance", type=at_least(0, float, above=True), default=2e-4, help="pixel MSE that --geco asks for")
+    train.add_argument("--tolerance", type=at_least(0, float, above=True), default=2e-4,
+                       help="pixel MSE that --geco asks for")
     train.add_argument("--seed", type=at_least(0), default=0, help="of the weights, the data and the posterior samples")
     run = parser.add_argument_group("run")
     run.add_argument("--name", help="folder under runs/ (default: the system's name, with a number if it is taken)")
-    run.add_argument("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help="go on with a run (default: the newest)")
+    run.add_argument("--resume", nargs="?", const="newest", metavar="CHECKPOINT",
+                     help="go on with a run, by default the newest")
     run.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction,
                      help="compile encoder and decoder; pays off on a GPU (default: there only)")
@@ -63,6 +67,8 @@ def parse():
     if args.seed >= 2 ** 20:
         fail(f"--seed must be below {2 ** 20}, not {args.seed}")
     if not args.resume:
+        if args.name and Path(args.name).name != args.name:
+            fail(f"--name {args.name} is not the name of a folder")
         if args.latent is None and args.arch == "compact":
             args.latent = 4 * len(SYSTEMS[args.system].colours)
         if args.context > args.window + 1:
@@ -80,13 +86,15 @@ def parse():
         fail(f"--{changed[0].replace('_', '-')} cannot change in a resumed run: start another without --resume")
     if args.steps <= checkpoint["step"]:
         fail(f"{path} has already made {checkpoint['step']} steps: ask for more with --steps")
+    if not os.access(path.parent, os.W_OK):
+        fail(f"cannot write into {path.parent}: copy the run to a folder of your own")
     return args, path.parent, (model, checkpoint)
 
 
 def new_folder(args):
     """runs/<name>/, never one that holds a run already."""
-    names = [args.name] if args.name else (f"{args.system}{i}" for i in itertools.chain([""], map("-{}".format, itertools.count(2))))
-    for name in names:
+    numbered = (f"{args.system}-{i}" for i in itertools.count(2))
+    for name in [args.name] if args.name else itertools.chain([args.system], numbered):
         folder = Path("runs") / name
         if not folder.exists():
             try:
@@ -165,7 +173,7 @@ def main():
 
     config = {k: v for k, v in vars(args).items() if k not in KEPT} | {"steps": args.steps}
     batches, start, before = Batches(args, device), time.time(), checkpoint["seconds"]
-    test = TestClips(config, 100, 90, device=device)
+    test = TestClips(config, 100, device=device)
     log = open(folder / "metrics.jsonl", "a")
 
     def record(step, **values):
@@ -190,7 +198,7 @@ def main():
     if not resumed:
         record(0, config=config, **provenance())
     bar = tqdm(range(checkpoint["step"], args.steps), initial=checkpoint["step"], total=args.steps, unit="step")
-    step = checkpoint["step"]
+    done = checkpoint["step"]
     try:
         for step in bar:
             # Warm up over 100 steps, then down to zero along a cosine.
@@ -204,27 +212,30 @@ def main():
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)    # a late frame gone wrong weighs no more
             for optimiser in optimisers:
                 optimiser.step()
+            done = step + 1
             if args.geco:
                 geco.update(mse.item())
-            if (step + 1) % 20 == 0 or step + 1 == args.steps:
+            if done % 20 == 0 or done == args.steps:
                 if not math.isfinite(loss.item()):
-                    fail(f"the loss is {loss.item()} at step {step}; {folder}/checkpoint.pt is from before: try a lower --lr")
-                rate = args.batch_size * bar.format_dict["rate"] if bar.format_dict["rate"] else 0
-                bar.set_postfix(loss=f"{loss.item():.2e}", mse=f"{mse.item():.2e}", kl=f"{kl.item():.1f}", clips_s=f"{rate:.0f}")
-                record(step + 1, loss=loss.item(), mse=mse.item(), kl=kl.item(), beta=geco.beta if args.geco else args.beta)
-            if (step + 1) % 250 == 0 and step + 1 < args.steps:
-                store(step + 1)
-            if (step + 1) % 2000 == 0 and step + 1 < args.steps:
-                look(step + 1)
+                    fail(f"the loss is {loss.item()} at step {done}: try a lower --lr; the checkpoint is from before")
+                rate = args.batch_size * (bar.format_dict["rate"] or 0)
+                bar.set_postfix(loss=f"{loss.item():.2e}", mse=f"{mse.item():.2e}", kl=f"{kl.item():.1f}",
+                                clips_s=f"{rate:.0f}")
+                record(done, loss=loss.item(), mse=mse.item(), kl=kl.item(), beta=geco.beta if args.geco else args.beta)
+            if done % 250 == 0 and done < args.steps:
+                store(done)
+            if done % 2000 == 0 and done < args.steps:
+                look(done)
     except KeyboardInterrupt:
-        store(step)
+        store(done)
         bar.close()
-        print(f"stopped at step {step}: go on with python train.py --resume {folder}/checkpoint.pt")
+        print(f"stopped after step {done}: go on with python train.py --resume {folder}/checkpoint.pt")
         raise SystemExit(130)
     store(args.steps)
     result = look(args.steps)
     table(result, config)
-    print(f"\n{before + time.time() - start:.0f} s; look at {folder}/rollout.gif, then: python eval.py --reverse --speed 2 --sample 4")
+    print(f"\n{before + time.time() - start:.0f} s. Look at {folder}/rollout.gif, then: "
+          "python eval.py --reverse --speed 2 --sample 4")
 
 
 if __name__ == "__main__":
