@@ -142,7 +142,7 @@ def measure(model, clips, frames=90):
     for name, speed in (("backward", -1.0), ("double_speed", 2.0), ("half_speed", 0.5)):
         result[f"mse_{name}"] = error(window, speed).mean().item()
     if frames > window:
-        result[f"mse_backward_{frames}_frames"] = error(frames, -1.0).mean().item()
+        result[f"mse_0_back_to_{1 - frames}"] = error(frames, -1.0).mean().item()
     if clips.noise:
         painted = model.decode(model.rollout(q0, p0, WINDOW - 1)[0])
         result["mse_noisy"] = (painted - clips.observed[:, :WINDOW]).square().mean().item()
@@ -166,8 +166,8 @@ def table(result, config):
     print(f"\n{config['system']}, {result['clips']} test clips, {config['context']} context frames, pixel MSE x 1e-4:")
     for key, value in result.items():
         if isinstance(value, float):
-            label = LABELS.get(key, key.replace("mse_", "frames ").replace("_", " "))
-            shown = f"{value:.1e}" if key in ("energy_std_ratio", "reversal_error") else f"{value * 1e4:.2f}"
+            label = LABELS.get(key) or "frames " + key.replace("mse_", "").replace("_", " ")
+            shown = f"{value:.1e}" if key in ("energy_std_ratio", "reversal_error") else f"{value * 1e4:.3f}"
             print(f"  {label:<42}{shown:>10}")
 
 
