@@ -176,7 +176,7 @@ class CentroidEncoder(nn.Module):
         self.mlp[-1].weight.data.mul_(0.1)
 
     def forward(self, frames):                                                   # (B, context, C, H, W)
-        side = torch.linspace(-2, 2, frames.shape[-1], device=frames.device)
+        side = torch.linspace(-2, 2, frames.shape[-1], dtype=frames.dtype, device=frames.device)
         x, y = side.expand(len(side), -1), side.unsqueeze(1).expand(-1, len(side))
         moments = torch.stack((x, y, torch.ones_like(x))).flatten(1)             # (3, H * W)
         energy = self.filters(frames.flatten(0, 1)).permute(0, 2, 3, 1).flatten(1, 2).square()
