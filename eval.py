@@ -242,7 +242,7 @@ def main():
         result["noise_floor"] = noise_floor(clips.system, clips.noise, clips.size, generator=generator)
     movies(model, clips, folder, args.frames, args.show, args.reverse, args.speed, args.sample, args.seed, args.scale)
     report = {**provenance(), "seed": args.seed, "test_seed": TEST_SEED, "checkpoint": str(path), "config": config,
-              "step": checkpoint["step"], "metrics": result}
+              "training": {k: checkpoint[k] for k in ("command", "versions", "step", "seconds")}, "metrics": result}
     (folder / "metrics.json").write_text(json.dumps(report, indent=1))
     table(result, config)
     print(f"\nwrote {', '.join(sorted(p.name for p in folder.glob('*.gif')))} and metrics.json into {folder}")

@@ -361,6 +361,7 @@ def test_eval_writes_every_movie_and_figure(trained):
     report = json.load(open(folder / "metrics.json"))
     metrics = report["metrics"]
     assert len(metrics["mse_per_frame"]) == 12 and metrics["noise_floor"] > 1e-4 and "eval.py --reverse" in report["command"]
+    assert "train.py --noise paper" in report["training"]["command"]
     for key in ("mse_0_11", "mse_backward", "mse_double_speed", "mse_half_speed", "energy_std_ratio", "reversal_error", "mse_noisy"):
         assert math.isfinite(metrics[key])
     assert "return error" in done.stdout
