@@ -12,7 +12,7 @@ import torch
 
 import eval as evaluation
 import train
-from hgn import ARCHITECTURES, GECO, HGN, ConvHamiltonian, Energy, Separable, euler, leapfrog
+from hgn import ARCHITECTURES, GECO, HGN, ConvHamiltonian, Separable, euler, leapfrog
 from physics import BACKGROUND, SYSTEMS, clips, initial_states, noise_floor, render, simulate
 
 HERE = Path(__file__).parent
