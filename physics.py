@@ -121,21 +121,25 @@ def simulate(system, q, p, frames, dt=0.125):
         raise ValueError(f"frames must be at least 1, not {frames}")
     states = [(q.double(), p.double())]
     for _ in range(frames - 1):
-        states.append(_advance(system, *states[-1], dt, substeps=math.ceil(abs(dt) / 0.125)))
+        states.append(_advance(system, *states[-1], dt, substeps=max(1, math.ceil(abs(dt) / 0.125))))
     q, p = zip(*states)
     return torch.stack(q, 1), torch.stack(p, 1)
 
 
+def _compose(system, q, p, h):
+    """One step of length h: 17 leapfrog steps, drift first. A half drift opens and closes each; neighbours are merged."""
+    drift = [(a + b) / 2 * h / system.inertia for a, b in zip((0.0,) + KAHAN_LI, KAHAN_LI + (0.0,))]
+    for c, d in zip(drift, KAHAN_LI):
+        q = torch.add(q, p, alpha=c)
+        p = torch.add(p, system.force(q), alpha=d * h)
+    return torch.add(q, p, alpha=drift[-1]), p
+
+
 def _advance(system, q, p, dt, substeps, tolerance=1e-9, most=256):
     """One frame. Clips whose energy changed, as in a close encounter, are done again with shorter steps."""
-    start, h = (q, p), dt / max(substeps, 1)
-    # A half drift opens and closes each leapfrog; neighbours are merged into one.
-    drift = [(a + b) / 2 * h / system.inertia for a, b in zip((0.0,) + KAHAN_LI, KAHAN_LI + (0.0,))]
+    start, h = (q, p), dt / substeps
     for _ in range(substeps):
-        for c, d in zip(drift, KAHAN_LI):
-            q = torch.add(q, p, alpha=c)
-            p = torch.add(p, system.force(q), alpha=d * h)
-        q = torch.add(q, p, alpha=drift[-1])
+        q, p = _compose(system, q, p, h)
     before, after = system.energy(*start), system.energy(q, p)
     bad = ~((after - before).abs() <= tolerance * (1 + before.abs()))                    # true for NaN as well
     if substeps < most and bad.any():
@@ -149,23 +153,35 @@ def render(system, q, size=32):
     A pixel's share of a disc is 1 inside, 0 outside and linear in its distance across the one-pixel edge.
     Args: q: (B, T, bodies, dims), any device. Returns: (B, T, 3, size, size) float32 in [0, 1], row 0 on top.
     """
-    pixels = size / (2 * system.half_width)                                              # per world unit
-    centres = (system.position(q).flatten(0, 1) * pixels).float()                        # (B*T, bodies, 2)
-    grid = torch.arange(size, device=q.device, dtype=torch.float32) - (size - 1) / 2     # pixel centres
-    background = torch.tensor(BACKGROUND, device=q.device).view(3, 1, 1)
-    colours = torch.tensor(system.colours, device=q.device).view(-1, 3, 1, 1)
+    centres = system.position(q).flatten(0, 1).float()                                   # (B*T, bodies, 2)
     frames = torch.empty(len(centres), 3, size, size, device=q.device)
-    # In blocks that stay in the processor's cache
-    for c, out in zip(centres.split(256), frames.split(256)):
-        dx = (grid - c[..., 0:1]).square()                                               # (n, bodies, size)
-        dy = (-grid - c[..., 1:2]).square()                                              # row 0 is the top
-        distance = (dy.unsqueeze(-1) + dx.unsqueeze(-2)).sqrt_()                         # (n, bodies, size, size)
-        share = distance.neg_().add_(system.radius * pixels + 0.5).clamp_(0, 1)
-        out.copy_(background)
-        for i, colour in enumerate(colours):
-            out.addcmul_(share[:, i, None], colour)
-        out.clamp_(max=1)
+    block = 256 if q.device.type == "cpu" else len(centres)                              # stays in a processor's cache
+    for c, out in zip(centres.split(block), frames.split(block)):
+        _paint(system, c, out)
     return frames.view(*q.shape[:2], 3, size, size)
+
+
+def _paint(system, centres, out):
+    """Paint discs at centres (n, bodies, 2) into out (n, 3, size, size)."""
+    size, device = out.shape[-1], out.device
+    pixels = size / (2 * system.half_width)                                              # per world unit
+    grid = torch.arange(size, device=device, dtype=torch.float32) - (size - 1) / 2       # pixel centres
+    dx = (grid - pixels * centres[..., 0:1]).square()                                    # (n, bodies, size)
+    dy = (-grid - pixels * centres[..., 1:2]).square()                                   # row 0 is the top
+    distance = (dy.unsqueeze(-1) + dx.unsqueeze(-2)).sqrt_()                             # (n, bodies, size, size)
+    share = distance.neg_().add_(system.radius * pixels + 0.5).clamp_(0, 1)
+    out.copy_(torch.tensor(BACKGROUND, device=device).view(3, 1, 1))
+    for i, colour in enumerate(torch.tensor(system.colours, device=device).view(-1, 3, 1, 1)):
+        out.addcmul_(share[:, i, None], colour)
+    out.clamp_(max=1)
+
+
+def compile_loops():
+    """From here on `simulate` and `render` run their inner loops through torch.compile: 1.5-4 times as fast."""
+    global _compose, _paint
+    plain, fast = _compose, torch.compile(_compose, fullgraph=True, dynamic=True)
+    _compose = lambda system, q, p, h: (fast if len(q) > 1 else plain)(system, q, p, h)  # one clip would be compiled again
+    _paint = torch.compile(_paint, fullgraph=True, dynamic=True)
 
 
 def clips(system, n, frames=30, dt=0.125, noise=0.0, size=32, generator=None, device=None):

@@ -3,19 +3,28 @@
     python train.py --system three_body         # writes runs/three_body/
     python train.py --resume                    # goes on with the newest run
 
+    python train.py --bench                     # how fast all this is here
+
 Every batch is simulated and rendered afresh: nothing but the run's folder is written.
 """
 import argparse
+import ctypes
+import gc
 import itertools
 import json
 import math
 import os
-import shutil
+import statistics
 import time
+import warnings
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
+import hgn
+import physics
 
 from eval import (Help, Parser, TestClips, at_least, fail, load, measure, movies, newest_run, pick_device, provenance,
                   table)
@@ -23,7 +32,8 @@ from hgn import ARCHITECTURES, GECO, HGN, INTEGRATORS
 from physics import BACKGROUND, SYSTEMS, initial_states, jitter, render, simulate
 
 POOL = 64                           # batches whose trajectories are simulated together
-KEPT = ("steps", "device", "compile", "resume", "name")     # options that --resume may change
+KEPT = ("steps", "device", "compile", "resume", "name", "bench")     # options that --resume may change
+WORTH_COMPILING = 5000              # steps on a CPU: 10 ms a step saved, up to a minute of compilation (README, "Speed")
 
 
 def noise(text):
@@ -62,7 +72,10 @@ def parse():
                      help="go on with a run, by default the newest")
     run.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                     help="compile encoder and decoder; pays off on a GPU (default: there only)")
+                     help="compile the training step: up to a minute at first, seconds from then on; on a CPU it takes a "
+                          "quarter off every step of the compact model, so the default is to compile it there from "
+                          f"{WORTH_COMPILING} steps, and everything on a GPU")
+    run.add_argument("--bench", action="store_true", help="measure instead of training: a table, and runs/bench-DEVICE.json")
     args = parser.parse_args()
     if args.seed >= 2 ** 20:
         fail(f"--seed must be below {2 ** 20}, not {args.seed}")
@@ -112,67 +125,293 @@ def save(path, checkpoint):
 
 
 class Batches:
-    """Batch number `step` of a run, the same whenever it is asked for: a resumed run sees what it would have seen."""
-    def __init__(self, args, device):
-        self.args, self.system, self.device, self.pool = args, SYSTEMS[args.system], device, None
+    """Batch number `step` of a run, the same whenever it is asked for: a resumed run sees what it would have seen.
+    All of it is drawn, simulated and painted on the device."""
+    def __init__(self, args, device, noise=None):
+        """noise: shape of one clip's posterior noise, or None."""
+        self.args, self.system, self.device, self.noise, self.pool = args, SYSTEMS[args.system], device, noise, None
 
     def __call__(self, step):
-        """Returns context frames, target frames, their times (B, targets), and the generator for this step."""
+        """Returns context frames, target frames, their times (B, targets), and the posterior's noise (B, *noise)."""
         args, B, number = self.args, self.args.batch_size, step // POOL
         if self.pool != number:                             # trajectories from -window to window round a random start
-            generator = torch.Generator().manual_seed((args.seed << 20) + number)
+            generator = torch.Generator(self.device).manual_seed((args.seed << 20) + number)
             start = initial_states(self.system, B * POOL, generator, self.device)
             length = max(args.window + 1, args.context)
             before, after = (simulate(self.system, *start, length, dt)[0] for dt in (-0.125, 0.125))
             self.pool, self.q = number, torch.cat((before.flip(1)[:, :-1], after), 1)
             self.frame0 = length - 1
-        generator = torch.Generator().manual_seed((args.seed << 20) + step + 2 ** 19)
+        generator = torch.Generator(self.device).manual_seed((args.seed << 20) + step + 2 ** 19)
         q = self.q[step % POOL * B:(step % POOL + 1) * B]
         # The horizon grows from 5 frames to the whole window over the first 30 % of the run.
         reach = min(args.window, 5 + int(args.window * step / (0.3 * args.steps)))
-        times = torch.randint(-reach, reach + 1, (B, args.targets), generator=generator).to(self.device)
+        times = torch.randint(-reach, reach + 1, (B, args.targets), generator=generator, device=self.device)
         rows = torch.arange(B, device=self.device).unsqueeze(1)
         seen = torch.cat((q[:, self.frame0:self.frame0 + args.context], q[rows, self.frame0 + times]), 1)
         frames = render(self.system, jitter(self.system, seen, args.noise, generator), args.size)
-        return frames[:, :args.context], frames[:, args.context:], times, generator
+        noise = self.noise and torch.randn(B, *self.noise, generator=generator, device=self.device)
+        return frames[:, :args.context], frames[:, args.context:], times, noise
+
+
+def build(args):
+    """The model that args describe."""
+    try:
+        return HGN(size=args.size, context=args.context, arch=args.arch, latent=args.latent, integrator=args.integrator,
+                   substeps=args.substeps, f_psi=args.f_psi, deterministic=args.deterministic, background=BACKGROUND)
+    except ValueError as error:
+        fail(str(error))
+
+
+def make_optimisers(model, lr, device):
+    """Muon for matrices: what tells one orbit from the next is a hundredth of what the encoder sees, and Muon learns small
+    and large directions alike (40 % less error than Adam alone after 2,500 steps of two_body). Adam for the rest."""
+    matrices = [w for w in model.parameters() if w.dim() == 2]
+    others = [w for w in model.parameters() if w.dim() != 2]
+    adam = torch.optim.Adam(others, lr, betas=(0.9, 0.99), fused=device.type == "cuda")
+    if not matrices:                                        # the paper's networks have none
+        return [adam]
+    return [adam, torch.optim.Muon(matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
+
+
+def update(model, loss, optimisers, batch, reach, beta):
+    """One training step; returns loss, mse, kl. Nothing in it waits for a GPU."""
+    context, targets, times, noise = batch
+    values = loss(context, targets, times, reach, beta, noise)
+    model.zero_grad()
+    values[0].backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)    # a late frame gone wrong weighs no more
+    for optimiser in optimisers:
+        optimiser.step()
+    return values
+
+
+def compiled(function, device):
+    """`function` as one region without graph breaks, compiled once for its shapes; on a GPU replayed as CUDA graphs, so
+    that a thousand small kernels cost one launch. Too many recompilations are an error instead of a silent fall-back."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    warnings.filterwarnings("ignore", message="invoke_subgraph traced multiple backward graphs")    # the last step's
+    # Inductor may not choose memory layouts: the networks are channels_last already, and torch 2.13 gets the strides of
+    # convolutions inside a nested region wrong.
+    options = {"layout_optimization": False, "triton.cudagraphs": device.type == "cuda"}
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+
+
+def compiled_or_eager(model, batch, reach, beta, device):
+    """The loss compiled, after a first call that shows whether compiling works here; else the plain one and a line."""
+    print(f"compiling rollout, encoder, decoder and loss for {device}: up to a minute, or seconds from the cache")
+    context, targets, times, noise = batch
+    try:
+        if device.type != "cpu":                            # there it would save less than it takes
+            physics.compile_loops()
+        loss = compiled(model.loss, device)
+        loss(context, targets, times, reach, beta, noise)[0].backward()
+        gc.collect()
+        gc.freeze()                                         # a million of the compiler's objects slow Python down
+        return loss
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:                              # no compiler, no Triton, a Python too new for this torch, ...
+        print(f"cannot compile here, running eagerly: {' '.join(str(error).split())[:150]}")
+        return model.loss
+
+
+def keep_memory():
+    """glibc hands large freed blocks back to the system, and every tensor then pays for page faults: a tenth of a step
+    on a CPU, a third of the drawing of clips. Tell it to keep them."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2 ** 30)                           # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2 ** 31 - 1)                       # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):                       # another C library
+        pass
+
+
+def bytes_per_clip(model, args):
+    """Memory that a training step needs for each clip, measured on two: what autograd keeps and as much again for the
+    gradients, plus the trajectories simulated ahead."""
+    device, kept = model.background.device, {}
+    weights = {w.untyped_storage().data_ptr() for w in model.parameters()}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    frames = torch.zeros(2, args.context + args.targets, 3, args.size, args.size, device=device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model.loss(frames[:, :args.context], frames[:, args.context:],
+                   torch.zeros(2, args.targets, dtype=torch.long, device=device), args.window)
+    numbers = 2 * len(SYSTEMS[args.system].colours) * POOL * 2 * max(args.window, args.context)
+    return sum(n for at, n in kept.items() if at not in weights) + 4 * 8 * numbers
+
+
+def check_memory(model, args, device):
+    """Refuse a batch that cannot fit before anything is written, and name one that does."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:                                                   # Windows does not say
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    most = 0.9 * free // bytes_per_clip(model, args)
+    if args.batch_size > most:
+        fail(f"--batch-size {args.batch_size} does not fit into {free / 2 ** 30:.0f} GiB: --batch-size {max(most, 1):.0f} does")
+
+
+def bench(args, device):
+    """Time data, rollout and training step, eager and compiled, against the machine's own peak. One table and one JSON."""
+    import resource                                         # not on Windows
+    system, B, table = SYSTEMS[args.system], args.batch_size, []
+    cuda = device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
+
+    def timed(call, least=7, seconds=2.0):
+        """Seconds of the first call, then the median of the others."""
+        times = []
+        while len(times) <= least or sum(times[1:]) < seconds:
+            start = time.perf_counter()
+            call()
+            wait()
+            times.append(time.perf_counter() - start)
+        return times[0], statistics.median(times[1:])
+
+    def line(what, how, call, clips, flops=0):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        first, median = timed(call)
+        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        row = {"what": what, "how": how, "first_s": first, "ms": 1e3 * median, "clips_s": clips / median,
+               "gflop_s": flops / median / 1e9, "share": flops / median / 1e9 / peak, "memory_mb": memory / 2 ** 20}
+        table.append(row)
+        print(f"{what:<44}{how:<26}{first:8.1f} s{1e3 * median:10.2f} ms{row['clips_s']:10.0f} clips/s{row['gflop_s']:8.1f} GFLOP/s"
+              f"{row['share']:7.1%}{row['memory_mb']:8.0f} MB", flush=True)
+        return median
+
+    def flops_of(call):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    def fresh(**changes):
+        """A model, its batches and its training step with these options changed."""
+        options = argparse.Namespace(**vars(args) | changes)
+        model = build(options).to(device)
+        batches = Batches(options, device, None if args.deterministic else model.z_shape)
+        optimisers, beta = make_optimisers(model, args.lr, device), torch.tensor(args.beta, device=device)
+        return model, batches, lambda loss, batch: update(model, loss, optimisers, batch, options.window, beta)
+
+    # The peak: a large matmul, or the decoder's own largest convolution, alone.
+    model = fresh()[0]
+    calls = []
+    for conv in (m for m in model.decoder.modules() if isinstance(m, torch.nn.Conv2d)):
+        conv.register_forward_hook(lambda conv, x, y: calls.append((y.numel() * conv.weight[0].numel() * 2, conv, x[0].detach())))
+    with torch.no_grad():
+        model.decode(torch.randn(B, 30, model.dim, device=device))
+        flops, conv, x = max(calls, key=lambda call: call[0])
+        conv._forward_hooks.clear()
+        a = torch.randn(2048, 2048, device=device)
+        peaks = {"matmul": 2 * 2048 ** 3 / timed(lambda: a @ a)[1] / 1e9, "convolution": flops / timed(lambda: conv(x))[1] / 1e9}
+    peak = max(peaks.values())
+    print(f"{device}, {torch.get_num_threads()} threads; peak {peak:.0f} GFLOP/s "
+          f"(matmul {peaks['matmul']:.0f}, the decoder's largest convolution {peaks['convolution']:.0f})")
+
+    # The leapfrog loop, forward and backward over 2 B states: the ladder of forms.
+    model = fresh()[0]
+    states = [torch.randn(2 * B, model.dim, device=device, requires_grad=True) for _ in "qp"]
+
+    def backward(rollout):
+        def call():
+            model.zero_grad()
+            rollout(*states, 30)[0].square().sum().backward()
+        return call
+    H, region = model.H, hgn.leapfrog_step
+    plain = next(c.cell_contents for c in region.__closure__ if callable(c.cell_contents))
+    autograd = [lambda q, p, i=i: torch.func.grad(lambda *s: H(*s).sum(), i)(q, p) for i in (0, 1)]
+    flops = flops_of(backward(model.rollout))
+    line("latent rollout, 30 steps, forward + backward", "eager, func.grad", backward(
+        lambda q, p, n: hgn.leapfrog(*autograd, q, p, model.dt, n, separable=H.separable)), 2 * B, flops)
+    line("", "eager", backward(model.rollout), 2 * B, flops)
+    for how, step_form, whole in (("each step compiled", compiled(plain, device), False), ("whole loop, unrolled", plain, True),
+                                  ("whole loop, nested step", region, True)):
+        if step_form is region or H.separable and (whole or not cuda):      # CUDA graphs of single steps would overwrite each other's results
+            hgn.leapfrog_step = step_form
+            line("", how, backward(compiled(model.rollout, device) if whole else model.rollout), 2 * B, flops)
+    hgn.leapfrog_step = region
+
+    frames = lambda: model.decode(model.rollout(*states, 29)[0][:B])
+    with torch.no_grad():
+        flops = flops_of(frames)
+        line(f"rollout with frames, {B} x 30", "eager", frames, B, flops)
+        line("", "compiled", compiled(frames, device), B, flops)
+    for what, changes in ((f"training step, batch {B}, {args.targets} of {2 * args.window + 1} frames", {}),
+                          (f"training step, batch {B}, 30 frames", {"window": 15, "targets": 30}),
+                          (f"training step, batch 512, {args.targets} frames", {"batch_size": 512})):
+        model, batches, step = fresh(**changes)
+        batch = batches(args.steps)
+        flops = flops_of(lambda: step(model.loss, batch))
+        line(what, "eager", lambda: step(model.loss, batch), len(batch[0]), flops)
+        loss = compiled(model.loss, device)
+        line("", "compiled", lambda: step(loss, batch), len(batch[0]), flops)
+    data = lambda: physics.clips(system, 256, noise=args.noise, size=args.size, device=device)
+    line("data, 256 clips of 30 frames", "eager", data, 256)
+    physics.compile_loops()
+    line("", "compiled", data, 256)
+
+    print("\nThe eager training step against batch size, frames rolled out either way, and picture size:")
+    scaling = {}
+    for name, values in (("batch_size", (16, 64, 256, 1024)), ("window", (30, 100, 300)), ("size", (32, 64, 128))):
+        for value in values:
+            model, batches, step = fresh(**{name: value})
+            batch = batches(args.steps)
+            scaling[f"{name} {value}"] = 1e3 * timed(lambda: step(model.loss, batch), 3)[1]
+        print("  " + "   ".join(f"{name} {value}: {scaling[f'{name} {value}']:.1f} ms" for value in values), flush=True)
+
+    print("\nFrames painted for the loss, after 200 steps: a step's time, and the gradient's variance over its mean squared:")
+    model, batches, step = fresh()
+    for i in range(200):
+        step(model.loss, batches(i))
+    subsets = {}
+    for n in (1, 2, 4, 8, 16, 32):
+        batches.args.targets, gradients = n, []
+        for i in range(24):
+            context, targets, times, noise = batches(args.steps + i)
+            model.zero_grad()
+            model.loss(context, targets, times, args.window, args.beta, noise)[0].backward()
+            gradients.append(torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None]))
+        gradients, batch = torch.stack(gradients), batches(args.steps)
+        subsets[n] = {"ms": 1e3 * timed(lambda: step(model.loss, batch), 3)[1],
+                      "variance": (gradients.var(0).sum() / gradients.mean(0).square().sum()).item()}
+        print(f"  {n:2d} frames: {subsets[n]['ms']:6.1f} ms, variance {subsets[n]['variance']:.2f}", flush=True)
+
+    path = Path("runs") / f"bench-{device.type}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**provenance(), "config": vars(args), "threads": torch.get_num_threads(), "peak_gflop_s": peaks,
+                                "table": table, "scaling_ms": scaling, "targets": subsets}, indent=1))
+    print(f"\nwrote {path}")
 
 
 def main():
     args, folder, resumed = parse()
     device = pick_device(args.device)
+    keep_memory()
     torch.manual_seed(args.seed)
-    if resumed:
-        model, checkpoint = resumed
-    else:
-        try:
-            model = HGN(size=args.size, context=args.context, arch=args.arch, latent=args.latent, integrator=args.integrator,
-                        substeps=args.substeps, f_psi=args.f_psi, deterministic=args.deterministic, background=BACKGROUND)
-        except ValueError as error:
-            fail(str(error))
-        checkpoint = {"step": 0, "seconds": 0.0}
-        folder = new_folder(args)
+    if args.bench:
+        return bench(args, device)
+    model, checkpoint = resumed or (build(args), {"step": 0, "seconds": 0.0})
     model.to(device).train()
-    # Muon for matrices: what tells one orbit from the next is a hundredth of what the encoder sees, and Muon learns small
-    # and large directions alike (40 % less error than Adam alone after 2,500 steps of two_body). Adam for the rest.
-    matrices = [w for w in model.parameters() if w.dim() == 2]
-    optimisers = [torch.optim.Adam([w for w in model.parameters() if w.dim() != 2], args.lr, betas=(0.9, 0.99))]
-    if matrices:                                            # the paper's networks have none
-        optimisers.append(torch.optim.Muon(matrices, args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    check_memory(model, args, device)
+    folder = folder or new_folder(args)
+    optimisers = make_optimisers(model, args.lr, device)
     geco = GECO(args.tolerance)
     if resumed:
         for optimiser, state in zip(optimisers, checkpoint["optimisers"]):
             optimiser.load_state_dict(state)
         geco.beta, geco.mse = checkpoint["geco"]
     if args.compile is None:
-        args.compile = device.type == "cuda"
-    if args.compile and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-        print("no C++ compiler found: running eagerly (install g++ for --compile)")
-    elif args.compile:
-        model.encoder.compile()
-        model.decoder.compile()
+        args.compile = device.type == "cuda" or (args.arch == "compact" and args.steps >= WORTH_COMPILING)
 
     config = {k: v for k, v in vars(args).items() if k not in KEPT} | {"steps": args.steps}
-    batches, start, before = Batches(args, device), time.time(), checkpoint["seconds"]
+    batches = Batches(args, device, None if args.deterministic else model.z_shape)
+    beta = torch.tensor(geco.beta if args.geco else args.beta, device=device)
+    start, before, loss_of = time.time(), checkpoint["seconds"], model.loss
+    if args.compile:
+        loss_of = compiled_or_eager(model, batches(checkpoint["step"]), args.window, beta, device)
     test = TestClips(config, 100, device=device)
     log = open(folder / "metrics.jsonl", "a")
 
@@ -205,27 +444,23 @@ def main():
             scale = min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
             for group in (group for optimiser in optimisers for group in optimiser.param_groups):
                 group["lr"] = args.lr * scale
-            context, targets, times, generator = batches(step)
-            loss, mse, kl = model.loss(context, targets, times, geco.beta if args.geco else args.beta, generator)
-            model.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)    # a late frame gone wrong weighs no more
-            for optimiser in optimisers:
-                optimiser.step()
+            loss, mse, kl = update(model, loss_of, optimisers, batches(step), args.window, beta)
             done = step + 1
             if args.geco:
-                geco.update(mse.item())
+                beta.fill_(geco.update(mse.item()))
             if done % 20 == 0 or done == args.steps:
                 if not math.isfinite(loss.item()):
                     fail(f"the loss is {loss.item()} at step {done}: try a lower --lr; the checkpoint is from before")
                 rate = args.batch_size * (bar.format_dict["rate"] or 0)
                 bar.set_postfix(loss=f"{loss.item():.2e}", mse=f"{mse.item():.2e}", kl=f"{kl.item():.1f}",
                                 clips_s=f"{rate:.0f}")
-                record(done, loss=loss.item(), mse=mse.item(), kl=kl.item(), beta=geco.beta if args.geco else args.beta)
+                record(done, loss=loss.item(), mse=mse.item(), kl=kl.item(), beta=beta.item())
             if done % 250 == 0 and done < args.steps:
                 store(done)
             if done % 2000 == 0 and done < args.steps:
                 look(done)
+    except torch.OutOfMemoryError:
+        fail(f"out of memory at step {done}: try --batch-size {args.batch_size // 2}; the last checkpoint is whole")
     except KeyboardInterrupt:
         store(done)
         bar.close()
