@@ -362,17 +362,18 @@ def bench(args, device):
             scaling[f"{name} {value}"] = 1e3 * timed(lambda: step(model.loss, batch), 3)[1]
         print("  " + "   ".join(f"{name} {value}: {scaling[f'{name} {value}']:.1f} ms" for value in values), flush=True)
 
-    print("\nFrames painted for the loss, after 200 steps: a step's time, and the gradient's variance over its mean squared:")
+    print("\nFrames painted for the loss, after 200 steps: a step's time, and the clipped gradient's variance over its mean squared:")
     model, batches, step = fresh()
     for i in range(200):
         step(model.loss, batches(i))
     subsets = {}
     for n in (1, 2, 4, 8, 16, 32):
         batches.args.targets, gradients = n, []
-        for i in range(24):
+        for i in range(48):
             context, targets, times, noise = batches(args.steps + i)
             model.zero_grad()
             model.loss(context, targets, times, args.window, args.beta, noise)[0].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
             gradients.append(torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None]))
         gradients, batch = torch.stack(gradients), batches(args.steps)
         subsets[n] = {"ms": 1e3 * timed(lambda: step(model.loss, batch), 3)[1],
