@@ -5,12 +5,14 @@
 Writes GIFs (truth above, model below) and metrics.json into the run's folder and prints the same as a table.
 """
 import argparse
+import ctypes
 import json
 import math
 import os
 import platform
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -19,9 +21,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from hgn import HGN
+from nhf import DENSITIES, NHF, RealNVP
 from physics import SYSTEMS, initial_states, jitter, noise_floor, render, simulate
 
 TEST_SEED = 2 ** 40                 # training draws from seeds below 2 ** 40 only (train.py), so never these clips
+MODELS = {"hgn": HGN, "nhf": NHF, "realnvp": RealNVP}
 WINDOW = 30                         # frames of the paper's test clips
 
 
@@ -36,6 +40,17 @@ class Help(argparse.HelpFormatter):
     def _get_help_string(self, action):
         shown = action.choices or type(action.default) in (int, float)
         return f"{action.help} (default: %(default)s)" if shown and action.default is not None else action.help
+
+
+def keep_memory():
+    """glibc hands large freed blocks back to the system, and every tensor then pays for page faults: a tenth of a step
+    on a CPU, a third of the drawing of clips. Tell it to keep them."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2 ** 30)                           # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2 ** 31 - 1)                       # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):                       # another C library
+        pass
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,13 +87,14 @@ def provenance():
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}}
 
 
-def newest_run(system=None):
-    """Path of the most recently written checkpoint under runs/, of one system if named."""
+def newest_run(**wanted):
+    """Path of the most recently written checkpoint under runs/ whose config has these values, where they are not None."""
+    wanted = {k: v for k, v in wanted.items() if v is not None}
     for path in sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, reverse=True):
-        if system is None or read_checkpoint(path)["config"]["system"] == system:
+        if not wanted or wanted.items() <= read_checkpoint(path)["config"].items():
             return path
-    wanted = f"of {system} " if system else ""
-    fail(f"no run {wanted}in ./runs: train one with python train.py --system {system or 'mass_spring'}, "
+    options = " ".join(f"--{k} {v}" for k, v in (wanted or {"system": "mass_spring"}).items())
+    fail(f"no run {'with ' + options + ' ' if wanted else ''}in ./runs: train one with python train.py {options}, "
          "or name a file with --checkpoint")
 
 
@@ -90,8 +106,8 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                              # torch raises many kinds for a damaged file
         fail(f"{path} cannot be read as a checkpoint, perhaps it is truncated ({type(error).__name__}): train again")
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != "hgn":
-        fail(f"{path} is not an HGN checkpoint written by train.py")
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in MODELS:
+        fail(f"{path} is not a checkpoint written by train.py")
     return checkpoint
 
 
@@ -99,10 +115,10 @@ def load(path, device="cpu"):
     """Checkpoint file -> model in eval mode, the checkpoint's dict."""
     checkpoint = read_checkpoint(path)
     try:
-        model = HGN(**checkpoint["model_config"])
+        model = MODELS[checkpoint["kind"]](**checkpoint["model_config"])
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, TypeError, ValueError, KeyError):
-        fail(f"{path} holds another model than this version of hgn.py builds: train again")
+        fail(f"{path} holds another model than this version of the code builds: train again")
     return model.to(device).eval(), checkpoint
 
 
@@ -210,10 +226,156 @@ def movies(model, clips, folder, frames, show=4, reverse=False, speeds=(), sampl
         write_gif(folder / "samples.gif", {"samples from the prior": frames}, dt, scale)
 
 
+class Points:
+    """What a flow learns from: a named density, or the rows of an .npy file, a tenth of them held out by the seed."""
+    def __init__(self, config):
+        self.density, self.rows = DENSITIES.get(config["density"]), None
+        if self.density is None:
+            path = Path(config["data"])
+            try:
+                rows = np.load(path, allow_pickle=False)
+            except (OSError, ValueError, EOFError):
+                fail(f"--data {path} cannot be read: save an array of shape (N, D) with numpy.save")
+            if rows.ndim != 2 or rows.dtype.kind not in "fiu" or len(rows) < 2 or rows.shape[1] < 1:
+                fail(f"--data {path} must hold at least two points, numbers of shape (N, D), not {rows.dtype} {rows.shape}")
+            rows = torch.from_numpy(rows.astype("float64"))
+            if not rows.isfinite().all():
+                fail(f"--data {path} has {(~rows.isfinite()).sum()} values that are not finite: remove those rows")
+            if (rows.std(0) <= 1e-12 * rows.abs().amax(0)).any():
+                fail(f"--data {path}: column {int(rows.std(0).argmin())} is constant: remove it")
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config["seed"]))
+            self.rows, held = rows[order], max(1, len(rows) // 10)
+            self.held_out, self.rows = self.rows[:held].float(), self.rows[held:].float()
+        sample = self.draw(20_000, torch.Generator().manual_seed(TEST_SEED - 1)) if self.density else self.rows
+        self.shift, self.scale = sample.mean(0), sample.std(0, correction=0).clamp(min=1e-12)
+        self.dim = sample.shape[1]
+
+    def draw(self, n, generator):
+        """n training points (n, dim)."""
+        if self.density:
+            return self.density.sample(n, generator)
+        return self.rows[torch.randint(len(self.rows), (n,), generator=generator)]
+
+    def test(self, n):
+        """n fixed test points, never trained on; fewer if fewer were held out."""
+        return self.density.sample(n, torch.Generator().manual_seed(TEST_SEED)) if self.density else self.held_out[:n]
+
+
+@torch.inference_mode()
+def measure_flow(model, points, n=10_000, samples=(1, 16, 256)):
+    """ELBO and log_prob, means over test points in nats; the gap of the NLL to the entropy; the modes; microseconds."""
+    x, generator = points.test(n), torch.Generator().manual_seed(TEST_SEED)
+
+    def mean(function, block=2000, **options):
+        start = time.time()
+        value = torch.cat([function(part, generator=generator, **options) for part in x.split(block)]).mean().item()
+        return value, 1e6 * (time.time() - start) / len(x)
+    result = {"points": len(x), "elbo": mean(model.elbo)[0]}
+    for k in samples:
+        result[f"log_prob_{k}"], result[f"us_per_log_prob_{k}"] = mean(model.log_prob, max(1, 8192 // k), samples=k)
+    start = time.time()
+    drawn = model.sample(n, generator)
+    result["us_per_sample"] = 1e6 * (time.time() - start) / n
+    result["parameters"] = sum(w.numel() for w in model.parameters())
+    if points.density:
+        result["entropy"] = points.density.entropy
+        result["gap"] = -result[f"log_prob_{samples[-1]}"] - result["entropy"]
+        if points.density.parts is not None:
+            share = torch.bincount(points.density.part_of(drawn), minlength=points.density.parts) / n
+            result["mode_weights"] = share.tolist()
+            result["modes_found"] = int((share * points.density.parts >= 0.5).sum())
+    return result
+
+
+def heat(values, title, size=240):
+    """A picture of a field (rows from low y to high y) in black, purple, orange, yellow, with its title."""
+    values = torch.as_tensor(values).flip(0).numpy()
+    low, high = values.min(), values.max()
+    level = (values - low) / (high - low + 1e-12)
+    stops = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]])
+    colour = np.stack([np.interp(level, np.linspace(0, 1, 5), stops[:, i]) for i in range(3)], -1).astype("uint8")
+    image = Image.new("RGB", (size, size + 24))
+    image.paste(Image.fromarray(colour).resize((size, size)), (0, 24))
+    ImageDraw.Draw(image).text((6, 3), title, fill="white", font=ImageFont.load_default(15))
+    return np.asarray(image)
+
+
+def scatter(x, low, high, bins=120):
+    """Points (n, 2) counted on a grid, square-rooted so that faint bridges show: (bins, bins)."""
+    at = ((x[:, :2] - low) / (high - low) * bins).floor().long()
+    at = at[((at >= 0) & (at < bins)).all(1)]
+    return torch.bincount(at[:, 1] * bins + at[:, 0], minlength=bins * bins).view(bins, bins).float().sqrt()
+
+
+@torch.inference_mode()
+def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
+    """density.png: target, learnt density, samples, and V(q) and K(p) of each Hamiltonian; flow.gif: base to data. Of data of
+    more than two dimensions the first two, the others at their mean."""
+    test, generator = points.test(n), torch.Generator().manual_seed(seed)
+    drawn = model.sample(n, generator)
+    if model.dim == 1:                                      # a line, drawn as a plane with noise in y
+        test, drawn = (torch.cat((x, torch.randn(len(x), 1, generator=generator)), 1) for x in (test, drawn))
+    middle, half = test[:, :2].mean(0), 1.25 * (test[:, :2] - test[:, :2].mean(0)).abs().amax(0)
+    low, high = middle - half, middle + half
+    side = (torch.arange(bins) + 0.5) / bins
+
+    def plane(low, high, dim, rest):
+        y, x = torch.meshgrid(side, side, indexing="ij")
+        xy = low + (high - low) * torch.stack((x, y), -1).flatten(0, 1)
+        return torch.cat((xy[:, :dim], rest[2:].expand(len(xy), -1)), 1)
+    rows = [[heat(scatter(test, low, high), "target"), None, heat(scatter(drawn, low, high), "samples")]]
+    grid = plane(low, high, model.dim, points.shift)
+    learnt = torch.cat([model.log_prob(part, 32, generator) for part in grid.split(2000)]).exp().view(bins, bins)
+    rows[0][1] = heat(learnt.sqrt(), "learnt density")
+    if hasattr(model, "H"):
+        reach = torch.full((2,), 3.0)
+        grid = plane(-reach, reach, model.dim, torch.zeros(model.dim))
+        for i, H in enumerate(model.H):
+            q = model.flow(*model.base.sample(2, n, model.dim, generator=generator))[0][:, (i + 1) * model.steps]
+            q = q if model.dim > 1 else torch.cat((q, torch.randn(n, 1, generator=generator)), 1)
+            rows.append([heat(H.V(grid).view(bins, bins), f"V(q) of H {i + 1}"), heat(H.K(grid).view(bins, bins), f"K(p) of H {i + 1}"),
+                         heat(scatter(q, -reach, reach), f"q after H {i + 1}")])
+        qs = model.flow(*model.base.sample(2, n, model.dim, generator=generator))[0] * model.scale + model.shift
+        if model.dim > 1:
+            frames = [torch.lerp(qs[:, t], qs[:, t + 1], f / 6) for t in range(qs.shape[1] - 1) for f in range(6)]
+            frames += [qs[:, -1]] * 18
+            iio.imwrite(folder / "flow.gif", np.stack([heat(scatter(x, low, high), "from base to data", 480) for x in frames]),
+                        duration=60, loop=0)
+    iio.imwrite(folder / "density.png", np.concatenate([np.concatenate(row, 1) for row in rows]))
+
+
+def flow_table(results):
+    """Figures of one or more flows on the same test points, side by side."""
+    print(f"\n{results[next(iter(results))]['points']} test points, nats:" + "".join(f"{name:>14}" for name in results))
+    for key in next(iter(results.values())):
+        cells = [result.get(key) for result in results.values()]
+        if all(isinstance(c, (int, float)) for c in cells):
+            print(f"  {key:<24}" + "".join(f"{c:14d}" if isinstance(c, int) else f"{c:14.3f}" for c in cells))
+
+
+def eval_flow(model, checkpoint, folder, report, seed):
+    """Pictures and figures of a flow; beside NHF's the newest RealNVP run on the same data, if there is one."""
+    config, runs = checkpoint["config"], {checkpoint["kind"]: (model, checkpoint)}
+    points = Points(config)
+    if model.dim != points.dim:
+        fail(f"{folder} holds a flow of dimension {model.dim}, the data have {points.dim}: train on them first")
+    same = {k: config[k] for k in ("density", "data")}
+    for path in sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime):
+        other = read_checkpoint(path)
+        if checkpoint["kind"] == "nhf" and other["kind"] == "realnvp" and same.items() <= other["config"].items():
+            runs["realnvp"] = load(path)
+    results = {name: measure_flow(m, points) | {"seconds_trained": c["seconds"]} for name, (m, c) in runs.items()}
+    flow_pictures(model, points, folder, seed=seed)
+    (folder / "metrics.json").write_text(json.dumps(report | {"metrics": results}, indent=1))
+    flow_table(results)
+    print(f"\nwrote density.png, {'flow.gif ' if (folder / 'flow.gif').exists() else ''}and metrics.json into {folder}")
+
+
 def main():
     parser = Parser(description=__doc__.split("\n")[0], formatter_class=Help)
     parser.add_argument("--checkpoint", metavar="PATH", help="a checkpoint file (default: the newest run)")
     parser.add_argument("--system", choices=SYSTEMS, help="take the newest run of this system")
+    parser.add_argument("--density", choices=DENSITIES, help="take the newest run of this density")
     parser.add_argument("--frames", type=at_least(2), default=90, help="frames to roll out; the paper's clips have 30")
     parser.add_argument("--clips", type=at_least(2), default=256, help="test clips to measure on")
     parser.add_argument("--reverse", action="store_true", help="write reverse.gif: from the last state to the first")
@@ -227,23 +389,27 @@ def main():
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     args = parser.parse_args()
 
-    path = Path(args.checkpoint) if args.checkpoint else newest_run(args.system)
+    keep_memory()
+    path = Path(args.checkpoint) if args.checkpoint else newest_run(system=args.system, density=args.density)
     device = pick_device(args.device)
     model, checkpoint = load(path, device)
     config, folder = checkpoint["config"], path.parent
-    if args.system not in (None, config["system"]):
-        fail(f"{path} was trained on {config['system']}, not {args.system}")
+    for name in ("system", "density"):
+        if getattr(args, name) not in (None, config[name]):
+            fail(f"{path} was trained on {config['system'] or config['density'] or config['data']}, not {getattr(args, name)}")
     if not os.access(folder, os.W_OK):
         fail(f"cannot write into {folder}: copy the checkpoint to a folder of your own")
+    report = {**provenance(), "seed": args.seed, "test_seed": TEST_SEED, "checkpoint": str(path), "config": config,
+              "training": {k: checkpoint[k] for k in ("command", "versions", "step", "seconds")}}
+    if checkpoint["kind"] != "hgn":
+        return eval_flow(model.cpu(), checkpoint, folder, report, args.seed)
     clips = TestClips(config, args.clips, device=device)
     result = measure(model, clips, args.frames)
     if clips.noise:
         generator = torch.Generator().manual_seed(TEST_SEED + 1)
         result["noise_floor"] = noise_floor(clips.system, clips.noise, clips.size, generator=generator)
     movies(model, clips, folder, args.frames, args.show, args.reverse, args.speed, args.sample, args.seed, args.scale)
-    report = {**provenance(), "seed": args.seed, "test_seed": TEST_SEED, "checkpoint": str(path), "config": config,
-              "training": {k: checkpoint[k] for k in ("command", "versions", "step", "seconds")}, "metrics": result}
-    (folder / "metrics.json").write_text(json.dumps(report, indent=1))
+    (folder / "metrics.json").write_text(json.dumps(report | {"metrics": result}, indent=1))
     table(result, config)
     print(f"\nwrote {', '.join(sorted(p.name for p in folder.glob('*.gif')))} and metrics.json into {folder}")
 

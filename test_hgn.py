@@ -13,6 +13,7 @@ import torch
 import eval as evaluation
 import train
 from hgn import ARCHITECTURES, GECO, HGN, ConvHamiltonian, Separable, euler, leapfrog
+from nhf import BASES, DENSITIES, NHF, RealNVP
 from physics import BACKGROUND, SYSTEMS, clips, initial_states, noise_floor, render, simulate
 
 HERE = Path(__file__).parent
@@ -320,6 +321,112 @@ def test_hgn_names_the_bad_argument(option):
         HGN().encode(torch.zeros(1, 3, 3, 32, 32))
 
 
+# ---------------------------------------------------------------- nhf.py
+
+def flow(dim=2, **options):
+    """A flow with weights as large as training makes them, in float32."""
+    torch.manual_seed(0)
+    model = NHF(dim, hamiltonians=3, steps=2, width=32, **options)
+    with torch.no_grad():
+        for parameter in model.H.parameters():
+            parameter.mul_(1.5)
+    return model
+
+
+@pytest.mark.parametrize("dim", (2, 16))
+@pytest.mark.parametrize("kinetic", ("mlp", "quadratic"))
+def test_the_flow_preserves_volume_and_inverts(dim, kinetic):
+    model = flow(dim, kinetic=kinetic)
+    q, p = torch.randn(2, 4, dim, generator=seeded()).unbind(0)
+    qs, ps = model.flow(q, p)
+    assert qs.shape == (4, 7, dim) and (qs[:, -1] - q).norm() > 0.5
+    back = model.flow(qs[:, -1], ps[:, -1], reverse=True)
+    torch.testing.assert_close((back[0].flip(1), back[1].flip(1)), (qs, ps), rtol=0, atol=1e-5)
+    last = lambda s: torch.cat([x[0, -1] for x in model.flow(s[None, :dim], s[None, dim:])])
+    J = torch.autograd.functional.jacobian(last, torch.cat((q[0], p[0])))
+    assert abs(J.double().det().abs() - 1) < 1e-5
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_log_prob_is_the_density_of_the_samples(base):
+    """In one dimension: against the marginal of the joint density by quadrature over p, and its integral over x."""
+    model = flow(1, base=base, shift=2.0, scale=3.0)
+    x, p = torch.linspace(-25, 29, 400), torch.linspace(-12, 12, 1500)
+    with torch.no_grad():
+        q = ((x - 2) / 3).repeat_interleave(len(p)).unsqueeze(1)
+        q0, p0 = (s[:, -1] for s in model.flow(q, p.repeat(len(x)).unsqueeze(1), reverse=True))
+        joint = (model.base.log_prob(q0) + model.base.log_prob(p0)).view(len(x), -1)
+        truth = (joint.exp().sum(1) * (p[1] - p[0]) / 3)
+        assert truth.sum() * (x[1] - x[0]) == pytest.approx(1, abs=2e-3)
+        near = truth > 0.01
+        x, truth = x[near].unsqueeze(1), truth[near].log()
+        elbo = torch.stack([model.elbo(x, seeded(i)) for i in range(200)]).mean(0)
+        few, many = (torch.stack([model.log_prob(x, k, seeded(i)) for i in range(20)]).mean(0) for k in (8, 2000))
+        drawn = model.sample(20_000, seeded(1))
+    assert (elbo.mean() < few.mean() - 0.01) and few.mean() < truth.mean() + 0.01      # a bound that tightens with samples
+    assert (many - truth).abs().mean() < 0.05
+    mean = (truth.exp() * x[:, 0]).sum() / truth.exp().sum()
+    assert drawn.mean() == pytest.approx(mean.item(), abs=0.4)
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_densities_have_the_entropy_they_say(name):
+    density = DENSITIES[name]
+    a, b = density.sample(20_000, seeded(4)), density.sample(20_000, seeded(4))
+    assert torch.equal(a, b) and a.shape == (20_000, 2) and a.isfinite().all()
+    # Kozachenko and Leonenko's estimator: the entropy from the distances to nearest neighbours alone.
+    a = a[:8000].double()
+    nearest = torch.cat([torch.cdist(part, a).kthvalue(4, 1).values for part in a.split(1000)])       # the third besides itself
+    digamma = lambda n: torch.digamma(torch.tensor(float(n))).item()
+    estimate = digamma(len(a)) - digamma(3) + math.log(math.pi) + 2 * nearest.log().mean().item()
+    assert estimate == pytest.approx(density.entropy, abs=0.06)
+    if density.log_prob:
+        assert -density.log_prob(b).mean().item() == pytest.approx(density.entropy, abs=0.02)
+        side = torch.linspace(-8, 8, 500)
+        grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).view(-1, 2)
+        total = sum(density.log_prob(part).exp().sum() for part in grid.split(10_000)) * (side[1] - side[0]) ** 2
+        assert total.item() == pytest.approx(1, abs=0.02)
+
+
+def test_realnvp_is_a_density_of_the_same_size():
+    nhf = NHF()
+    model = RealNVP.like(nhf)
+    a, b = (sum(w.numel() for w in m.parameters()) for m in (nhf, model))
+    assert abs(a / b - 1) < 0.02
+    with torch.no_grad():
+        for w in model.parameters():
+            w.mul_(1.5)
+        side = torch.linspace(-12, 12, 400)
+        grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).view(-1, 2)
+        assert model.log_prob(grid).exp().sum() * (side[1] - side[0]) ** 2 == pytest.approx(1, abs=0.01)
+        assert model.sample(20_000, seeded()).mean(0) == pytest.approx(
+            ((model.log_prob(grid).exp().unsqueeze(1) * grid).sum(0) * (side[1] - side[0]) ** 2).numpy(), abs=0.1)
+
+
+def test_a_flow_learns():
+    """Two separated Gaussians in three dimensions: the NLL comes near the entropy within a few hundred steps."""
+    torch.manual_seed(0)
+    model = NHF(3, hamiltonians=4, width=32, scale=(2.0, 0.5, 0.5))
+    optimisers = train.make_optimisers(model, 5e-3, torch.device("cpu"))
+    for i in range(250):
+        x = 0.5 * torch.randn(256, 3, generator=seeded(i))
+        x[::2, 0] += 2
+        x[1::2, 0] -= 2
+        model.zero_grad()
+        (-model.elbo(x, seeded(1000 + i)).mean()).backward()
+        for optimiser in optimisers:
+            optimiser.step()
+    with torch.no_grad():
+        nll = -model.log_prob(x, 64, seeded(1)).mean().item()
+    assert nll < 3 * (0.5 * math.log(2 * math.pi * math.e) + math.log(0.5)) + math.log(2) + 0.25
+
+
+@pytest.mark.parametrize("option", ({"dim": 0}, {"hamiltonians": 0}, {"steps": 0}, {"width": 0}, {"kinetic": "x"}, {"base": "x"}))
+def test_nhf_names_the_bad_argument(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        NHF(**option)
+
+
 # ---------------------------------------------------------------- the commands
 
 def run(main, monkeypatch, *words):
@@ -472,12 +579,63 @@ def test_where_nothing_compiles_it_says_so_and_goes_on(tmp_path, monkeypatch, ca
     assert Path("runs/mass_spring/checkpoint.pt").exists()
 
 
-BAD_TRAIN = ("--system pluto", "--size 20", "--size 500", "--size x", "--noise -1", "--noise loud", "--window 0", "--targets 0",
+@pytest.fixture(scope="module")
+def flows(tmp_path_factory):
+    """A folder with a run on points of three dimensions in odd units, and its RealNVP."""
+    import numpy as np
+    folder = tmp_path_factory.mktemp("flows")
+    np.save(folder / "points.npy", np.random.default_rng(0).normal(size=(500, 3)) * [1e3, 1e-3, 1] + [5e4, 0, -1])
+    for model in ("nhf", "realnvp"):
+        words = ("--data", "points.npy", "--model", model, "--steps", 60, "--batch-size", 64)
+        subprocess.run([sys.executable, str(HERE / "train.py"), *map(str, words)], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def test_a_flow_through_both_commands(flows, monkeypatch, capsys):
+    monkeypatch.chdir(flows)
+    run(evaluation.main, monkeypatch, "--checkpoint", "runs/points/checkpoint.pt")
+    assert {"density.png", "flow.gif", "metrics.json"} <= {p.name for p in Path("runs/points").iterdir()}
+    metrics = json.load(open("runs/points/metrics.json"))["metrics"]
+    truth = 3 * 0.5 * math.log(2 * math.pi * math.e) + math.log(1e3 * 1e-3)                 # entropy in the user's units
+    for name in ("nhf", "realnvp"):
+        assert -metrics[name]["log_prob_256"] == pytest.approx(truth, abs=0.5) and metrics[name]["points"] == 50
+    assert metrics["nhf"]["elbo"] <= metrics["nhf"]["log_prob_256"] + 0.05
+    run(train.main, monkeypatch, "--resume", "runs/points/checkpoint.pt", "--steps", 80)
+    run(train.main, monkeypatch, "--data", "points.npy", "--steps", 80, "--batch-size", 64, "--name", "whole")
+    assert torch.load("runs/points/checkpoint.pt", weights_only=True)["step"] == 80
+    assert "nll" in Path("runs/whole/metrics.jsonl").read_text()
+
+
+def test_modes_and_gap_of_a_perfect_flow():
+    density = DENSITIES["eight_gaussians"]
+
+    class Perfect(torch.nn.Module):
+        elbo = staticmethod(lambda x, generator=None: density.log_prob(x))
+        log_prob = staticmethod(lambda x, samples=1, generator=None: density.log_prob(x))
+        sample = staticmethod(lambda n, generator: density.sample(n, generator))
+    result = evaluation.measure_flow(Perfect(), evaluation.Points({"density": "eight_gaussians"}))
+    assert abs(result["gap"]) < 0.03 and result["modes_found"] == 8 and max(result["mode_weights"]) < 0.15
+    assert sum(result["mode_weights"]) == pytest.approx(1)
+
+
+def write_bad_points(folder):
+    import numpy as np
+    good = np.random.default_rng(0).normal(size=(20, 2))
+    for name, array in (("nan", np.where(good > 0.5, np.nan, good)), ("constant", good * [1, 0]), ("one", good[:1]), ("flat", good[:, 0]),
+                        ("words", np.array([["a", "b"], ["c", "d"]]))):
+        np.save(folder / f"{name}.npy", array)
+    np.save(folder / "objects.npy", np.array([{"a": 1}, None]), allow_pickle=True)
+
+
+BAD_TRAIN = ("--density blob", "--density rings --system pendulum", "--density rings --model hgn", "--model nhf",
+             "--system pendulum --model realnvp", "--density rings --hamiltonians 0", "--density rings --kinetic x",
+             "--density rings --base x", "--density rings --samples 0", "--data nowhere.npy", "--data bad.pt", "--data nan.npy",
+             "--data constant.npy", "--data one.npy", "--data flat.npy", "--data words.npy", "--data objects.npy", "--system pluto", "--size 20", "--size 500", "--size x", "--noise -1", "--noise loud", "--window 0", "--targets 0",
              "--arch big", "--latent 0", "--context 0", "--context 50", "--integrator rk4", "--substeps 0", "--steps 0",
              "--steps 1.5", "--batch-size 0", "--batch-size 10000000", "--lr 0", "--lr nan", "--beta -1", "--tolerance 0", "--seed -1",
              f"--seed {2 ** 40}", "--name taken", "--name ../up", "--resume nowhere.pt", "--resume bad.pt", "--resume other.pt",
              "--device tpu", "--device cuda:77", "--colour red")
-BAD_EVAL = ("--checkpoint nowhere.pt", "--checkpoint bad.pt", "--checkpoint other.pt", "--checkpoint cut.pt", "--system pluto",
+BAD_EVAL = ("--density rings", "--density blob", "--checkpoint nowhere.pt", "--checkpoint bad.pt", "--checkpoint other.pt", "--checkpoint cut.pt", "--system pluto",
             "--system two_body", "--frames 0", "--frames x", "--clips 0", "--speed 0", "--speed -1", "--speed inf", "--sample -1",
             "--scale 0", "--seed x", "--device tpu")
 
@@ -487,6 +645,7 @@ def test_a_mistake_gets_one_line_and_status_2(main, words, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/taken").mkdir(parents=True)
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
+    write_bad_points(tmp_path)
     whole = (trained / "runs/mass_spring/checkpoint.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
     torch.save({"kind": "something else"}, tmp_path / "other.pt")
@@ -511,7 +670,7 @@ def test_unwritable_folder(main, tmp_path, monkeypatch, capsys, trained):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name, companions", (("hgn", ()), ("physics", ())))
+@pytest.mark.parametrize("name, companions", (("hgn", ()), ("physics", ()), ("nhf", ("hgn",))))
 def test_stands_alone(name, companions, tmp_path):
     for file in (name, *companions):
         shutil.copy(HERE / f"{file}.py", tmp_path)

@@ -1,6 +1,7 @@
-"""Train a Hamiltonian Generative Network from pixels.
+"""Train a Hamiltonian Generative Network from pixels, or a Neural Hamiltonian Flow on points.
 
     python train.py --system three_body         # writes runs/three_body/
+    python train.py --density two_moons         # a flow; --data points.npy for points of your own
     python train.py --resume                    # goes on with the newest run
 
     python train.py --bench                     # how fast all this is here
@@ -8,7 +9,6 @@
 Every batch is simulated and rendered afresh: nothing but the run's folder is written.
 """
 import argparse
-import ctypes
 import gc
 import itertools
 import json
@@ -26,11 +26,14 @@ from tqdm import tqdm
 import hgn
 import physics
 
-from eval import (Help, Parser, TestClips, at_least, fail, load, measure, movies, newest_run, pick_device, provenance,
-                  table)
+from eval import (MODELS, Help, Parser, Points, TestClips, at_least, fail, flow_table, keep_memory, load, measure,
+                  measure_flow, movies, newest_run, pick_device, provenance, table)
 from hgn import ARCHITECTURES, GECO, HGN, INTEGRATORS
+from nhf import BASES, DENSITIES, NHF, RealNVP
 from physics import BACKGROUND, SYSTEMS, initial_states, jitter, render, simulate
 
+DEFAULTS = {"hgn": {"steps": 6000, "batch_size": 16, "lr": 3e-3}, "nhf": {"steps": 5000, "batch_size": 512, "lr": 2e-2},
+            "realnvp": {"steps": 10000, "batch_size": 512, "lr": 5e-3}}        # twice as fast a step
 POOL = 64                           # batches whose trajectories are simulated together
 KEPT = ("steps", "device", "compile", "resume", "name", "bench")     # options that --resume may change
 WORTH_COMPILING = 5000              # steps on a CPU: 10 ms a step saved, up to a minute of compilation (README, "Speed")
@@ -43,12 +46,15 @@ def noise(text):
 def parse():
     parser = Parser(description=__doc__.split("\n")[0], formatter_class=Help)
     data = parser.add_argument_group("data")
-    data.add_argument("--system", choices=SYSTEMS, default="mass_spring", help="what to learn")
+    data.add_argument("--system", choices=SYSTEMS, help="what to learn (default: mass_spring)")
+    data.add_argument("--density", choices=DENSITIES, help="learn this density instead, with a flow")
+    data.add_argument("--data", metavar="POINTS.npy", help="learn the density of these points, (N, D), with a flow")
     data.add_argument("--size", type=int, default=32, help="pixels a side, a multiple of 8 from 16 to 128")
     data.add_argument("--noise", type=noise, default=0.0, help="sigma on every coordinate before painting, or 'paper'")
     data.add_argument("--window", type=at_least(1), default=30, help="frames to learn from, before and after frame 0")
     data.add_argument("--targets", type=at_least(1), default=8, help="random frames of the window painted for the loss")
     model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=MODELS, help="hgn for a system; nhf (the default) or realnvp for a density")
     model.add_argument("--arch", choices=ARCHITECTURES, default="compact", help="paper: the published networks")
     model.add_argument("--latent", type=at_least(1), help="numbers in q (default: 4 per body), or maps in q (paper: 16)")
     model.add_argument("--context", type=at_least(1), default=5,
@@ -57,10 +63,16 @@ def parse():
     model.add_argument("--substeps", type=at_least(1), default=1, help="integrator steps from one frame to the next")
     model.add_argument("--no-f-psi", dest="f_psi", action="store_false", help="ablation: z itself is the initial state")
     model.add_argument("--deterministic", action="store_true", help="ablation: no sampling of z and no KL")
+    flow = parser.add_argument_group("flow")
+    flow.add_argument("--hamiltonians", type=at_least(1), default=8, help="in a row, each one leapfrog step")
+    flow.add_argument("--kinetic", choices=("mlp", "quadratic"), default="mlp", help="K(p): as in the paper, or c p^2 / 2")
+    flow.add_argument("--base", choices=BASES, default="gaussian", help="density that the flow starts from")
+    flow.add_argument("--samples", type=at_least(1), default=1, help="draws of p a point in the bound to train on; 1: the ELBO")
     train = parser.add_argument_group("training")
-    train.add_argument("--steps", type=at_least(1), default=6000, help="training steps")
-    train.add_argument("--batch-size", type=at_least(1), default=16, help="clips a step")
-    train.add_argument("--lr", type=at_least(0, float, above=True), default=3e-3, help="highest learning rate")
+    for name, kind, text in (("steps", at_least(1), "training steps"), ("batch-size", at_least(1), "clips or points a step"),
+                             ("lr", at_least(0, float, above=True), "highest learning rate")):
+        default = ", ".join(f"{model} {values[name.replace('-', '_')]}" for model, values in DEFAULTS.items())
+        train.add_argument(f"--{name}", type=kind, help=f"{text} (default: {default})")
     train.add_argument("--beta", type=at_least(0, float), default=1e-3, help="weight of the KL, see HGN.loss")
     train.add_argument("--geco", action="store_true", help="the paper's constrained loss instead of a fixed beta")
     train.add_argument("--tolerance", type=at_least(0, float, above=True), default=2e-4,
@@ -73,8 +85,8 @@ def parse():
     run.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction,
                      help="compile the training step: up to a minute at first, seconds from then on; on a CPU it takes a "
-                          "quarter off every step of the compact model, so the default is to compile it there from "
-                          f"{WORTH_COMPILING} steps, and everything on a GPU")
+                          "quarter off every step, so the default there is to compile the compact model from "
+                          f"{WORTH_COMPILING} steps and nothing else; on a GPU everything")
     run.add_argument("--bench", action="store_true", help="measure instead of training: a table, and runs/bench-DEVICE.json")
     args = parser.parse_args()
     if args.seed >= 2 ** 20:
@@ -82,6 +94,18 @@ def parse():
     if not args.resume:
         if args.name and Path(args.name).name != args.name:
             fail(f"--name {args.name} is not the name of a folder")
+        given = [f"--{k} {getattr(args, k)}" for k in ("system", "density", "data") if getattr(args, k)]
+        if len(given) > 1:
+            fail(f"{given[0]} and {given[1]} exclude each other: give one")
+        flow = bool(args.density or args.data)
+        args.model = args.model or ("nhf" if flow else "hgn")
+        if flow == (args.model == "hgn"):
+            fail(f"--model {args.model} needs {'--system NAME' if flow else '--density NAME or --data POINTS.npy'}")
+        for k, v in DEFAULTS[args.model].items():
+            setattr(args, k, getattr(args, k) or v)
+        if flow:
+            return args, None, None
+        args.system = args.system or "mass_spring"
         if args.latent is None and args.arch == "compact":
             args.latent = 4 * len(SYSTEMS[args.system].colours)
         if args.context > args.window + 1:
@@ -106,8 +130,8 @@ def parse():
 
 def new_folder(args):
     """runs/<name>/, never one that holds a run already."""
-    numbered = (f"{args.system}-{i}" for i in itertools.count(2))
-    for name in [args.name] if args.name else itertools.chain([args.system], numbered):
+    first = args.system or (args.density or Path(args.data).stem) + ("-realnvp" if args.model == "realnvp" else "")
+    for name in [args.name] if args.name else itertools.chain([first], (f"{first}-{i}" for i in itertools.count(2))):
         folder = Path("runs") / name
         if not folder.exists():
             try:
@@ -155,6 +179,10 @@ class Batches:
 
 def build(args):
     """The model that args describe."""
+    if args.density or args.data:
+        points = Points(vars(args))
+        flow = NHF(points.dim, args.hamiltonians, kinetic=args.kinetic, base=args.base, shift=points.shift, scale=points.scale)
+        return flow if args.model == "nhf" else RealNVP.like(flow)
     try:
         return HGN(size=args.size, context=args.context, arch=args.arch, latent=args.latent, integrator=args.integrator,
                    substeps=args.substeps, f_psi=args.f_psi, deterministic=args.deterministic, background=BACKGROUND)
@@ -196,34 +224,22 @@ def compiled(function, device):
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
-def compiled_or_eager(model, batch, reach, beta, device):
-    """The loss compiled, after a first call that shows whether compiling works here; else the plain one and a line."""
-    print(f"compiling rollout, encoder, decoder and loss for {device}: up to a minute, or seconds from the cache")
-    context, targets, times, noise = batch
+def compiled_or_eager(function, device, *example):
+    """`function` compiled, after a first call and backward that show whether compiling works here; else as it is, and a line."""
+    print(f"compiling the training step for {device}: up to a minute, or seconds from the cache")
     try:
         if device.type != "cpu":                            # there it would save less than it takes
             physics.compile_loops()
-        loss = compiled(model.loss, device)
-        loss(context, targets, times, reach, beta, noise)[0].backward()
+        fast = compiled(function, device)
+        fast(*example)[0].mean().backward()
         gc.collect()
         gc.freeze()                                         # a million of the compiler's objects slow Python down
-        return loss
+        return fast
     except torch.OutOfMemoryError:
         raise
     except Exception as error:                              # no compiler, no Triton, a Python too new for this torch, ...
         print(f"cannot compile here, running eagerly: {' '.join(str(error).split())[:150]}")
-        return model.loss
-
-
-def keep_memory():
-    """glibc hands large freed blocks back to the system, and every tensor then pays for page faults: a tenth of a step
-    on a CPU, a third of the drawing of clips. Tell it to keep them."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2 ** 30)                           # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2 ** 31 - 1)                       # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):                       # another C library
-        pass
+        return function
 
 
 def bytes_per_clip(model, args):
@@ -387,33 +403,73 @@ def bench(args, device):
     print(f"\nwrote {path}")
 
 
+def learn_pixels(args, device, model, geco, first):
+    """HGN's part of a run: advance(step, optimisers) makes a training step and returns what to log, look(folder) measures the
+    model and writes its movie."""
+    batches = Batches(args, device, None if args.deterministic else model.z_shape)
+    beta = torch.tensor(geco.beta if args.geco else args.beta, device=device)
+    test, loss_of = TestClips(vars(args), 100, device=device), model.loss
+    if args.compile is None:
+        args.compile = device.type == "cuda" or (args.arch == "compact" and args.steps >= WORTH_COMPILING)
+    if args.compile:
+        context, targets, times, noise = batches(first)
+        loss_of = compiled_or_eager(model.loss, device, context, targets, times, args.window, beta, noise)
+
+    def advance(step, optimisers):
+        loss, mse, kl = update(model, loss_of, optimisers, batches(step), args.window, beta)
+        if args.geco:
+            beta.fill_(geco.update(mse.item()))
+        return {"loss": loss, "mse": mse, "kl": kl, "beta": beta}
+
+    def look(folder):
+        movies(model, test, folder, 90)
+        return measure(model, test)
+    return advance, look
+
+
+def learn_density(args, device, model, geco, first):
+    """The same of a flow, which is small enough to stay on the CPU."""
+    points, weights_of = Points(vars(args)), model.log_weights
+    if args.compile:
+        shape = (args.batch_size, points.dim)
+        weights_of = compiled_or_eager(weights_of, device, torch.zeros(shape), torch.zeros(args.samples, *shape))
+
+    def advance(step, optimisers):
+        generator = torch.Generator().manual_seed((args.seed << 20) + step)
+        x = points.draw(args.batch_size, generator)
+        log_w = weights_of(x, torch.randn(args.samples, *x.shape, generator=generator))
+        nll = math.log(len(log_w)) - log_w.logsumexp(0).mean()
+        model.zero_grad()
+        nll.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+        return {"loss": nll, "elbo": log_w.mean(), "nll": nll}
+
+    def look(folder):
+        return measure_flow(model, points, 2000, (1, 64))
+    return advance, look
+
+
 def main():
     args, folder, resumed = parse()
-    device = pick_device(args.device)
+    device = pick_device(args.device if args.system else "cpu")
     keep_memory()
     torch.manual_seed(args.seed)
     if args.bench:
         return bench(args, device)
     model, checkpoint = resumed or (build(args), {"step": 0, "seconds": 0.0})
     model.to(device).train()
-    check_memory(model, args, device)
-    folder = folder or new_folder(args)
-    optimisers = make_optimisers(model, args.lr, device)
-    geco = GECO(args.tolerance)
+    if args.system:
+        check_memory(model, args, device)
+    optimisers, geco = make_optimisers(model, args.lr, device), GECO(args.tolerance)
     if resumed:
         for optimiser, state in zip(optimisers, checkpoint["optimisers"]):
             optimiser.load_state_dict(state)
         geco.beta, geco.mse = checkpoint["geco"]
-    if args.compile is None:
-        args.compile = device.type == "cuda" or (args.arch == "compact" and args.steps >= WORTH_COMPILING)
-
+    folder, start, before = folder or new_folder(args), time.time(), checkpoint["seconds"]
     config = {k: v for k, v in vars(args).items() if k not in KEPT} | {"steps": args.steps}
-    batches = Batches(args, device, None if args.deterministic else model.z_shape)
-    beta = torch.tensor(geco.beta if args.geco else args.beta, device=device)
-    start, before, loss_of = time.time(), checkpoint["seconds"], model.loss
-    if args.compile:
-        loss_of = compiled_or_eager(model, batches(checkpoint["step"]), args.window, beta, device)
-    test = TestClips(config, 100, device=device)
+    advance, look = (learn_pixels if args.system else learn_density)(args, device, model, geco, checkpoint["step"])
     log = open(folder / "metrics.jsonl", "a")
 
     def record(step, **values):
@@ -422,15 +478,14 @@ def main():
 
     def store(step):
         save(folder / "checkpoint.pt", {
-            "kind": "hgn", "model": model.state_dict(), "model_config": model.config,
+            "kind": args.model, "model": model.state_dict(), "model_config": model.config,
             "optimisers": [optimiser.state_dict() for optimiser in optimisers],
             "geco": (geco.beta, geco.mse), "step": step, "config": config, "seed": args.seed,
             "seconds": before + time.time() - start, **provenance()})
 
-    def look(step):
+    def evaluate(step):
         model.eval()
-        movies(model, test, folder, 90)
-        result = measure(model, test)
+        result = look(folder)
         record(step, **{k: v for k, v in result.items() if isinstance(v, float)})
         model.train()
         return result
@@ -445,21 +500,19 @@ def main():
             scale = min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
             for group in (group for optimiser in optimisers for group in optimiser.param_groups):
                 group["lr"] = args.lr * scale
-            loss, mse, kl = update(model, loss_of, optimisers, batches(step), args.window, beta)
+            values = advance(step, optimisers)
             done = step + 1
-            if args.geco:
-                beta.fill_(geco.update(mse.item()))
             if done % 20 == 0 or done == args.steps:
-                if not math.isfinite(loss.item()):
-                    fail(f"the loss is {loss.item()} at step {done}: try a lower --lr; the checkpoint is from before")
-                rate = args.batch_size * (bar.format_dict["rate"] or 0)
-                bar.set_postfix(loss=f"{loss.item():.2e}", mse=f"{mse.item():.2e}", kl=f"{kl.item():.1f}",
-                                clips_s=f"{rate:.0f}")
-                record(done, loss=loss.item(), mse=mse.item(), kl=kl.item(), beta=beta.item())
+                values = {k: v.item() for k, v in values.items()}
+                if not math.isfinite(values["loss"]):
+                    fail(f"the loss is {values['loss']} at step {done}: try a lower --lr; the checkpoint is from before")
+                bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()},
+                                per_s=f"{args.batch_size * (bar.format_dict['rate'] or 0):.0f}")
+                record(done, **values)
             if done % 250 == 0 and done < args.steps:
                 store(done)
             if done % 2000 == 0 and done < args.steps:
-                look(done)
+                evaluate(done)
     except torch.OutOfMemoryError:
         fail(f"out of memory at step {done}: try --batch-size {args.batch_size // 2}; the last checkpoint is whole")
     except KeyboardInterrupt:
@@ -468,10 +521,13 @@ def main():
         print(f"stopped after step {done}: go on with python train.py --resume {folder}/checkpoint.pt")
         raise SystemExit(130)
     store(args.steps)
-    result = look(args.steps)
-    table(result, config)
-    print(f"\n{before + time.time() - start:.0f} s. Look at {folder}/rollout.gif, then: "
-          "python eval.py --reverse --speed 2 --sample 4")
+    result, seconds = evaluate(args.steps), before + time.time() - start
+    if args.system:
+        table(result, config)
+        print(f"\n{seconds:.0f} s. Look at {folder}/rollout.gif, then: python eval.py --reverse --speed 2 --sample 4")
+    else:
+        flow_table({args.model: result})
+        print(f"\n{seconds:.0f} s. Then: python eval.py --checkpoint {folder}/checkpoint.pt")
 
 
 if __name__ == "__main__":
