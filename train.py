@@ -285,6 +285,9 @@ def bench(args, device):
             call()
             wait()
             times.append(time.perf_counter() - start)
+            if len(times) == 1:
+                gc.collect()
+                gc.freeze()                                 # see compiled_or_eager
         return times[0], statistics.median(times[1:])
 
     def line(what, how, call, clips, flops=0):
