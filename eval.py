@@ -290,8 +290,8 @@ def measure_flow(model, points, n=10_000, samples=(1, 16, 256)):
 def heat(values, title, size=240):
     """A picture of a field (rows from low y to high y) in black, purple, orange, yellow, with its title."""
     values = torch.as_tensor(values).flip(0).numpy()
-    low, high = values.min(), values.max()
-    level = (values - low) / (high - low + 1e-12)
+    low, high = values.min(), np.quantile(values, 0.999)    # one outlier shall not darken the rest
+    level = np.clip((values - low) / (high - low + 1e-12), 0, 1)
     stops = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]])
     colour = np.stack([np.interp(level, np.linspace(0, 1, 5), stops[:, i]) for i in range(3)], -1).astype("uint8")
     image = Image.new("RGB", (size, size + 24))
@@ -337,10 +337,10 @@ def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
                          heat(scatter(q, -reach, reach), f"q after H {i + 1}")])
         qs = model.flow(*model.base.sample(2, n, model.dim, generator=generator))[0] * model.scale + model.shift
         if model.dim > 1:
-            frames = [torch.lerp(qs[:, t], qs[:, t + 1], f / 6) for t in range(qs.shape[1] - 1) for f in range(6)]
-            frames += [qs[:, -1]] * 18
-            iio.imwrite(folder / "flow.gif", np.stack([heat(scatter(x, low, high), "from base to data", 480) for x in frames]),
-                        duration=60, loop=0)
+            frames = [torch.lerp(qs[:, t], qs[:, t + 1], f / 4) for t in range(qs.shape[1] - 1) for f in range(4)]
+            frames += [qs[:, -1]] * 8
+            iio.imwrite(folder / "flow.gif", np.stack([heat(scatter(x, low, high), "from base to data") for x in frames]),
+                        duration=100, loop=0)
     iio.imwrite(folder / "density.png", np.concatenate([np.concatenate(row, 1) for row in rows]))
 
 

@@ -64,7 +64,8 @@ def parse():
     model.add_argument("--no-f-psi", dest="f_psi", action="store_false", help="ablation: z itself is the initial state")
     model.add_argument("--deterministic", action="store_true", help="ablation: no sampling of z and no KL")
     flow = parser.add_argument_group("flow")
-    flow.add_argument("--hamiltonians", type=at_least(1), default=8, help="in a row, each one leapfrog step")
+    flow.add_argument("--hamiltonians", type=at_least(1), default=8, help="how many in a row")
+    flow.add_argument("--leapfrog-steps", type=at_least(1), default=1, help="of each Hamiltonian")
     flow.add_argument("--kinetic", choices=("mlp", "quadratic"), default="mlp", help="K(p): as in the paper, or c p^2 / 2")
     flow.add_argument("--base", choices=BASES, default="gaussian", help="density that the flow starts from")
     flow.add_argument("--samples", type=at_least(1), default=1, help="draws of p a point in the bound to train on; 1: the ELBO")
@@ -181,7 +182,7 @@ def build(args):
     """The model that args describe."""
     if args.density or args.data:
         points = Points(vars(args))
-        flow = NHF(points.dim, args.hamiltonians, kinetic=args.kinetic, base=args.base, shift=points.shift, scale=points.scale)
+        flow = NHF(points.dim, args.hamiltonians, args.leapfrog_steps, kinetic=args.kinetic, base=args.base, shift=points.shift, scale=points.scale)
         return flow if args.model == "nhf" else RealNVP.like(flow)
     try:
         return HGN(size=args.size, context=args.context, arch=args.arch, latent=args.latent, integrator=args.integrator,
