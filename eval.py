@@ -18,6 +18,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from hgn import HGN
@@ -284,7 +285,19 @@ def measure_flow(model, points, n=10_000, samples=(1, 16, 256)):
             share = torch.bincount(points.density.part_of(drawn), minlength=points.density.parts) / n
             result["mode_weights"] = share.tolist()
             result["modes_found"] = int((share * points.density.parts >= 0.5).sum())
+            if len(points.density.centres) == points.density.parts and hasattr(model, "H"):
+                gaps = [torch.cdist(points.density.centres, minima(model, H)) for H in model.H]
+                result["mode_to_well"] = [gap.amin(1).max().item() if gap.numel() else None for gap in gaps]
     return result
+
+
+def minima(model, H, n=161, reach=2.5):
+    """Where the potential V(q) of a plane flow has its local minima, in the user's units: (k, 2)."""
+    side = torch.linspace(-reach, reach, n)
+    grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)
+    V = H.V(grid)
+    lowest = (V == -F.max_pool2d(-V[None], 3, 1, 1)[0])[1:-1, 1:-1]
+    return grid[1:-1, 1:-1][lowest] * model.scale + model.shift
 
 
 def heat(values, title, size=240):

@@ -618,6 +618,17 @@ def test_modes_and_gap_of_a_perfect_flow():
     assert sum(result["mode_weights"]) == pytest.approx(1)
 
 
+def test_minima_of_a_known_potential():
+    """V = sum over coordinates of (x^2 - 1)^2 has its four wells at (+-1, +-1)."""
+    model = NHF(scale=(2.0, 3.0), shift=(1.0, 0.0))
+
+    class Wells:
+        V = staticmethod(lambda x: (x.square() - 1).square().sum(-1))
+    found = evaluation.minima(model, Wells)
+    expected = torch.tensor([[-1.0, -3.0], [3.0, -3.0], [-1.0, 3.0], [3.0, 3.0]])
+    assert len(found) == 4 and torch.cdist(found, expected).amin(1).max() < 1e-4
+
+
 def write_bad_points(folder):
     import numpy as np
     good = np.random.default_rng(0).normal(size=(20, 2))
