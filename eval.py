@@ -2,7 +2,8 @@
 
     python eval.py --reverse --speed 2          # the newest run; or --system three_body, or --checkpoint PATH
 
-Writes GIFs (truth above, model below) and metrics.json into the run's folder and prints the same as a table.
+Writes GIFs (truth above, model below; of a flow density.png and flow.gif) and metrics.json into the run's folder and prints
+the same as a table.
 """
 import argparse
 import ctypes
@@ -408,7 +409,7 @@ def main():
     model, checkpoint = load(path, device)
     config, folder = checkpoint["config"], path.parent
     for name in ("system", "density"):
-        if getattr(args, name) not in (None, config[name]):
+        if getattr(args, name) not in (None, config.get(name)):
             fail(f"{path} was trained on {config['system'] or config['density'] or config['data']}, not {getattr(args, name)}")
     if not os.access(folder, os.W_OK):
         fail(f"cannot write into {folder}: copy the checkpoint to a folder of your own")

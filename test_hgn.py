@@ -640,7 +640,7 @@ def write_bad_points(folder):
 
 BAD_TRAIN = ("--density blob", "--density rings --system pendulum", "--density rings --model hgn", "--model nhf",
              "--system pendulum --model realnvp", "--density rings --hamiltonians 0", "--density rings --kinetic x",
-             "--density rings --base x", "--density rings --samples 0", "--data nowhere.npy", "--data bad.pt", "--data nan.npy",
+             "--density rings --base x", "--density rings --bench", "--density rings --samples 0", "--data nowhere.npy", "--data bad.pt", "--data nan.npy",
              "--data constant.npy", "--data one.npy", "--data flat.npy", "--data words.npy", "--data objects.npy", "--system pluto", "--size 20", "--size 500", "--size x", "--noise -1", "--noise loud", "--window 0", "--targets 0",
              "--arch big", "--latent 0", "--context 0", "--context 50", "--integrator rk4", "--substeps 0", "--steps 0",
              "--steps 1.5", "--batch-size 0", "--batch-size 10000000", "--lr 0", "--lr nan", "--beta -1", "--tolerance 0", "--seed -1",

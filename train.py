@@ -104,6 +104,8 @@ def parse():
             fail(f"--model {args.model} needs {'--system NAME' if flow else '--density NAME or --data POINTS.npy'}")
         for k, v in DEFAULTS[args.model].items():
             setattr(args, k, getattr(args, k) or v)
+        if flow and args.bench:
+            fail("--bench measures HGN: give a --system, or none")
         if flow:
             return args, None, None
         args.system = args.system or "mass_spring"
