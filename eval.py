@@ -46,7 +46,7 @@ class Help(argparse.HelpFormatter):
 
 def keep_memory():
     """glibc hands large freed blocks back to the system, and every tensor then pays for page faults: a tenth of a step
-    on a CPU, a third of the drawing of clips. Tell it to keep them."""
+    on a CPU, half of the drawing of clips. Tell it to keep them."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 2 ** 30)                           # M_MMAP_THRESHOLD

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hgn import Energy, Separable, he_, leapfrog, mlp
+from hgn import Separable, he_, leapfrog, mlp
 
 
 # ---------------------------------------------------------------- densities
