@@ -66,15 +66,22 @@ def euler(dH_dq, dH_dp, q, p, dt, steps, substeps=1, separable=True):
 INTEGRATORS = {"leapfrog": leapfrog, "euler": euler}
 
 
-class Energy(nn.Module):
-    """A learnt scalar of a vector, K(p) or V(q): sum c x^2 / 2 + MLP(x), with its gradient written out.
+def embed(q):
+    """Angles as points on the unit circle: (..., dim) -> (..., 2 dim)."""
+    return torch.cat((q.sin(), q.cos()), -1)
 
-    The quadratic term makes latents oscillate, all at one frequency, from the first training step. The gradient
-    is a formula rather than a call of autograd because it is what a rollout spends its time on.
+
+class Energy(nn.Module):
+    """A learnt scalar of a vector, K(p) or V(q): x C x / 2 + MLP(x), with its gradient written out; of angles, the same
+    function of `embed(q)`.
+
+    The quadratic term makes latents oscillate, all at one frequency, from the first training step, and is all of K(p) in any
+    linear coordinates. The gradient is a formula rather than a call of autograd because it is what a rollout spends its time on.
     """
-    def __init__(self, dim, width, frequency=1.0):
+    def __init__(self, dim, width, frequency=1.0, periodic=False):
         super().__init__()
-        self.c = nn.Parameter(torch.full((dim,), float(frequency)))
+        self.periodic, dim = periodic, dim * (1 + periodic)
+        self.C = nn.Parameter(frequency * torch.eye(dim))
         self.first, self.second = nn.Linear(dim, width), nn.Linear(width, width)
         for layer in (self.first, self.second):          # torch's default is almost linear where the states are:
             nn.init.normal_(layer.weight, std=1.5 / layer.in_features ** 0.5)    # errors 10x larger after 300 steps
@@ -82,23 +89,29 @@ class Energy(nn.Module):
         self.last = nn.Parameter(torch.randn(width) * 0.1 / width ** 0.5)
 
     def forward(self, x):                                                        # (..., dim) -> (...)
+        x = embed(x) if self.periodic else x
         h = torch.tanh(self.second(torch.tanh(self.first(x))))
-        return 0.5 * (self.c * x.square()).sum(-1) + h @ self.last
+        return 0.5 * (x @ self.C * x).sum(-1) + h @ self.last
 
     def grad(self, x):                                                           # (..., dim) -> (..., dim)
+        x = embed(x) if self.periodic else x
         a = torch.tanh(self.first(x))
         b = torch.tanh(self.second(a))
         g = (self.last * (1 - b * b)) @ self.second.weight * (1 - a * a)
-        return self.c * x + g @ self.first.weight
+        g = 0.5 * x @ (self.C + self.C.T) + g @ self.first.weight
+        if not self.periodic:
+            return g
+        (sin, cos), (g_sin, g_cos) = x.chunk(2, -1), g.chunk(2, -1)              # d sin q = cos q dq, d cos q = -sin q dq
+        return g_sin * cos - g_cos * sin
 
 
 class Separable(nn.Module):
     """H(q, p) = K(p) + V(q): leapfrog on it is exactly symplectic and reversible."""
     separable = True
 
-    def __init__(self, dim, width):
+    def __init__(self, dim, width, periodic=False):
         super().__init__()
-        self.K, self.V = Energy(dim, width), Energy(dim, width)
+        self.K, self.V = Energy(dim, width), Energy(dim, width, periodic=periodic)
 
     def forward(self, q, p):
         return self.K(p) + self.V(q)
@@ -159,47 +172,110 @@ def mlp(*sizes):
     return nn.Sequential(*layers[:-1])
 
 
-class ResidualMLP(nn.Module):
-    """f_psi of the compact model: z + MLP(z), the identity at first."""
-    def __init__(self, dim, width=128):
+class Couplings(nn.Module):
+    """An invertible map of R^dim: affine couplings with alternating masks (Dinh et al. 2017, "RealNVP")."""
+    def __init__(self, dim, layers=8, width=64):
         super().__init__()
-        self.net = mlp(dim, width, dim)
-        he_(self)
-        nn.init.zeros_(self.net[-1].weight)
+        self.register_buffer("masks", (torch.arange(dim) + torch.arange(layers).unsqueeze(1)) % 2.0)
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+                                                nn.Linear(width, 2 * dim)) for _ in range(layers))
 
-    def forward(self, z):
-        return z + self.net(z)
+    def coupling(self, net, mask, x):
+        log_s, t = (net(mask * x) * (1 - mask).repeat(2)).chunk(2, -1)
+        return 2 * torch.tanh(log_s / 2), t
+
+    def forward(self, z):                                                        # (B, dim) -> (B, dim)
+        for net, mask in list(zip(self.nets, self.masks))[::-1]:
+            log_s, t = self.coupling(net, mask, z)
+            z = (z - t) * (-log_s).exp()
+        return z
+
+    def inverse(self, x):
+        """The z that `forward` takes to x, and log |det dz/dx|, (B,)."""
+        log_det = 0
+        for net, mask in zip(self.nets, self.masks):
+            log_s, t = self.coupling(net, mask, x)
+            x, log_det = x * log_s.exp() + t, log_det + log_s.sum(-1)
+        return x, log_det
 
 
 class CentroidEncoder(nn.Module):
-    """Where things are and how they move: the centroids of learnt 3x3 filters' energy in every context frame, as
-    polynomials in time about the middle frame (position, velocity, ...), then a linear map plus an MLP.
+    """Where things are and how they move. The centroids of learnt filters' energy, in every context frame, are charted by a
+    linear map into q (or into the angle of a point in a plane); p starts as the velocity of q at the middle frame, by the
+    polynomial through up to five frames, and stays linear in how q moves.
 
-    Why not plain convolutions: K(p) + V(q) can only describe motion in coordinates that are linear in the true
-    positions, and a convolutional encoder and decoder agree on a bent chart long before they learn the motion.
-    Centroids are linear in the positions, to a hundredth of a pixel, from the first step.
+    Why nothing bends here: K(p) + V(q) can only describe motion in coordinates that are linear in the true ones. Encoders
+    with an MLP or convolutions agree with the decoder on a bent chart, on which no such H is right, long before they learn
+    the motion. Centroids are linear in the positions, to a hundredth of a pixel, from the first step.
     """
-    def __init__(self, channels, context, outputs, filters=16):
+    def __init__(self, channels, context, latent, periodic, dt, filters=32):
         super().__init__()
+        self.periodic = periodic
         self.filters = nn.Conv2d(channels, filters, 3, padding=1)
-        time = torch.linspace(-1, 1, context, dtype=torch.float64) if context > 1 else torch.zeros(1)
-        basis = torch.linalg.qr(torch.stack([time ** j for j in range(context)], 1))[0].T      # (order, context)
-        scale = 3.0 ** torch.arange(context).clamp(max=2).unsqueeze(1)           # higher orders are small, so louder
-        self.register_buffer("basis", (basis * scale).float())                   # kept: QR's signs are a matter of taste
-        features = 2 * filters * context
-        self.linear, self.mlp = nn.Linear(features, outputs), mlp(features, 256, outputs)
+        self.chart = nn.Linear(2 * filters, (1 + periodic) * latent)
+        self.momentum, self.logvar = nn.Linear(context * latent, latent), nn.Linear(context * latent, 2 * latent)
         he_(self)
-        self.mlp[-1].weight.data.mul_(0.1)
+        blur = torch.tensor([0.25, 0.5, 0.25])                # blurred blobs have smoother centroids than sharp edges
+        self.filters.weight.data = 1.5 * torch.randn(filters, channels, 1, 1) * blur.unsqueeze(1) * blur
+        if periodic:                                          # at first the angle round the picture's centre
+            self.chart.weight.data = torch.eye(2).repeat_interleave(latent, 0).repeat_interleave(filters, 1) / filters
+        # Orthogonal polynomials in time; higher orders are small, so louder. A buffer that is kept, as QR depends on the machine.
+        time = torch.linspace(-1, 1, context, dtype=torch.float64) if context > 1 else torch.zeros(1, dtype=torch.float64)
+        basis, r = torch.linalg.qr(torch.stack([time ** j for j in range(context)], 1))
+        scale, orders = 3.0 ** torch.arange(context).clamp(max=2), min(context, 5)
+        self.register_buffer("basis", (basis * scale).T.float())                 # (order, context)
+        self.momentum.weight.data.zero_()
+        if context > 1:
+            slope = torch.linalg.inv(r[:orders, :orders])[1] / scale[:orders] * 2 / ((context - 1) * dt)
+            self.momentum.weight.data.view(latent, context, latent)[:, :orders] = (
+                slope.float().unsqueeze(1) * torch.eye(latent).unsqueeze(1))
+        self.logvar.weight.data.mul_(0.01)                    # variance exp(-8): with that of the prior, the decoder first
+        self.logvar.bias.data.fill_(-8)                       # sees nothing but noise
 
-    def forward(self, frames):                                                   # (B, context, C, H, W)
+    def centroids(self, frames):                                                 # (n, C, H, W) -> (n, 2 * filters)
         side = torch.linspace(-2, 2, frames.shape[-1], dtype=frames.dtype, device=frames.device)
         x, y = side.expand(len(side), -1), side.unsqueeze(1).expand(-1, len(side))
         moments = torch.stack((x, y, torch.ones_like(x))).flatten(1)             # (3, H * W)
-        energy = self.filters(frames.flatten(0, 1)).permute(0, 2, 3, 1).flatten(1, 2).square()
-        xy = moments @ energy                                                    # (B * context, 3, filters)
-        xy = (xy[:, :2] / (xy[:, 2:] + 1e-2)).flatten(1).unflatten(0, frames.shape[:2])  # (B, context, 2 * filters)
-        features = (self.basis @ xy).flatten(1)
-        return self.linear(features) + self.mlp(features)
+        energy = self.filters(frames).permute(0, 2, 3, 1).flatten(1, 2).square()
+        xy = moments @ energy                                                    # (n, 3, filters)
+        return (xy[:, :2] / (xy[:, 2:] + 1e-2)).flatten(1)
+
+    @torch.no_grad()
+    def fit_chart(self, frames):
+        """Start the chart as the principal components of the centroids of frames (n, C, H, W), all on one scale."""
+        if self.periodic:
+            return
+        xy = self.centroids(frames).double()
+        latent, mean = len(self.chart.weight), xy.mean(0)
+        _, std, axes = torch.linalg.svd((xy - mean) / len(xy) ** 0.5, full_matrices=False)
+        self.chart.weight.copy_(axes[:latent] / std[0])
+        self.chart.bias.copy_(-self.chart.weight.double() @ mean)
+        return (std[:latent] / std[0]).float()
+
+    def misfit(self, q, frames):
+        """How far q (B, n, latent) is from the chart of frames (B, n, C, H, W): mean square over its variance, of angles
+        1 - cos. The chart is taken as given."""
+        with torch.no_grad():
+            a = self.chart(self.centroids(frames.flatten(0, 1))).unflatten(0, frames.shape[:2])
+            if self.periodic:
+                a = torch.atan2(*a.chunk(2, 2))
+        return (1 - torch.cos(q - a)).mean() if self.periodic else (q - a).square().mean() / a.var()
+
+    def forward(self, frames):                                                   # (B, context, C, H, W) -> (B, 4 latent)
+        a = self.chart(self.centroids(frames.flatten(0, 1))).unflatten(0, frames.shape[:2])
+        middle = frames.shape[1] // 2
+        a0 = a[:, middle:middle + 1]                                             # (B, 1, latent), twice of angles
+        q, moved = a0[:, 0], a - a0
+        if self.periodic:
+            (x, y), (x0, y0) = a.chunk(2, 2), a0.chunk(2, 2)
+            q, moved = torch.atan2(x0, y0)[:, 0], torch.atan2(x * y0 - y * x0, x * x0 + y * y0)
+        moved = (self.basis @ moved).flatten(1)
+        return torch.cat((q, self.momentum(moved), self.logvar(moved)), 1)
+
+
+class Embed(nn.Module):
+    def forward(self, q):
+        return embed(q)
 
 
 class Upsample(nn.Module):
@@ -210,23 +286,17 @@ class Upsample(nn.Module):
         return x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
-def compact(size, channels, context, latent, f_psi):
-    """Vector latent, separable H, a decoder whose work is done at low resolution (sub-pixel convolutions)."""
+def compact(size, channels, context, latent, f_psi, periodic, dt):
+    """Vector latent, separable H, a decoder whose work is done at low resolution (sub-pixel convolutions). The encoder's z is
+    the state itself and f_psi, invertible, takes N(0, I) to the distribution of states: a prior that bends no coordinates."""
     low = size // 8
-    encoder = CentroidEncoder(channels, context, 4 * latent)
     decoder = nn.Sequential(
-        mlp(latent, 128, 32 * low * low), nn.SiLU(), nn.Unflatten(1, (32, low, low)),
-        nn.Conv2d(32, 64, 3, 1, 1), nn.SiLU(), Upsample(), nn.Conv2d(16, 64, 3, 1, 1), nn.SiLU(), Upsample(),
-        nn.Conv2d(16, 32, 3, 1, 1), nn.SiLU(), Upsample(), nn.Conv2d(8, channels, 3, 1, 1))
+        Embed() if periodic else nn.Identity(), mlp(latent * (1 + periodic), 128, 32 * low * low), nn.SiLU(),
+        nn.Unflatten(1, (32, low, low)), nn.Conv2d(32, 64, 3, 1, 1), nn.SiLU(), Upsample(), nn.Conv2d(16, 64, 3, 1, 1),
+        nn.SiLU(), Upsample(), nn.Conv2d(16, 32, 3, 1, 1), nn.SiLU(), Upsample(), nn.Conv2d(8, channels, 3, 1, 1))
     he_(decoder)
-    start_posterior_(encoder.linear)
-    return encoder, ResidualMLP(2 * latent) if f_psi else nn.Identity(), Separable(latent, 128), decoder
-
-
-def start_posterior_(layer):
-    """Start q(z|x) with variance exp(-8): with that of the prior, the decoder first sees nothing but noise."""
-    layer.weight.data.chunk(2)[1].mul_(0.01)
-    layer.bias.data.chunk(2)[1].fill_(-8)
+    encoder = CentroidEncoder(channels, context, latent, periodic, dt)
+    return encoder, Couplings(2 * latent) if f_psi else nn.Identity(), Separable(latent, 128, periodic), decoder
 
 
 class ResidualUp(nn.Module):
@@ -241,7 +311,7 @@ class ResidualUp(nn.Module):
         return F.leaky_relu(self.skip(x) + self.second(F.leaky_relu(self.first(x))))
 
 
-def paper(size, channels, context, latent, f_psi):
+def paper(size, channels, context, latent, f_psi, *_):
     """The paper's networks (its appendix, and the reproduction's): q and p are 16 maps of size / 8 squared, here as
     one vector each. Without f_psi its strided convolutions become the encoder's last, and z itself is the state."""
     def convs(*sizes, stride):
@@ -256,7 +326,8 @@ def paper(size, channels, context, latent, f_psi):
     decoder = nn.Sequential(nn.Unflatten(1, (latent, low, low)), ResidualUp(latent, 64), ResidualUp(64, 64),
                             ResidualUp(64, 64), nn.Conv2d(64, channels, 3, 1, 1))
     he_(encoder, f_psi, decoder)
-    start_posterior_(last)
+    last.weight.data.chunk(2)[1].mul_(0.01)              # a small posterior variance at first, as in CentroidEncoder
+    last.bias.data.chunk(2)[1].fill_(-8)
     return encoder, f_psi, ConvHamiltonian(latent, low), decoder
 
 
@@ -272,12 +343,13 @@ class HGN(nn.Module):
         arch: "compact" (vector latent, separable K(p) + V(q)) or "paper" (16x4x4 latents, convolutional H).
         latent: numbers in q (compact, default 8), or feature maps in q (paper, default 16).
         integrator: "leapfrog" or "euler". substeps: integrator steps from one frame to the next.
-        f_psi: False drops the network between z and the initial state. deterministic: no sampling and no KL.
+        periodic: q are angles (compact). f_psi: False drops the network between z ~ N(0, I) and the initial state.
+        deterministic: no sampling and no KL.
         dt: time between frames. background: colour that inputs are centred on and the decoder starts from.
     Raises: ValueError, with the cure, for a value outside these.
     """
     def __init__(self, size=32, channels=3, context=5, arch="compact", latent=None, integrator="leapfrog", substeps=1,
-                 f_psi=True, deterministic=False, dt=0.125, background=(0.318, 0.345, 0.365)):
+                 periodic=False, f_psi=True, deterministic=False, dt=0.125, background=(0.318, 0.345, 0.365)):
         latent = latent if latent is not None else 16 if arch == "paper" else 8
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
@@ -294,7 +366,9 @@ class HGN(nn.Module):
         self.context, self.dt, self.substeps, self.deterministic = context, dt, substeps, deterministic
         self.lead = context // 2 if (arch, integrator) == ("compact", "leapfrog") else 0
         self.integrate = INTEGRATORS[integrator]
-        self.encoder, self.f_psi, self.H, self.decoder = ARCHITECTURES[arch](size, channels, context, latent, f_psi)
+        self.encoder, self.f_psi, self.H, self.decoder = ARCHITECTURES[arch](
+            size, channels, context, latent, f_psi, periodic, dt)
+        self.flow = isinstance(self.f_psi, Couplings)
         self.dim = latent if arch == "compact" else latent * (size // 8) ** 2      # numbers in q
         self.z_shape = (48, size, size) if arch == "paper" and f_psi else (2 * self.dim,)
         self.register_buffer("background", torch.tensor(background).view(-1, 1, 1), persistent=False)
@@ -310,11 +384,25 @@ class HGN(nn.Module):
                              "give longer clips, or train with a smaller context")
         return self.encoder(4 * (frames[:, :self.context] - self.background)).chunk(2, 1)
 
+    def fit_chart(self, frames):
+        """Before training: start the compact encoder's coordinates from the principal components of what moves in frames
+        (n, C, size, size), a few hundred of any times, so that they are of one scale and of one frequency at first."""
+        if isinstance(self.encoder, CentroidEncoder):
+            scale = self.encoder.fit_chart(4 * (frames - self.background))
+            if scale is not None:
+                self.H.V.C.data.copy_(scale.square().diag())
+                for energy in (self.H.K, self.H.V):
+                    energy.first.weight.data.mul_(scale)
+
     def state(self, z):
-        """f_psi: z (B, *z_shape) -> state q, p at frame 0. The compact model infers the state at the middle of the
-        context, where position and velocity are known best, and goes back from there with its own dynamics."""
-        q, p = self.f_psi(z).chunk(2, 1)
+        """z (B, *z_shape) -> state q, p at frame 0. The compact model infers the state at the middle of the context, where
+        position and velocity are known best, and goes back from there with its own dynamics."""
+        q, p = self.inferred(z)
         return tuple(x[:, -1] for x in self.rollout(q, p, self.lead, -self.dt)) if self.lead else (q, p)
+
+    def inferred(self, z):
+        """The state that z stands for, `lead` frames after frame 0: f_psi(z), or z itself where f_psi shapes the prior."""
+        return (z if self.flow else self.f_psi(z)).chunk(2, 1)
 
     def infer(self, frames):
         """The state q, p at frame 0 of clips, taken at the posterior mean."""
@@ -326,9 +414,11 @@ class HGN(nn.Module):
 
     def rollout(self, q, p, steps, dt=None):
         """States at `steps` frames after (q, p), the start included: (B, steps + 1, ...) twice. dt: time from one
-        frame to the next, by default that of training; -dt runs backward, 2 dt at double speed."""
+        frame to the next, by default that of training; -dt runs backward, 2 dt at double speed, in steps that are
+        never longer than those of training (a tensor is taken as it is)."""
         dt = self.dt if dt is None else dt
-        return self.integrate(self.H.dq, self.H.dp, q, p, dt, steps, self.substeps, self.H.separable)
+        longer = 1 if torch.is_tensor(dt) else max(1, math.ceil(abs(dt) / self.dt - 1e-6))
+        return self.integrate(self.H.dq, self.H.dp, q, p, dt, steps, longer * self.substeps, self.H.separable)
 
     def decode(self, q, block=1024):
         """Paint q (B, T, ...) -> frames (B, T, C, size, size), all in one call. Without gradients it goes in
@@ -341,15 +431,17 @@ class HGN(nn.Module):
         """n rollouts from the prior z ~ N(0, I): frames (n, steps + 1, C, size, size)."""
         source, target = generator.device if generator is not None else None, self.background.device
         z = torch.randn(n, *self.z_shape, generator=generator, device=source).to(target)
+        z = self.f_psi(z) if self.flow else z
         return self.decode(self.rollout(*self.state(z), steps, dt)[0])
 
-    def loss(self, frames, targets=None, times=None, reach=None, beta=1e-3, noise=None):
+    def loss(self, frames, targets=None, times=None, reach=None, beta=1e-3, noise=None,
+             consistency=0.3):
         """The negative ELBO, in units of the mean squared error of a pixel.
 
-            mse + beta * KL(q(z|x) || N(0, I)) / (C * size * size)
+            mse + beta * KL(q(z|x) || p(z)) / (C * size * size) [+ consistency * misfit]
 
         It is the paper's -(1/T) sum_t log p(x_t | q_t) + KL for a Gaussian p of variance beta / 2, divided by the
-        pixels of a frame. A fixed beta is the default because one value serves every system at any noise; see
+        pixels of a frame; p(z) is N(0, I), or what f_psi makes of it (compact). A fixed beta is the default because one value serves every system at any noise; see
         `GECO` for the paper's own scheme.
 
         Args: frames: (B, T, C, size, size); the encoder sees the first `context`. targets, times: to score other
@@ -357,24 +449,34 @@ class HGN(nn.Module):
         it; a random choice of times gives an unbiased estimate. Default: all of `frames`. reach: largest |time|
         there can be; say it, and torch.compile(model.loss, fullgraph=True) needs one compilation. beta: a number or
         a tensor. noise: of the posterior sample, N(0, I) of shape (B, *z_shape), by default drawn here.
+        consistency: the compact encoder charts each scored frame by itself; weight of the distance of the rolled-out q
+        from there, which unlike pixels tells H where to go however far it is off.
         Returns: loss, mse, kl (nats, mean over clips), each a scalar tensor.
         """
         mean, logvar = self.encode(frames)
         z, kl = mean, mean.new_zeros(())
         if not self.deterministic:
-            z = mean + (0.5 * logvar).exp() * (torch.randn_like(mean) if noise is None else noise)
-            kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
+            noise = torch.randn_like(mean) if noise is None else noise
+            z = mean + (0.5 * logvar).exp() * noise
+            if self.flow:                     # log q(z|x) - log p(z), whose mean is the KL
+                u, log_det = self.f_psi.inverse(z)
+                kl = (0.5 * (u.square() - noise.square() - logvar).sum(1) - log_det).mean()
+            else:
+                kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
         if times is None:
             targets, q = frames, self.rollout(*self.state(z), frames.shape[1] - 1)[0]
         else:                                 # from where z is inferred, forward and backward in one batch of twice the size
-            q, p = self.f_psi(z).chunk(2, 1)
+            q, p = self.inferred(z)
             times, row = times - self.lead, torch.arange(2 * len(q), device=q.device)
             reach = int(times.abs().max()) if reach is None else reach + self.lead
             dt = torch.where(row < len(q), self.dt, -self.dt).unsqueeze(1)
             both = self.rollout(torch.cat((q, q)), torch.cat((p, p)), reach, dt)[0]      # (2B, reach + 1, ...)
             q = both[row[:len(q), None] + len(q) * (times < 0), times.abs()]             # (B, n, ...)
         mse = F.mse_loss(self.decode(q), targets)
-        return mse + beta * kl / targets[0, 0].numel(), mse, kl
+        loss = mse + beta * kl / targets[0, 0].numel()
+        if consistency and isinstance(self.encoder, CentroidEncoder):
+            loss = loss + consistency * self.encoder.misfit(q, 4 * (targets - self.background))
+        return loss, mse, kl
 
 
 class GECO:

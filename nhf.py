@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hgn import Separable, he_, leapfrog, mlp
+from hgn import Couplings, Separable, he_, leapfrog, mlp
 
 
 # ---------------------------------------------------------------- densities
@@ -225,10 +225,7 @@ class RealNVP(Flow):
     def __init__(self, dim=2, layers=8, width=128, shift=0.0, scale=1.0):
         self.config = {"dim": dim, "layers": layers, "width": width}
         super().__init__(dim, shift, scale)
-        self.dim, self.base = dim, Gaussian()
-        self.register_buffer("masks", (torch.arange(dim) + torch.arange(layers).unsqueeze(1)) % 2.0)
-        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
-                                                nn.Linear(width, 2 * dim)) for _ in range(layers))
+        self.dim, self.base, self.couplings = dim, Gaussian(), Couplings(dim, layers, width)
 
     @classmethod
     def like(cls, flow, layers=8):
@@ -242,23 +239,12 @@ class RealNVP(Flow):
         """The interface of NHF: one weight a point, which is log p(x) itself."""
         return self.log_prob(x).unsqueeze(0)
 
-    def coupling(self, net, mask, x):
-        log_s, t = (net(mask * x) * (1 - mask).repeat(2)).chunk(2, -1)
-        return 2 * torch.tanh(log_s / 2), t
-
     def log_prob(self, x, samples=1, generator=None):
         x, volume = self.standard(x)
-        total = -volume
-        for net, mask in zip(self.nets, self.masks):
-            log_s, t = self.coupling(net, mask, x)
-            x, total = x * log_s.exp() + t, total + log_s.sum(-1)
-        return total + self.base.log_prob(x)
+        z, log_det = self.couplings.inverse(x)
+        return self.base.log_prob(z) + log_det - volume
 
     elbo = log_prob
 
     def sample(self, n, generator=None):
-        x = self.base.sample(n, self.dim, generator=generator)
-        for net, mask in list(zip(self.nets, self.masks))[::-1]:
-            log_s, t = self.coupling(net, mask, x)
-            x = (x - t) * (-log_s).exp()
-        return x * self.scale + self.shift
+        return self.couplings(self.base.sample(n, self.dim, generator=generator)) * self.scale + self.shift

@@ -56,11 +56,12 @@ def parse():
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=MODELS, help="hgn for a system; nhf (the default) or realnvp for a density")
     model.add_argument("--arch", choices=ARCHITECTURES, default="compact", help="paper: the published networks")
-    model.add_argument("--latent", type=at_least(1), help="numbers in q (default: 4 per body), or maps in q (paper: 16)")
+    model.add_argument("--latent", type=at_least(1), help="numbers in q (default: the true system's), or maps in q (paper: 16)")
     model.add_argument("--context", type=at_least(1), default=5,
                        help="first frames that the encoder sees; 30: the paper's formula")
     model.add_argument("--integrator", choices=INTEGRATORS, default="leapfrog", help="euler: the paper's ablation")
     model.add_argument("--substeps", type=at_least(1), default=1, help="integrator steps from one frame to the next")
+    model.add_argument("--periodic", action=argparse.BooleanOptionalAction, help="q are angles (default: if the true system's are)")
     model.add_argument("--no-f-psi", dest="f_psi", action="store_false", help="ablation: z itself is the initial state")
     model.add_argument("--deterministic", action="store_true", help="ablation: no sampling of z and no KL")
     flow = parser.add_argument_group("flow")
@@ -75,6 +76,7 @@ def parse():
         default = ", ".join(f"{model} {values[name.replace('-', '_')]}" for model, values in DEFAULTS.items())
         train.add_argument(f"--{name}", type=kind, help=f"{text} (default: {default})")
     train.add_argument("--beta", type=at_least(0, float), default=1e-3, help="weight of the KL, see HGN.loss")
+    train.add_argument("--consistency", type=at_least(0, float), default=0.3, help="weight of the misfit, see HGN.loss")
     train.add_argument("--geco", action="store_true", help="the paper's constrained loss instead of a fixed beta")
     train.add_argument("--tolerance", type=at_least(0, float, above=True), default=2e-4,
                        help="pixel MSE that --geco asks for")
@@ -110,7 +112,8 @@ def parse():
             return args, None, None
         args.system = args.system or "mass_spring"
         if args.latent is None and args.arch == "compact":
-            args.latent = 4 * len(SYSTEMS[args.system].colours)
+            args.latent = initial_states(SYSTEMS[args.system], 1)[0].numel()
+        args.periodic = SYSTEMS[args.system].periodic if args.periodic is None else args.periodic
         if args.context > args.window + 1:
             fail(f"--context {args.context} is longer than the {args.window + 1} frames of a training clip: "
                  "raise --window or lower --context")
@@ -188,7 +191,7 @@ def build(args):
         return flow if args.model == "nhf" else RealNVP.like(flow)
     try:
         return HGN(size=args.size, context=args.context, arch=args.arch, latent=args.latent, integrator=args.integrator,
-                   substeps=args.substeps, f_psi=args.f_psi, deterministic=args.deterministic, background=BACKGROUND)
+                   substeps=args.substeps, periodic=args.periodic, f_psi=args.f_psi, deterministic=args.deterministic, background=BACKGROUND)
     except ValueError as error:
         fail(str(error))
 
@@ -198,16 +201,16 @@ def make_optimisers(model, lr, device):
     and large directions alike (40 % less error than Adam alone after 2,500 steps of two_body). Adam for the rest."""
     matrices = [w for w in model.parameters() if w.dim() == 2]
     others = [w for w in model.parameters() if w.dim() != 2]
-    adam = torch.optim.Adam(others, lr, betas=(0.9, 0.99), fused=device.type == "cuda")
+    adam = torch.optim.Adam(others, lr, betas=(0.9, 0.99), eps=1e-12, fused=device.type == "cuda")
     if not matrices:                                        # the paper's networks have none
         return [adam]
-    return [adam, torch.optim.Muon(matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
+    return [adam, torch.optim.Muon(matrices, lr, weight_decay=0.0, eps=1e-12, adjust_lr_fn="match_rms_adamw")]
 
 
-def update(model, loss, optimisers, batch, reach, beta):
+def update(model, loss, optimisers, batch, reach, beta, consistency):
     """One training step; returns loss, mse, kl. Nothing in it waits for a GPU."""
     context, targets, times, noise = batch
-    values = loss(context, targets, times, reach, beta, noise)
+    values = loss(context, targets, times, reach, beta, noise, consistency)
     model.zero_grad()
     values[0].backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)    # a late frame gone wrong weighs no more
@@ -316,7 +319,7 @@ def bench(args, device):
         model = build(options).to(device)
         batches = Batches(options, device, None if args.deterministic else model.z_shape)
         optimisers, beta = make_optimisers(model, args.lr, device), torch.tensor(args.beta, device=device)
-        return model, batches, lambda loss, batch: update(model, loss, optimisers, batch, options.window, beta)
+        return model, batches, lambda loss, batch: update(model, loss, optimisers, batch, options.window, beta, args.consistency)
 
     # The peak: a large matmul, or the decoder's own largest convolution, alone.
     model = fresh()[0]
@@ -415,14 +418,16 @@ def learn_pixels(args, device, model, geco, first):
     batches = Batches(args, device, None if args.deterministic else model.z_shape)
     beta = torch.tensor(geco.beta if args.geco else args.beta, device=device)
     test, loss_of = TestClips(vars(args), 100, device=device), model.loss
+    if first == 0:
+        model.fit_chart(torch.cat([batches(args.steps + i)[1].flatten(0, 1) for i in range(POOL // 4)]))
     if args.compile is None:
         args.compile = device.type == "cuda" or (args.arch == "compact" and args.steps >= WORTH_COMPILING)
     if args.compile:
         context, targets, times, noise = batches(first)
-        loss_of = compiled_or_eager(model.loss, device, context, targets, times, args.window, beta, noise)
+        loss_of = compiled_or_eager(model.loss, device, context, targets, times, args.window, beta, noise, args.consistency)
 
     def advance(step, optimisers):
-        loss, mse, kl = update(model, loss_of, optimisers, batches(step), args.window, beta)
+        loss, mse, kl = update(model, loss_of, optimisers, batches(step), args.window, beta, args.consistency)
         if args.geco:
             beta.fill_(geco.update(mse.item()))
         return {"loss": loss, "mse": mse, "kl": kl, "beta": beta}
