@@ -7,6 +7,7 @@ the same as a table.
 """
 import argparse
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -22,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from hgn import HGN
+from hgn import HGN, HNN
 from nhf import DENSITIES, NHF, RealNVP
-from physics import SYSTEMS, initial_states, jitter, noise_floor, render, simulate
+from physics import BACKGROUND, SYSTEMS, initial_states, jitter, noise_floor, render, simulate
 
 TEST_SEED = 2 ** 40                 # training draws from seeds below 2 ** 40 only (train.py), so never these clips
-MODELS = {"hgn": HGN, "nhf": NHF, "realnvp": RealNVP}
+MODELS = {"hgn": HGN, "hnn": HNN, "hnn_conv": HNN, "nhf": NHF, "realnvp": RealNVP}
 WINDOW = 30                         # frames of the paper's test clips
 
 
@@ -90,11 +91,15 @@ def provenance():
 
 
 def newest_run(**wanted):
-    """Path of the most recently written checkpoint under runs/ whose config has these values, where they are not None."""
+    """Path of the most recently written checkpoint under runs/ whose config has these values, where they are not None; where
+    there is none, of the system's checkpoint that comes with this code."""
     wanted = {k: v for k, v in wanted.items() if v is not None}
     for path in sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, reverse=True):
         if not wanted or wanted.items() <= read_checkpoint(path)["config"].items():
             return path
+    shipped = Path(__file__).parent / "checkpoints" / f"{wanted.get('system', 'mass_spring')}.pt"
+    if shipped.is_file() and wanted.keys() <= {"system"}:
+        return shipped
     options = " ".join(f"--{k} {v}" for k, v in (wanted or {"system": "mass_spring"}).items())
     fail(f"no run {'with ' + options + ' ' if wanted else ''}in ./runs: train one with python train.py {options}, "
          "or name a file with --checkpoint")
@@ -140,43 +145,180 @@ class TestClips:
             yield render(self.system, part, self.size)
 
 
+def errors(model, clips, q0, p0, frames, speed=1.0):
+    """Pixel MSE against the clean truth and mean square of the truth, each (clips, frames), from frame 0 at `speed`."""
+    q = model.rollout(q0, p0, frames - 1, speed * model.dt)[0]
+    pairs = [((model.decode(part) - truth).square().mean((2, 3, 4)), truth.square().mean((2, 3, 4)))
+             for part, truth in zip(q.split(32), clips.truth(frames, speed))]
+    return tuple(torch.cat(x) for x in zip(*pairs))
+
+
 @torch.inference_mode()
-def measure(model, clips, frames=90):
-    """Every figure of metrics.json but the noise floor. Errors are pixel MSEs against the clean truth, with the
-    standard deviation over clips beside the mean; the model sees the first `context` frames only."""
+def measure(model, clips, frames=90, steps=90):
+    """Figures of metrics.json that are cheap enough for training. Errors are pixel MSEs against the clean truth, with the
+    standard deviation over clips beside the mean; the model sees the first `context` frames only. H is followed along `steps`."""
     q0, p0 = model.infer(clips.observed)
-
-    def error(length, speed=1.0):                                                        # (clips, length)
-        q = model.rollout(q0, p0, length - 1, speed * model.dt)[0]
-        return torch.cat([(model.decode(part) - truth).square().mean((2, 3, 4))
-                          for part, truth in zip(q.split(32), clips.truth(length, speed))])
-
-    forward, window = error(frames), min(WINDOW, frames)
+    forward, window = errors(model, clips, q0, p0, frames)[0], min(WINDOW, frames)
     result = {"frames": frames, "clips": len(q0), "window": window, "mse_per_frame": forward.mean(0).tolist(),
               "blank_mse": next(clips.truth(frames)).var((0, 1)).mean().item()}
     for start in range(0, frames, WINDOW):
         result[f"mse_{start}_{min(start + WINDOW, frames) - 1}"] = forward[:, start:start + WINDOW].mean().item()
     result["mse_std_over_clips"] = forward[:, :window].mean(1).std().item()
     for name, speed in (("backward", -1.0), ("double_speed", 2.0), ("half_speed", 0.5)):
-        result[f"mse_{name}"] = error(window, speed).mean().item()
-    if frames > window:
-        result[f"mse_0_back_to_{1 - frames}"] = error(frames, -1.0).mean().item()
+        result[f"mse_{name}"] = errors(model, clips, q0, p0, window, speed)[0].mean().item()
     if clips.noise:
         painted = model.decode(model.rollout(q0, p0, WINDOW - 1)[0])
         result["mse_noisy"] = (painted - clips.observed[:, :WINDOW]).square().mean().item()
-    qs, ps = model.rollout(q0, p0, frames - 1)
-    H = torch.stack([model.energy(qs[:, t], ps[:, t]) for t in range(frames)], 1)        # (clips, frames)
+    qs, ps = model.rollout(q0, p0, steps - 1)
+    H = torch.stack([model.energy(q, p) for q, p in zip(qs.unbind(1), ps.unbind(1))], 1)                 # (clips, steps)
+    result["energy_variance"] = H.var(1).mean().item()
     result["energy_std_ratio"] = (H.std(1).mean() / H.mean(1).std()).item()
-    back = torch.cat([x[:, -1] for x in model.rollout(qs[:, -1], ps[:, -1], frames - 1, -model.dt)], 1)
+    back = torch.cat([x[:, -1] for x in model.rollout(qs[:, -1], ps[:, -1], steps - 1, -model.dt)], 1)
     start = torch.cat((q0, p0), 1)
     result["reversal_error"] = ((back - start).norm() / start.norm()).item()
     return result
 
 
+def first_bad(error, limit):
+    """The first frame of each row of error (clips, frames) that is above the limit (or NaN), else their number."""
+    bad = ~(error <= limit)
+    return torch.where(bad.any(1), bad.float().argmax(1), error.shape[1]).float()
+
+
+def wrapped(x):
+    return torch.remainder(x + math.pi, 2 * math.pi) - math.pi
+
+
+def inferred_and_true(model, clips, times=range(0, 30, 3)):
+    """States inferred from clips that begin at several times of the trajectories, (n, 2 latent), and the true ones there."""
+    generator, pairs = torch.Generator().manual_seed(TEST_SEED + 2), []
+    q, p = simulate(clips.system, clips.q, clips.p, max(times) + model.context, clips.dt)
+    for t in times:
+        seen = jitter(clips.system, q[:, t:t + model.context], clips.noise, generator)
+        latent, true = model.infer(render(clips.system, seen, clips.size)), (q[:, t].flatten(1), p[:, t].flatten(1))
+        if clips.system.periodic:                           # compare angles away from the cut
+            latent, true = ((wrapped(x), y) for x, y in (latent, true))
+        pairs.append((torch.cat(latent, 1).flatten(1).double(), torch.cat(true, 1)))
+    latent, true = (torch.cat(x) for x in zip(*pairs))
+    near = (true[:, :1].abs() < 2.9).flatten() if clips.system.periodic else slice(None)
+    return latent[near], true[near]
+
+
+def lasso(A, y, alpha=1e-4, steps=2000):
+    """w that minimises |A w - y|^2 / 2n + alpha |w|_1, by accelerated proximal gradient (Beck & Teboulle 2009)."""
+    n, w, momentum = len(A), A.new_zeros(A.shape[1], y.shape[1]), 1.0
+    gram, target = A.T @ A / n, A.T @ y / n
+    rate, v = 1 / torch.linalg.matrix_norm(gram, 2), w
+    for _ in range(steps):
+        new = v - rate * (gram @ v - target)
+        new = new.sign() * (new.abs() - rate * alpha).clamp(min=0)
+        following = (1 + math.sqrt(1 + 4 * momentum ** 2)) / 2
+        w, v, momentum = new, new + (momentum - 1) / following * (new - w), following
+    return w
+
+
+def symetric(latent, true, orders=5, most=2000):
+    """SyMetric (Higgins et al. 2021, arXiv 2111.05986): is the map from latent to true states symplectic, up to scale? Lasso on
+    polynomials of the latent (n, 2 d), order raised until R^2 >= 0.9, and its Jacobian J at every state. Returns R^2, Sym, order."""
+    d, D = latent.shape[1] // 2, true.shape[1] // 2
+    x, y = (latent - latent.mean(0)) / latent.std(0).clamp(min=1e-9), (true - true.mean(0)) / true.std(0)
+    for order in range(1, orders + 1):
+        terms = [list(c) for k in range(1, order + 1) for c in itertools.combinations_with_replacement(range(2 * d), k)]
+        if len(terms) > most:
+            break
+        features = lambda x: torch.stack([x[..., term].prod(-1) for term in terms], -1)
+        A = features(x)
+        w = lasso(A - A.mean(0), y)
+        r2, used = 1 - ((A - A.mean(0)) @ w - y).square().mean().item() / y.var(0, correction=0).mean().item(), order
+        J = torch.func.vmap(torch.func.jacrev(lambda x: features(x) @ w))(x[:1000])                      # (n, 2 D, 2 d)
+        if r2 >= 0.9:
+            break
+    J = true.std(0)[:, None] * J / latent.std(0).clamp(min=1e-9)
+    E = torch.kron(torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=J.dtype), torch.eye(d, dtype=J.dtype)).to(J.device)
+    P = (J @ E @ J.mT) @ (J @ E.T @ J.mT)
+    P = P / P.abs().amax((1, 2)).mean()
+    return {"symetric_r2": r2, "symetric": (P - torch.eye(2 * D, dtype=J.dtype, device=J.device)).square().mean().item(),
+            "symetric_order": used}
+
+
+def read(system, frames, rounds=2, h=0.01):
+    """The true system's q (n, T, bodies, dims) that frames (n, T, 3, S, S) show: by colour (a pixel belongs to the body whose
+    colour explains it best) and centroid, then Gauss-Newton steps on the difference from the re-rendered picture."""
+    size, light = frames.shape[-1], frames - torch.tensor(BACKGROUND, device=frames.device).view(3, 1, 1)
+    colours = torch.tensor(system.colours, device=frames.device)                                         # (bodies, 3)
+    share = (torch.einsum("ntcyx,bc->ntbyx", light, colours) / colours.square().sum(1).view(-1, 1, 1)).clamp(0, 1)
+    left = (light.unsqueeze(2) - share.unsqueeze(3) * colours.view(-1, 3, 1, 1)).square().sum(3)
+    share = share * (left == left.amin(2, keepdim=True))
+    place = (torch.arange(size, device=frames.device) - (size - 1) / 2) * 2 * system.half_width / size
+    mass = share.sum((3, 4)) + 1e-9
+    q = system.locate(torch.stack(((share.sum(3) * place).sum(3) / mass, (share.sum(4) * -place).sum(3) / mass), -1)).double()
+    for _ in range(rounds):
+        moves = h * torch.eye(q[0, 0].numel(), dtype=q.dtype, device=q.device).view(-1, 1, 1, *q.shape[2:])
+        J = torch.stack([(render(system, q + m, size) - render(system, q - m, size)).flatten(2) for m in moves], 3) / (2 * h)
+        wrong = (frames - render(system, q, size)).flatten(2).unsqueeze(3)
+        step = torch.linalg.solve(J.mT @ J + 1e-3 * torch.eye(J.shape[3], device=J.device), J.mT @ wrong)
+        q = q + step.clamp(-0.2, 0.2).view_as(q)
+    return q
+
+
+def judge(system, frames, dt=0.125, steps=30):
+    """Shares of clips (n, steps + 5, 3, S, S) whose every frame is a picture of the system (excess pixel MSE at most 5e-4), and
+    that move as the true system does from the state read off the first five frames (within 0.15 world units for `steps`)."""
+    q = torch.cat([read(system, part) for part in frames.split(32)])
+    excess = (render(system, q, frames.shape[-1]) - frames).square().mean((2, 3, 4))
+    positions = system.position(q)
+    if system.periodic:
+        q = torch.cat((q[:, :1], q[:, :1] + wrapped(q.diff(dim=1)).cumsum(1)), 1)
+    velocity = (q[:, 0] - 8 * q[:, 1] + 8 * q[:, 3] - q[:, 4]) / (12 * dt)                               # at frame 2
+    path = system.position(simulate(system, q[:, 2], system.inertia * velocity, steps + 1, dt)[0])
+    far = (path - positions[:, 2:steps + 3]).norm(dim=-1).amax((1, 2))
+    return (excess.amax(1) <= 5e-4).double().mean().item(), (far <= 0.15).double().mean().item()
+
+
+@torch.inference_mode()
+def measure_physics(model, clips, window, frames=300, samples=256):
+    """What holds outside the window: valid prediction times and their ceiling, SyMetric, samples from the prior. VPT is Higgins et
+    al.'s: share of the frames after the window before the error passes 0.025 of the picture's mean square; "strict" is the
+    first frame whose error passes 0.1 of a blank prediction's."""
+    q0, p0 = model.infer(clips.observed)
+    blank, result, shares = next(clips.truth(WINDOW)).var((0, 1)).mean(), {}, []
+    for name, sign in (("forward", 1.0), ("backward", -1.0)):
+        mse, power = errors(model, clips, q0, p0, frames, sign)
+        result[f"mse_per_frame_{name}"], strict = mse.mean(0).tolist(), first_bad(mse / blank, 0.1)
+        result[f"strict_vpt_{name}"] = strict.median().item()
+        result[f"strict_vpt_{name}_quartiles"] = strict.quantile(torch.tensor([0.25, 0.75], device=strict.device)).tolist()
+        shares.append(first_bad((mse / power)[:, window:], 0.025).mean().item() / (frames - window))
+    result["vpt"] = sum(shares) / 2
+    latent, true = inferred_and_true(model, clips)
+    x = torch.cat((latent, latent.square(), torch.ones_like(latent[:, :1])), 1)
+    precision = (x @ torch.linalg.lstsq(x, true, driver="gelsd" if x.device.type == "cpu" else None).solution - true).std(0)
+    result["state_precision"] = precision.tolist()
+    generator = torch.Generator().manual_seed(TEST_SEED + 3)
+    off = torch.randn(len(q0), len(precision), generator=generator, dtype=torch.float64).to(precision.device) * precision
+    q, p = (x + e.view_as(x) for x, e in zip((clips.q, clips.p), off.chunk(2, 1)))
+    guess = simulate(clips.system, q, p, frames, clips.dt)[0]
+    mse = torch.cat([(render(clips.system, part, clips.size) - truth).square().mean((2, 3, 4))
+                     for part, truth in zip(guess.split(32), clips.truth(frames))])
+    result["strict_vpt_ceiling"] = first_bad(mse / blank, 0.1).median().item()
+    result |= symetric(latent, true)
+    if hasattr(model, "sample"):                            # HNN has no prior
+        drawn = model.sample(samples, 34, generator=torch.Generator().manual_seed(TEST_SEED + 4))
+        result["samples_valid"], result["samples_obey"] = judge(clips.system, drawn)
+    real = torch.cat(list(clips.truth(35)))
+    result["real_valid"], result["real_obey"] = judge(clips.system, real)
+    return result
+
+
 LABELS = {"blank_mse": "a blank prediction", "mse_noisy": "against the noisy frames", "noise_floor": "its floor",
-          "mse_std_over_clips": "spread over clips, first frames", "mse_backward": "backward",
-          "mse_double_speed": "at double speed", "mse_half_speed": "at half speed",
-          "energy_std_ratio": "std of H: along a rollout / across clips", "reversal_error": "return error, relative"}
+          "mse_train": "on training clips, first frames", "mse_std_over_clips": "spread over clips, first frames",
+          "mse_backward": "backward", "mse_double_speed": "at double speed", "mse_half_speed": "at half speed"}
+UNSCALED = {"energy_variance": "variance of H along a rollout", "energy_std_ratio": "std of H: along a rollout / across clips",
+            "reversal_error": "return error, relative", "strict_vpt_forward": "strict VPT forward, median frame of 300",
+            "strict_vpt_backward": "strict VPT backward", "strict_vpt_ceiling": "  what the precision of the start allows",
+            "vpt": "VPT as Higgins et al., share", "symetric_r2": "SyMetric: R^2 (passes above 0.9)",
+            "symetric": "SyMetric: Sym (passes below 0.05)", "samples_valid": "samples that are valid pictures",
+            "samples_obey": "samples that obey the true system", "real_valid": "  the same of real clips",
+            "real_obey": "  the same of real clips"}
 
 
 def table(result, config):
@@ -184,9 +326,8 @@ def table(result, config):
     print(f"\n{config['system']}, {result['clips']} test clips, {config['context']} context frames, pixel MSE x 1e-4:")
     for key, value in result.items():
         if isinstance(value, float):
-            label = LABELS.get(key) or "frames " + key.replace("mse_", "").replace("_", " ")
-            shown = f"{value:.1e}" if key in ("energy_std_ratio", "reversal_error") else f"{value * 1e4:.3f}"
-            print(f"  {label:<42}{shown:>10}")
+            label = UNSCALED.get(key) or LABELS.get(key) or "frames " + key.replace("mse_", "").replace("_", " ")
+            print(f"  {label:<42}" + (f"{value:>10.3g}" if key in UNSCALED else f"{value * 1e4:>10.3f}"))
 
 
 def write_gif(path, rows, dt, scale=8):
@@ -408,6 +549,12 @@ def main():
     device = pick_device(args.device)
     model, checkpoint = load(path, device)
     config, folder = checkpoint["config"], path.parent
+    if folder.name == "checkpoints":                        # of all systems: each gets a folder of its own
+        folder = Path("runs") / f"{path.stem}-shipped"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"cannot make {folder} ({error.strerror}): run from a folder that you may write to")
     for name in ("system", "density"):
         if getattr(args, name) not in (None, config.get(name)):
             fail(f"{path} was trained on {config['system'] or config['density'] or config['data']}, not {getattr(args, name)}")
@@ -415,10 +562,11 @@ def main():
         fail(f"cannot write into {folder}: copy the checkpoint to a folder of your own")
     report = {**provenance(), "seed": args.seed, "test_seed": TEST_SEED, "checkpoint": str(path), "config": config,
               "training": {k: checkpoint[k] for k in ("command", "versions", "step", "seconds")}}
-    if checkpoint["kind"] != "hgn":
+    if checkpoint["kind"] in ("nhf", "realnvp"):
         return eval_flow(model.cpu(), checkpoint, folder, report, args.seed)
     clips = TestClips(config, args.clips, device=device)
-    result = measure(model, clips, args.frames)
+    result = measure(model, clips, args.frames, 1000)
+    result |= measure_physics(model, clips, config["window"])
     if clips.noise:
         generator = torch.Generator().manual_seed(TEST_SEED + 1)
         result["noise_floor"] = noise_floor(clips.system, clips.noise, clips.size, generator=generator)

@@ -229,6 +229,10 @@ class CentroidEncoder(nn.Module):
             slope = torch.linalg.inv(r[:orders, :orders])[1] / scale[:orders] * 2 / ((context - 1) * dt)
             self.momentum.weight.data.view(latent, context, latent)[:, :orders] = (
                 slope.float().unsqueeze(1) * torch.eye(latent).unsqueeze(1))
+        if context > 5:                                       # many frames, noisy ones at that, say more than a local fit
+            self.smooth = mlp(context * latent, 256, 2 * latent)
+            he_(self.smooth)
+            self.smooth[-1].weight.data.zero_()
         self.logvar.weight.data.mul_(0.01)                    # variance exp(-8): with that of the prior, the decoder first
         self.logvar.bias.data.fill_(-8)                       # sees nothing but noise
 
@@ -270,7 +274,10 @@ class CentroidEncoder(nn.Module):
             (x, y), (x0, y0) = a.chunk(2, 2), a0.chunk(2, 2)
             q, moved = torch.atan2(x0, y0)[:, 0], torch.atan2(x * y0 - y * x0, x * x0 + y * y0)
         moved = (self.basis @ moved).flatten(1)
-        return torch.cat((q, self.momentum(moved), self.logvar(moved)), 1)
+        mean = torch.cat((q, self.momentum(moved)), 1)
+        if frames.shape[1] > 5:
+            mean = mean + self.smooth(moved)
+        return torch.cat((mean, self.logvar(moved)), 1)
 
 
 class Embed(nn.Module):
@@ -286,15 +293,22 @@ class Upsample(nn.Module):
         return x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
-def compact(size, channels, context, latent, f_psi, periodic, dt):
-    """Vector latent, separable H, a decoder whose work is done at low resolution (sub-pixel convolutions). The encoder's z is
-    the state itself and f_psi, invertible, takes N(0, I) to the distribution of states: a prior that bends no coordinates."""
-    low = size // 8
+def painter(inputs, channels, low):
+    """Numbers -> a picture of side 8 low, before the sigmoid; the work is done at low resolution (sub-pixel convolutions)."""
     decoder = nn.Sequential(
-        Embed() if periodic else nn.Identity(), mlp(latent * (1 + periodic), 128, 32 * low * low), nn.SiLU(),
-        nn.Unflatten(1, (32, low, low)), nn.Conv2d(32, 64, 3, 1, 1), nn.SiLU(), Upsample(), nn.Conv2d(16, 64, 3, 1, 1),
-        nn.SiLU(), Upsample(), nn.Conv2d(16, 32, 3, 1, 1), nn.SiLU(), Upsample(), nn.Conv2d(8, channels, 3, 1, 1))
+        mlp(inputs, 128, 32 * low * low), nn.SiLU(), nn.Unflatten(1, (32, low, low)), nn.Conv2d(32, 64, 3, 1, 1), nn.SiLU(),
+        Upsample(), nn.Conv2d(16, 64, 3, 1, 1), nn.SiLU(), Upsample(), nn.Conv2d(16, 32, 3, 1, 1), nn.SiLU(),
+        Upsample(), nn.Conv2d(8, channels, 3, 1, 1))
     he_(decoder)
+    return decoder
+
+
+def compact(size, channels, context, latent, f_psi, periodic, dt):
+    """Vector latent, separable H. The encoder's z is the state itself and f_psi, invertible, takes N(0, I) to the distribution
+    of states: a prior that bends no coordinates."""
+    decoder = painter(latent * (1 + periodic), channels, size // 8)
+    if periodic:
+        decoder = nn.Sequential(Embed(), *decoder)
     encoder = CentroidEncoder(channels, context, latent, periodic, dt)
     return encoder, Couplings(2 * latent) if f_psi else nn.Identity(), Separable(latent, 128, periodic), decoder
 
@@ -364,7 +378,7 @@ class HGN(nn.Module):
         if len(background) != channels:
             raise ValueError(f"background needs one number for each of the {channels} channels, not {len(background)}")
         self.context, self.dt, self.substeps, self.deterministic = context, dt, substeps, deterministic
-        self.lead = context // 2 if (arch, integrator) == ("compact", "leapfrog") else 0
+        self.lead = context // 2 if arch == "compact" else 0
         self.integrate = INTEGRATORS[integrator]
         self.encoder, self.f_psi, self.H, self.decoder = ARCHITECTURES[arch](
             size, channels, context, latent, f_psi, periodic, dt)
@@ -477,6 +491,72 @@ class HGN(nn.Module):
         if consistency and isinstance(self.encoder, CentroidEncoder):
             loss = loss + consistency * self.encoder.misfit(q, 4 * (targets - self.background))
         return loss, mse, kl
+
+
+class HNN(nn.Module):
+    """The baseline from pixels of Greydanus et al. 2019, "Hamiltonian Neural Networks": an autoencoder of two stacked frames
+    whose latent z is read as (q, p), and an H of it whose symplectic gradient is asked to be the change of z. Used like
+    HGN, save that a state is (z, nothing), that z has no prior, and that the decoder sees p too.
+
+    Args: latent: numbers in q. conv: the convolutional twin instead of MLPs. The others as for HGN.
+    """
+    def __init__(self, size=32, channels=3, latent=2, conv=False, dt=0.125, background=(0.318, 0.345, 0.365)):
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        self.context, self.dt, pixels = 2, dt, 2 * channels * size * size
+        if conv:
+            sides = (2 * channels, 32, 64, 64)
+            self.encoder = nn.Sequential(*(m for a, b in zip(sides, sides[1:]) for m in (nn.Conv2d(a, b, 3, 2, 1), nn.SiLU())),
+                                         nn.Flatten(), nn.Linear(64 * (size // 8) ** 2, 2 * latent))
+            self.decoder = painter(2 * latent, 2 * channels, size // 8)
+        else:
+            self.encoder = nn.Sequential(nn.Flatten(), mlp(pixels, 200, 200, 2 * latent))
+            self.decoder = nn.Sequential(mlp(2 * latent, 200, 200, pixels), nn.Unflatten(1, (2 * channels, size, size)))
+        self.H = Energy(2 * latent, 200)
+        he_(self.encoder, self.decoder)
+        self.register_buffer("background", torch.tensor(background).repeat(2).view(-1, 1, 1), persistent=False)
+
+    def encode(self, frames):                                                    # (B, T, C, H, W) -> (B, T - 1, 2 latent)
+        pairs = torch.cat((frames[:, :-1], frames[:, 1:]), 2)
+        return self.encoder(4 * (pairs - self.background).flatten(0, 1)).unflatten(0, pairs.shape[:2]), pairs
+
+    def paint(self, z):                                                          # (n, 2 latent) -> (n, 2 C, H, W)
+        return torch.sigmoid(self.decoder(z) + torch.logit(self.background))
+
+    def field(self, z):
+        dq, dp = self.H.grad(z).chunk(2, -1)
+        return torch.cat((dp, -dq), -1)
+
+    def infer(self, frames):
+        z = self.encode(frames[:, :2])[0][:, 0]
+        return z, z[:, :0]
+
+    def energy(self, z, nothing):
+        return self.H(z)
+
+    def rollout(self, z, nothing, steps, dt=None):
+        """As HGN.rollout, by the classical Runge-Kutta method."""
+        h, states = self.dt if dt is None else dt, [z]
+        for _ in range(steps):
+            a = self.field(z)
+            b = self.field(z + h / 2 * a)
+            c = self.field(z + h / 2 * b)
+            z = z + h / 6 * (a + 2 * b + 2 * c + self.field(z + h * c))
+            states.append(z)
+        z = torch.stack(states, 1)
+        return z, z[..., :0]
+
+    def decode(self, z, block=1024):
+        return torch.cat([self.paint(part).chunk(2, 1)[0] for part in z.flatten(0, 1).split(block)]).unflatten(0, z.shape[:2])
+
+    def loss(self, frames, targets, *_):
+        """targets: (B, n, C, size, size), consecutive frames. Returns loss, mse, and a zero in the place of the KL."""
+        z, pairs = self.encode(targets)
+        mse = F.mse_loss(self.paint(z.flatten(0, 1)), pairs.flatten(0, 1))
+        change = z.diff(dim=1) / self.dt
+        symplectic = F.mse_loss(self.field(z[:, :-1]), change)
+        canonical = F.mse_loss(z[:, :-1].chunk(2, 2)[1], change.chunk(2, 2)[0])
+        return mse + 0.1 * (symplectic + canonical), mse, mse.new_zeros(())
 
 
 class GECO:

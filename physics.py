@@ -38,6 +38,7 @@ class System:
     potential: Callable       # V(q): (..., bodies, dims) -> (...)
     force: Callable           # -dV/dq, same shape as q; written out because it is the simulator's hot loop
     position: Callable        # q -> where the discs are, (..., bodies, 2), world units, y upward
+    locate: Callable          # the inverse of position
     periodic: bool = False    # q are angles
 
     def energy(self, q, p):
@@ -85,18 +86,20 @@ SYSTEMS = {
     "mass_spring": System(                                                  # m 0.5, k 2
         colours=(YELLOW,), radius=0.5, half_width=2.0, noise=0.1, inertia=0.5, initial=_polar(0.1, 1.0),
         potential=lambda q: q.square().sum((-2, -1)), force=lambda q: -2 * q,
-        position=lambda q: torch.cat((q, torch.zeros_like(q)), -1)),
+        position=lambda q: torch.cat((q, torch.zeros_like(q)), -1), locate=lambda x: x[..., :1]),
     "pendulum": System(                                                     # m 0.5, l 1, g 3; angle 0 hangs down
         colours=(YELLOW,), radius=0.5, half_width=2.0, noise=0.1, inertia=0.5, initial=_polar(1.3, 2.3),
         potential=lambda q: 1.5 * (1 - q.cos()).sum((-2, -1)), force=lambda q: -1.5 * q.sin(),
-        position=lambda q: torch.cat((q.sin(), -q.cos()), -1), periodic=True),
+        position=lambda q: torch.cat((q.sin(), -q.cos()), -1), locate=lambda x: torch.atan2(x[..., :1], -x[..., 1:]),
+        periodic=True),
     "two_body": System(                                                     # m 1, G 1
         colours=(YELLOW, RED), radius=0.375, half_width=3.0, noise=0.05, inertia=1.0,
-        initial=_orbit(2, 0.5, 1.5, speed=0.5), potential=_gravity, force=_gravity_force, position=lambda q: q),
+        initial=_orbit(2, 0.5, 1.5, speed=0.5), potential=_gravity, force=_gravity_force, position=lambda q: q,
+        locate=lambda x: x),
     "three_body": System(                                                   # m 1, G 1
         colours=(YELLOW, RED, GREEN), radius=0.28125, half_width=3.0, noise=0.2, inertia=1.0,
         initial=_orbit(3, 0.9, 1.2, speed=3 ** -0.25), potential=_gravity, force=_gravity_force,
-        position=lambda q: q),
+        position=lambda q: q, locate=lambda x: x),
 }
 
 

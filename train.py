@@ -15,6 +15,8 @@ import json
 import math
 import os
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -26,16 +28,19 @@ from tqdm import tqdm
 import hgn
 import physics
 
-from eval import (MODELS, Help, Parser, Points, TestClips, at_least, fail, flow_table, keep_memory, load, measure,
-                  measure_flow, movies, newest_run, pick_device, provenance, table)
-from hgn import ARCHITECTURES, GECO, HGN, INTEGRATORS
+from eval import (MODELS, TEST_SEED, Help, Parser, Points, TestClips, at_least, fail, flow_table, keep_memory, load, measure,
+                  measure_flow, movies, newest_run, pick_device, provenance, read_checkpoint, table)
+from hgn import ARCHITECTURES, GECO, HGN, HNN, INTEGRATORS
 from nhf import BASES, DENSITIES, NHF, RealNVP
-from physics import BACKGROUND, SYSTEMS, initial_states, jitter, render, simulate
+from physics import BACKGROUND, SYSTEMS, initial_states, jitter, noise_floor, render, simulate
 
-DEFAULTS = {"hgn": {"steps": 6000, "batch_size": 16, "lr": 3e-3}, "nhf": {"steps": 5000, "batch_size": 512, "lr": 2e-2},
+DEFAULTS = {"hgn": {"steps": 6000, "batch_size": 16, "lr": 3e-3}, "hnn": {"steps": 6000, "batch_size": 16, "lr": 1e-3},
+            "hnn_conv": {"steps": 6000, "batch_size": 16, "lr": 1e-3}, "nhf": {"steps": 5000, "batch_size": 512, "lr": 2e-2},
             "realnvp": {"steps": 10000, "batch_size": 512, "lr": 5e-3}}        # twice as fast a step
+ROWS = {"HGN (leapfrog)": (), "HGN (Euler)": ("--integrator", "euler"), "HGN (deterministic)": ("--deterministic",),
+        "HGN (no f_psi)": ("--no-f-psi",), "HNN": ("--model", "hnn"), "HNN (conv)": ("--model", "hnn_conv")}
 POOL = 64                           # batches whose trajectories are simulated together
-KEPT = ("steps", "device", "compile", "resume", "name", "bench")     # options that --resume may change
+KEPT = ("steps", "device", "compile", "resume", "name", "bench", "table")     # options that --resume may change
 WORTH_COMPILING = 5000              # steps on a CPU: 10 ms a step saved, up to a minute of compilation (README, "Speed")
 
 
@@ -54,7 +59,7 @@ def parse():
     data.add_argument("--window", type=at_least(1), default=30, help="frames to learn from, before and after frame 0")
     data.add_argument("--targets", type=at_least(1), default=8, help="random frames of the window painted for the loss")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=MODELS, help="hgn for a system; nhf (the default) or realnvp for a density")
+    model.add_argument("--model", choices=MODELS, help="for a system hgn, or the baselines hnn and hnn_conv; for a density nhf or realnvp")
     model.add_argument("--arch", choices=ARCHITECTURES, default="compact", help="paper: the published networks")
     model.add_argument("--latent", type=at_least(1), help="numbers in q (default: the true system's), or maps in q (paper: 16)")
     model.add_argument("--context", type=at_least(1), default=5,
@@ -91,6 +96,7 @@ def parse():
                           "quarter off every step, so the default there is to compile the compact model from "
                           f"{WORTH_COMPILING} steps and nothing else; on a GPU everything")
     run.add_argument("--bench", action="store_true", help="measure instead of training: a table, and runs/bench-DEVICE.json")
+    run.add_argument("--table", action="store_true", help="train and measure all rows of the paper's tables on a system, --steps each")
     args = parser.parse_args()
     if args.seed >= 2 ** 20:
         fail(f"--seed must be below {2 ** 20}, not {args.seed}")
@@ -102,12 +108,12 @@ def parse():
             fail(f"{given[0]} and {given[1]} exclude each other: give one")
         flow = bool(args.density or args.data)
         args.model = args.model or ("nhf" if flow else "hgn")
-        if flow == (args.model == "hgn"):
+        if flow == args.model.startswith("h"):
             fail(f"--model {args.model} needs {'--system NAME' if flow else '--density NAME or --data POINTS.npy'}")
         for k, v in DEFAULTS[args.model].items():
             setattr(args, k, getattr(args, k) or v)
-        if flow and args.bench:
-            fail("--bench measures HGN: give a --system, or none")
+        if flow and (args.bench or args.table):
+            fail("--bench and --table measure HGN: give a --system, or none")
         if flow:
             return args, None, None
         args.system = args.system or "mass_spring"
@@ -176,6 +182,8 @@ class Batches:
         # The horizon grows from 5 frames to the whole window over the first 30 % of the run.
         reach = min(args.window, 5 + int(args.window * step / (0.3 * args.steps)))
         times = torch.randint(-reach, reach + 1, (B, args.targets), generator=generator, device=self.device)
+        if args.model != "hgn":                             # HNN looks at frames in a row
+            times = times[:, :1].clamp(max=reach + 1 - args.targets) + torch.arange(args.targets, device=self.device)
         rows = torch.arange(B, device=self.device).unsqueeze(1)
         seen = torch.cat((q[:, self.frame0:self.frame0 + args.context], q[rows, self.frame0 + times]), 1)
         frames = render(self.system, jitter(self.system, seen, args.noise, generator), args.size)
@@ -189,6 +197,8 @@ def build(args):
         points = Points(vars(args))
         flow = NHF(points.dim, args.hamiltonians, args.leapfrog_steps, kinetic=args.kinetic, base=args.base, shift=points.shift, scale=points.scale)
         return flow if args.model == "nhf" else RealNVP.like(flow)
+    if args.model != "hgn":
+        return HNN(args.size, latent=args.latent, conv=args.model == "hnn_conv", background=BACKGROUND)
     try:
         return HGN(size=args.size, context=args.context, arch=args.arch, latent=args.latent, integrator=args.integrator,
                    substeps=args.substeps, periodic=args.periodic, f_psi=args.f_psi, deterministic=args.deterministic, background=BACKGROUND)
@@ -412,16 +422,51 @@ def bench(args, device):
     print(f"\nwrote {path}")
 
 
+def tables(args, device, clips=256):
+    """The paper's Tables 1 and 2 on one system: every row of ROWS on clean and on noisy pictures, with 5 and 30 context frames,
+    each trained for --steps by a command of its own or resumed where it stopped. Writes results/table_SYSTEM.json."""
+    path, cells = Path("results") / f"table_{args.system}.json", []
+    path.parent.mkdir(exist_ok=True)
+    print(f"{'':<54}{'train MSE':>10}{'test MSE':>10}{'spread':>8}{'floor':>8}   var H: train, test")
+    for noise, context, (row, options) in itertools.product(("0", "paper"), (5, 30), ROWS.items()):
+        if context > 5 and "--model" in options:            # HNN sees two frames
+            continue
+        name = "-".join(("table", args.system, noise, str(context), *(o.strip("-") for o in options)))
+        checkpoint = Path("runs") / name / "checkpoint.pt"
+        what = (["--resume", str(checkpoint)] if checkpoint.exists() else
+                ["--system", args.system, "--noise", noise, "--context", str(context), "--name", name, "--arch", args.arch,
+                 "--seed", str(args.seed), *options])
+        if not checkpoint.exists() or read_checkpoint(checkpoint)["step"] < args.steps:
+            subprocess.run([sys.executable, __file__, "--steps", str(args.steps), "--device", str(device), *what], check=True,
+                           stdout=subprocess.DEVNULL)
+        model, saved = load(checkpoint, device)
+        config, cell = saved["config"], {"row": row, "noise": noise, "context": context, "seconds": saved["seconds"]}
+        for part, seed, n in (("train", args.seed << 20, config["batch_size"] * POOL), ("test", TEST_SEED, clips)):
+            seen = TestClips(config, n, seed, device)       # of training, the very first clips
+            seen.q, seen.p, seen.observed = seen.q[:clips], seen.p[:clips], seen.observed[:clips]
+            result = measure(model, seen, 30, 30)
+            cell[part] = {k: result[k] for k in ("mse_0_29", "mse_std_over_clips", "energy_variance", "energy_std_ratio")}
+            cell[part]["mse"] = result.get("mse_noisy", result["mse_0_29"])
+        cell["floor"] = noise_floor(SYSTEMS[args.system], noise, config["size"],
+                                    generator=torch.Generator().manual_seed(TEST_SEED + 1)) if noise == "paper" else 0.0
+        cells.append(cell)
+        path.write_text(json.dumps({**provenance(), "config": vars(args), "cells": cells}, indent=1))
+        print(f"{row:<22}{'clean' if noise == '0' else 'noisy'}, {context:2d} context frames, {saved['step']:6d} steps"
+              f"{cell['train']['mse'] * 1e4:10.2f}{cell['test']['mse'] * 1e4:10.2f}{cell['test']['mse_std_over_clips'] * 1e4:8.2f}"
+              f"{cell['floor'] * 1e4:8.2f}   {cell['train']['energy_variance']:.1e}, {cell['test']['energy_variance']:.1e}", flush=True)
+
+
 def learn_pixels(args, device, model, geco, first):
     """HGN's part of a run: advance(step, optimisers) makes a training step and returns what to log, look(folder) measures the
     model and writes its movie."""
-    batches = Batches(args, device, None if args.deterministic else model.z_shape)
+    hgn = args.model == "hgn"
+    batches = Batches(args, device, None if args.deterministic or not hgn else model.z_shape)
     beta = torch.tensor(geco.beta if args.geco else args.beta, device=device)
     test, loss_of = TestClips(vars(args), 100, device=device), model.loss
-    if first == 0:
+    if first == 0 and hgn:
         model.fit_chart(torch.cat([batches(args.steps + i)[1].flatten(0, 1) for i in range(POOL // 4)]))
     if args.compile is None:
-        args.compile = device.type == "cuda" or (args.arch == "compact" and args.steps >= WORTH_COMPILING)
+        args.compile = device.type == "cuda" or (hgn and args.arch == "compact" and args.steps >= WORTH_COMPILING)
     if args.compile:
         context, targets, times, noise = batches(first)
         loss_of = compiled_or_eager(model.loss, device, context, targets, times, args.window, beta, noise, args.consistency)
@@ -467,8 +512,8 @@ def main():
     device = pick_device(args.device if args.system else "cpu")
     keep_memory()
     torch.manual_seed(args.seed)
-    if args.bench:
-        return bench(args, device)
+    if args.bench or args.table:
+        return (bench if args.bench else tables)(args, device)
     model, checkpoint = resumed or (build(args), {"step": 0, "seconds": 0.0})
     model.to(device).train()
     if args.system:
