@@ -306,9 +306,7 @@ def painter(inputs, channels, low):
 def compact(size, channels, context, latent, f_psi, periodic, dt):
     """Vector latent, separable H. The encoder's z is the state itself and f_psi, invertible, takes N(0, I) to the distribution
     of states: a prior that bends no coordinates."""
-    decoder = painter(latent * (1 + periodic), channels, size // 8)
-    if periodic:
-        decoder = nn.Sequential(Embed(), *decoder)
+    decoder = nn.Sequential(Embed() if periodic else nn.Identity(), *painter(latent * (1 + periodic), channels, size // 8))
     encoder = CentroidEncoder(channels, context, latent, periodic, dt)
     return encoder, Couplings(2 * latent) if f_psi else nn.Identity(), Separable(latent, 128, periodic), decoder
 

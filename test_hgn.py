@@ -12,7 +12,7 @@ import torch
 
 import eval as evaluation
 import train
-from hgn import ARCHITECTURES, GECO, HGN, ConvHamiltonian, Separable, euler, leapfrog
+from hgn import ARCHITECTURES, GECO, HGN, HNN, ConvHamiltonian, Separable, euler, leapfrog
 from nhf import BASES, DENSITIES, NHF, RealNVP
 from physics import BACKGROUND, SYSTEMS, clips, initial_states, noise_floor, render, simulate
 
@@ -217,7 +217,9 @@ def shaken(seed=0, **options):
 
 def test_gradients_of_H_are_its_gradients():
     torch.manual_seed(0)
-    for H, dim in ((Separable(6, 32), 6), (ConvHamiltonian(6, 4, width=8), 96)):
+    for H, dim in ((Separable(6, 32), 6), (Separable(6, 32, periodic=True), 6), (ConvHamiltonian(6, 4, width=8), 96)):
+        for energy in H.children() if dim == 6 else ():
+            torch.nn.init.normal_(energy.C)                     # not symmetric either
         q, p = torch.randn(2, 7, dim, dtype=torch.float64).requires_grad_().unbind(0)
         expected = torch.autograd.grad(H.double()(q, p).sum(), (q, p))
         torch.testing.assert_close((H.dq(q, p), H.dp(q, p)), expected)
@@ -253,18 +255,105 @@ def test_frames_depend_on_q_alone():
 
 
 def test_kl_is_that_of_torch_distributions():
-    model = HGN()
+    model = HGN(f_psi=False)
     frames = clips(SYSTEMS["pendulum"], 5, generator=seeded())[0]
     mean, logvar = model.encode(frames)
     normal = torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(mean, (0.5 * logvar).exp()), normal(0.0, 1.0)).sum(1).mean()
-    loss, mse, kl = model.loss(frames, beta=0.3)
+    loss, mse, kl = model.loss(frames, beta=0.3, consistency=0)
     torch.testing.assert_close(kl, expected)
     torch.testing.assert_close(loss, mse + 0.3 * kl / (3 * 32 * 32))
+    # With f_psi, one draw of log q(z|x) - log p(z), p by the change of variables through f_psi.
+    model = HGN(latent=2)
+    noise = torch.randn(5, 4, generator=seeded())
+    mean, logvar = model.encode(frames)
+    z = mean + (0.5 * logvar).exp() * noise
+    u = model.f_psi.inverse(z)[0]
+    log_p = [normal(0.0, 1.0).log_prob(x).sum() - torch.autograd.functional.jacobian(model.f_psi, x[None]).squeeze().det().abs().log()
+             for x in u]
+    log_q = normal(mean, (0.5 * logvar).exp()).log_prob(z).sum(1)
+    torch.testing.assert_close(model.loss(frames, noise=noise)[2], (log_q - torch.stack(log_p)).mean(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(model.f_psi(u), z, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_come_through_f_psi():
+    model = HGN(latent=2)
+    with torch.no_grad():
+        model.f_psi.nets[0][-1].bias[4:].add_(3.0)              # shift what the prior makes
+        z = torch.randn(6, 4, generator=seeded())
+        expected = model.decode(model.rollout(*model.state(model.f_psi(z)), 2)[0])
+        torch.testing.assert_close(model.sample(6, 2, generator=seeded()), expected)
+        assert not torch.allclose(expected, model.decode(model.rollout(*model.state(z), 2)[0]))
+
+
+@pytest.mark.parametrize("name", ("mass_spring", "two_body", "pendulum"))
+def test_the_encoder_charts_without_bending(name):
+    """From the first step q is a linear function of the true position (or the angle itself) and p is dq/dt."""
+    torch.manual_seed(0)
+    system, periodic = SYSTEMS[name], name == "pendulum"
+    q, p = initial_states(system, 400, seeded())
+    q, p = simulate(system, q, p, 25)
+    model = HGN(latent=q[0, 0].numel(), periodic=periodic)
+    model.fit_chart(render(system, q[:, ::5]).flatten(0, 1))
+    with torch.no_grad():
+        inferred = model.inferred(model.encode(render(system, q[:, 15:20]))[0])        # at the middle of these, frame 17
+    x, v = q[:, 17].flatten(1), p[:, 17].flatten(1) / system.inertia
+    for latent, true, limit in zip(inferred, (x, v), (0.05, 0.2)):
+        latent = latent.double()
+        if periodic:                                            # one turn is one turn
+            latent = true + evaluation.wrapped(latent - true) if true is x else latent
+        both = torch.cat((true, torch.ones_like(true[:, :1])), 1)
+        left = latent - both @ torch.linalg.lstsq(both, latent, driver="gelsd").solution
+        assert (left.std(0) < limit * latent.std(0).max()).all()
+    if periodic:
+        torch.testing.assert_close(inferred[1].double(), v, rtol=0.05, atol=0.05)
+
+
+def test_consistency_is_the_distance_from_the_chart():
+    system = SYSTEMS["two_body"]
+    frames = clips(system, 6, 12, generator=seeded())[0]
+    model = HGN(latent=4, deterministic=True)
+    model.fit_chart(frames.flatten(0, 1))
+    with torch.no_grad():
+        chart = model.encoder.chart(model.encoder.centroids(4 * (frames - model.background).flatten(0, 1))).unflatten(0, (6, 12))
+        assert model.encoder.misfit(chart, 4 * (frames - model.background)) < 1e-12
+        q = model.rollout(*model.infer(frames), 11)[0]
+        loss, mse, _ = model.loss(frames, consistency=0.5)
+        torch.testing.assert_close(loss - mse, 0.5 * (q - chart).square().mean() / chart.var())
+
+
+def test_hnn_is_a_hamiltonian_vector_field_and_learns():
+    torch.manual_seed(0)
+    for conv in (False, True):
+        model = HNN(latent=2, conv=conv)
+        z = torch.randn(5, 4, requires_grad=True)
+        dq, dp = torch.autograd.grad(model.H(z).sum(), z)[0].chunk(2, 1)
+        torch.testing.assert_close(model.field(z), torch.cat((dp, -dq), 1))
+        zs, nothing = model.rollout(z.detach(), None, 200, 0.01)
+        H = model.energy(zs[:, ::50].flatten(0, 1), None).view(5, 5)
+        assert H.std(1).max() < 1e-4 and (zs[:, -1] - zs[:, 0]).norm() > 0.1
+        frames = clips(SYSTEMS["mass_spring"], 8, 6, generator=seeded())[0]
+        optimiser, losses = torch.optim.Adam(model.parameters(), 1e-3), []
+        for _ in range(30):
+            loss = model.loss(frames, frames)[0]
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.8 * losses[0]
+        assert model.decode(model.rollout(*model.infer(frames), 3)[0]).shape == (8, 4, 3, 32, 32)
+
+
+def test_faster_is_the_same_motion():
+    """At double speed every second state of the normal rollout: steps are never longer than in training."""
+    model = shaken(latent=3)
+    q, p = torch.randn(2, 4, 3, dtype=torch.float64, generator=seeded()).unbind(0)
+    normal, fast = model.rollout(q, p, 20), model.rollout(q, p, 10, 2 * model.dt)
+    torch.testing.assert_close([x[:, ::2] for x in normal], list(fast))
 
 
 def test_scoring_some_frames_is_scoring_them_all_on_average():
-    model = shaken(deterministic=True)
+    model = shaken(deterministic=True, latent=4)
     model.decoder[-1].weight.data.mul_(30)                      # so that one frame differs from the next
     system = SYSTEMS["two_body"]
     q, p = initial_states(system, 3, seeded())
@@ -290,6 +379,8 @@ def test_both_architectures_and_the_ablations_learn(arch, options):
         model.loss(frames)[0].backward()
         optimiser.step()
     still = [name for (name, x), y in zip(model.named_parameters(), before) if torch.equal(x, y)]
+    if options.get("deterministic"):                            # no posterior, no prior
+        still = [name for name in still if not name.startswith(("f_psi.nets", "encoder.logvar"))]
     assert still == (["H.convs.5.bias"] if arch == "paper" else [])      # a constant in H moves nothing
     assert model.sample(2, 3, generator=seeded()).shape == (2, 4, 3, 32, 32)
 
@@ -495,6 +586,92 @@ def test_measures_of_a_perfect_model():
     assert result["blank_mse"] == pytest.approx(60e-4, rel=0.3)
 
 
+def test_valid_prediction_time_counts_frames():
+    error = torch.tensor([[0.0, 0.05, 0.2, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, float("nan"), 0.0, 0.0]])
+    assert evaluation.first_bad(error, 0.1).tolist() == [2, 4, 1]
+
+
+def test_lasso_shrinks_as_it_should():
+    """With orthonormal columns its solution is the least-squares one, soft-thresholded."""
+    A = torch.linalg.qr(torch.randn(200, 5, dtype=torch.float64, generator=seeded()))[0] * 200 ** 0.5
+    w = torch.tensor([[1.0], [-0.5], [0.05], [0.0], [2.0]], dtype=torch.float64)
+    torch.testing.assert_close(evaluation.lasso(A, A @ w, alpha=0.1), w.sign() * (w.abs() - 0.1).clamp(min=0))
+
+
+def test_symetric_tells_symplectic_maps_from_others():
+    true = torch.randn(600, 4, dtype=torch.float64, generator=seeded())
+    M = torch.randn(2, 2, dtype=torch.float64, generator=seeded(1))
+    linear = torch.cat((3 * true[:, :2] @ M, true[:, 2:] @ torch.linalg.inv(M).T), 1)                    # conformally symplectic
+    shear = linear + 0.1 * torch.cat((torch.zeros_like(M.new_zeros(600, 2)), linear[:, :2] ** 2), 1)     # p + grad of q^3 / 30
+    for latent, order in ((linear, 1), (shear, None)):
+        result = evaluation.symetric(latent, true)
+        assert result["symetric_r2"] > 0.9 and result["symetric"] < 0.05 and order in (None, result["symetric_order"])
+    stretched = torch.cat((true[:, :1] * 3, true[:, 1:]), 1)
+    bent = torch.cat((true[:, :2] + 2 * true[:, 2:], true[:, :2]), 1) ** 3
+    assert evaluation.symetric(stretched, true)["symetric"] == pytest.approx(2 * (8 / 9) ** 2 / 16, rel=1e-3)
+    assert evaluation.symetric(bent, true)["symetric_order"] > 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_judging_clips(name):
+    system = SYSTEMS[name]
+    frames, q, _ = clips(system, 12, generator=seeded())
+    torch.testing.assert_close(system.position(evaluation.read(system, frames[:2])), system.position(q[:2]), rtol=0, atol=1e-3)
+    assert evaluation.judge(system, frames) == (1.0, 1.0)
+    wrong = frames[:, [*range(10)] + [9] * 20]                  # stops after ten frames: valid pictures, another motion
+    assert evaluation.judge(system, wrong)[0] == 1.0 and evaluation.judge(system, wrong)[1] < 0.3
+    assert evaluation.judge(system, frames.lerp(torch.tensor(BACKGROUND).view(3, 1, 1), 0.7))[0] == 0.0
+
+
+def test_physics_of_a_perfect_model():
+    """What the true state and the true forces reach: every prediction valid to the end, a symplectic chart, samples that obey."""
+    system, test = SYSTEMS["pendulum"], evaluation.TestClips({"system": "pendulum", "size": 32, "noise": 0.0, "context": 5}, 8)
+
+    class Perfect:
+        dt, context = 0.125, 5
+
+        def infer(self, frames):
+            q = evaluation.read(system, frames[:, :5])
+            q = q[:, :1] + torch.cat((q[:, :1] * 0, evaluation.wrapped(q.diff(dim=1)).cumsum(1)), 1)
+            v = (-25 * q[:, 0] + 48 * q[:, 1] - 36 * q[:, 2] + 16 * q[:, 3] - 3 * q[:, 4]) / (12 * 0.125)
+            return q[:, 0].flatten(1), 0.5 * v.flatten(1)
+        decode = staticmethod(lambda q: render(system, q.unsqueeze(-1)))
+
+        def rollout(self, q, p, steps, dt=0.125):
+            return tuple(x.flatten(2) for x in simulate(system, q.unsqueeze(-1), p.unsqueeze(-1), steps + 1, dt))
+
+        def sample(self, n, steps, generator):
+            return clips(system, n, steps + 1, generator=generator)[0]
+    result = evaluation.measure_physics(Perfect(), test, 30, frames=60, samples=20)
+    assert result["strict_vpt_forward"] == result["strict_vpt_backward"] == result["strict_vpt_ceiling"] == 60 and result["vpt"] == 1.0
+    assert result["symetric_r2"] > 0.999 and result["symetric"] < 0.01 and max(result["state_precision"]) < 0.02
+    assert result["samples_valid"] == result["samples_obey"] == result["real_valid"] == result["real_obey"] == 1.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_checkpoints_are_used_where_nothing_was_trained(name, tmp_path, monkeypatch, capsys):
+    """And what they were shipped for: below the paper's error inside the window, better than a blank picture far outside."""
+    monkeypatch.chdir(tmp_path)
+    path = evaluation.newest_run(system=name)
+    assert path == HERE / "checkpoints" / f"{name}.pt" and path.stat().st_size < 4e6
+    model, checkpoint = evaluation.load(path)
+    result = evaluation.measure(model, evaluation.TestClips(checkpoint["config"], 16))
+    assert result["mse_0_29"] < 1e-4 and result["mse_30_59"] < 0.3 * result["blank_mse"]
+
+
+def test_the_papers_tables_are_filled_and_resumed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "ROWS", {"HNN": ("--model", "hnn")})
+    words = ("--table", "--device", "cpu", "--steps", 2)
+    run(train.main, monkeypatch, *words)
+    first = json.load(open("results/table_mass_spring.json"))["cells"]
+    assert [cell["noise"] for cell in first] == ["0", "paper"] and first[1]["floor"] > 1e-4
+    assert all(math.isfinite(cell[part]["mse"]) for cell in first for part in ("train", "test"))
+    monkeypatch.setattr(train.subprocess, "run", None)          # nothing is trained twice
+    run(train.main, monkeypatch, *words)
+    assert json.load(open("results/table_mass_spring.json"))["cells"] == first
+
+
 def test_resumed_run_is_the_uninterrupted_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "measure", lambda *_: {"mse_0_29": 1.0, "clips": 1})
@@ -639,7 +816,7 @@ def write_bad_points(folder):
     np.save(folder / "objects.npy", np.array([{"a": 1}, None]), allow_pickle=True)
 
 
-BAD_TRAIN = ("--density blob", "--density rings --system pendulum", "--density rings --model hgn", "--model nhf",
+BAD_TRAIN = ("--density rings --table", "--model hnn --density rings", "--consistency -1", "--density blob", "--density rings --system pendulum", "--density rings --model hgn", "--model nhf",
              "--system pendulum --model realnvp", "--density rings --hamiltonians 0", "--density rings --kinetic x",
              "--density rings --base x", "--density rings --bench", "--density rings --samples 0", "--data nowhere.npy", "--data bad.pt", "--data nan.npy",
              "--data constant.npy", "--data one.npy", "--data flat.npy", "--data words.npy", "--data objects.npy", "--system pluto", "--size 20", "--size 500", "--size x", "--noise -1", "--noise loud", "--window 0", "--targets 0",
@@ -648,7 +825,7 @@ BAD_TRAIN = ("--density blob", "--density rings --system pendulum", "--density r
              f"--seed {2 ** 40}", "--name taken", "--name ../up", "--resume nowhere.pt", "--resume bad.pt", "--resume other.pt",
              "--device tpu", "--device cuda:77", "--colour red")
 BAD_EVAL = ("--density rings", "--density blob", "--checkpoint nowhere.pt", "--checkpoint bad.pt", "--checkpoint other.pt", "--checkpoint cut.pt", "--system pluto",
-            "--system two_body", "--frames 0", "--frames x", "--clips 0", "--speed 0", "--speed -1", "--speed inf", "--sample -1",
+            "--frames 0", "--frames x", "--clips 0", "--speed 0", "--speed -1", "--speed inf", "--sample -1",
             "--scale 0", "--seed x", "--device tpu")
 
 

@@ -25,7 +25,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import hgn
 import physics
 
 from eval import (MODELS, TEST_SEED, Help, Parser, Points, TestClips, at_least, fail, flow_table, keep_memory, load, measure,
@@ -133,6 +132,8 @@ def parse():
     changed = [k for k in config if k not in KEPT and getattr(args, k) != config[k]]
     if changed:
         fail(f"--{changed[0].replace('_', '-')} cannot change in a resumed run: start another without --resume")
+    if path.name != "checkpoint.pt":
+        fail(f"{path} is not in a run's folder: mkdir -p runs/{path.stem} && cp {path} runs/{path.stem}/checkpoint.pt, then resume that")
     if args.steps <= checkpoint["step"]:
         fail(f"{path} has already made {checkpoint['step']} steps: ask for more with --steps")
     if not os.access(path.parent, os.W_OK):
@@ -289,8 +290,7 @@ def check_memory(model, args, device):
 def bench(args, device):
     """Time data, rollout and training step, eager and compiled, against the machine's own peak. One table and one JSON."""
     import resource                                         # not on Windows
-    system, B, table = SYSTEMS[args.system], args.batch_size, []
-    cuda = device.type == "cuda"
+    B, rows, cuda = args.batch_size, [], device.type == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
 
     def timed(call, least=7, seconds=2.0):
@@ -306,120 +306,56 @@ def bench(args, device):
                 gc.freeze()                                 # see compiled_or_eager
         return times[0], statistics.median(times[1:])
 
-    def line(what, how, call, clips, flops=0):
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        first, median = timed(call)
-        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        row = {"what": what, "how": how, "first_s": first, "ms": 1e3 * median, "clips_s": clips / median,
-               "gflop_s": flops / median / 1e9, "share": flops / median / 1e9 / peak, "memory_mb": memory / 2 ** 20}
-        table.append(row)
-        print(f"{what:<44}{how:<26}{first:8.1f} s{1e3 * median:10.2f} ms{row['clips_s']:10.0f} clips/s{row['gflop_s']:8.1f} GFLOP/s"
-              f"{row['share']:7.1%}{row['memory_mb']:8.0f} MB", flush=True)
-        return median
-
-    def flops_of(call):
+    def both(what, clips, eager, fast):
+        """A row for `eager`, and one for `fast`, which compiles on its first call."""
         with FlopCounterMode(display=False) as counter:
-            call()
-        return counter.get_total_flops()
+            eager()
+        for how, call in (("eager", eager), ("compiled", fast)):
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            first, median = timed(call)
+            memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            speed = counter.get_total_flops() / median / 1e9
+            rows.append({"what": what, "how": how, "first_s": first, "ms": 1e3 * median, "clips_s": clips / median,
+                         "gflop_s": speed, "share": speed / peak, "memory_mb": memory / 2 ** 20})
+            print(f"{what:<48}{how:<9}{first:7.1f} s{1e3 * median:10.2f} ms{clips / median:9.0f} clips/s{speed / peak:7.1%} of peak"
+                  f"{memory / 2 ** 20:8.0f} MB", flush=True)
 
-    def fresh(**changes):
-        """A model, its batches and its training step with these options changed."""
+    def step_of(what, **changes):
         options = argparse.Namespace(**vars(args) | changes)
         model = build(options).to(device)
-        batches = Batches(options, device, None if args.deterministic else model.z_shape)
+        batch = Batches(options, device, None if args.deterministic else model.z_shape)(args.steps)
         optimisers, beta = make_optimisers(model, args.lr, device), torch.tensor(args.beta, device=device)
-        return model, batches, lambda loss, batch: update(model, loss, optimisers, batch, options.window, beta, args.consistency)
+        step = lambda loss: update(model, loss, optimisers, batch, options.window, beta, args.consistency)
+        fast = compiled(model.loss, device)
+        both(what, len(batch[0]), lambda: step(model.loss), lambda: step(fast))
 
-    # The peak: a large matmul, or the decoder's own largest convolution, alone.
-    model = fresh()[0]
-    calls = []
-    for conv in (m for m in model.decoder.modules() if isinstance(m, torch.nn.Conv2d)):
-        conv.register_forward_hook(lambda conv, x, y: calls.append((y.numel() * conv.weight[0].numel() * 2, conv, x[0].detach())))
-    with torch.no_grad():
-        model.decode(torch.randn(B, 30, model.dim, device=device))
-        flops, conv, x = max(calls, key=lambda call: call[0])
-        conv._forward_hooks.clear()
-        a = torch.randn(2048, 2048, device=device)
-        peaks = {"matmul": 2 * 2048 ** 3 / timed(lambda: a @ a)[1] / 1e9, "convolution": flops / timed(lambda: conv(x))[1] / 1e9}
-    peak = max(peaks.values())
-    print(f"{device}, {torch.get_num_threads()} threads; peak {peak:.0f} GFLOP/s "
-          f"(matmul {peaks['matmul']:.0f}, the decoder's largest convolution {peaks['convolution']:.0f})")
-
-    # The leapfrog loop, forward and backward over 2 B states: the ladder of forms.
-    model = fresh()[0]
+    model, a = build(args).to(device), torch.randn(2048, 2048, device=device)
+    peak = 2 * 2048 ** 3 / timed(lambda: a @ a)[1] / 1e9
+    print(f"{device}, {torch.get_num_threads()} threads; a large matmul reaches {peak:.0f} GFLOP/s")
     states = [torch.randn(2 * B, model.dim, device=device, requires_grad=True) for _ in "qp"]
 
     def backward(rollout):
-        def call():
-            model.zero_grad()
-            rollout(*states, 30)[0].square().sum().backward()
-        return call
-    H, region = model.H, hgn.leapfrog_step
-    plain = next(c.cell_contents for c in region.__closure__ if callable(c.cell_contents))
-    autograd = [lambda q, p, i=i: torch.func.grad(lambda *s: H(*s).sum(), i)(q, p) for i in (0, 1)]
-    flops = flops_of(backward(model.rollout))
-    line("latent rollout, 30 steps, forward + backward", "eager, func.grad", backward(
-        lambda q, p, n: hgn.leapfrog(*autograd, q, p, model.dt, n, separable=H.separable)), 2 * B, flops)
-    line("", "eager", backward(model.rollout), 2 * B, flops)
-    for how, step_form, whole in (("each step compiled", compiled(plain, device), False), ("whole loop, unrolled", plain, True),
-                                  ("whole loop, nested step", region, True)):
-        if step_form is region or H.separable and (whole or not cuda):      # CUDA graphs of single steps would overwrite each other's results
-            hgn.leapfrog_step = step_form
-            line("", how, backward(compiled(model.rollout, device) if whole else model.rollout), 2 * B, flops)
-    hgn.leapfrog_step = region
-
+        model.zero_grad()
+        rollout(*states, 30)[0].square().sum().backward()
+    fast = compiled(model.rollout, device)
+    both(f"latent rollout, {2 * B} x 30, forward and backward", 2 * B, lambda: backward(model.rollout), lambda: backward(fast))
     frames = lambda: model.decode(model.rollout(*states, 29)[0][:B])
     with torch.no_grad():
-        flops = flops_of(frames)
-        line(f"rollout with frames, {B} x 30", "eager", frames, B, flops)
-        line("", "compiled", compiled(frames, device), B, flops)
-    for what, changes in ((f"training step, batch {B}, {args.targets} of {2 * args.window + 1} frames", {}),
-                          (f"training step, batch {B}, 30 frames", {"window": 15, "targets": 30}),
-                          (f"training step, batch 512, {args.targets} frames", {"batch_size": 512})):
-        model, batches, step = fresh(**changes)
-        batch = batches(args.steps)
-        flops = flops_of(lambda: step(model.loss, batch))
-        line(what, "eager", lambda: step(model.loss, batch), len(batch[0]), flops)
-        loss = compiled(model.loss, device)
-        line("", "compiled", lambda: step(loss, batch), len(batch[0]), flops)
-    data = lambda: physics.clips(system, 256, noise=args.noise, size=args.size, device=device)
-    line("data, 256 clips of 30 frames", "eager", data, 256)
+        both(f"rollout with frames, {B} x 30", B, frames, compiled(frames, device))
+    step_of(f"training step, batch {B}, {args.targets} of {2 * args.window + 1} frames")
+    step_of(f"training step, batch {B}, 30 frames", window=15, targets=30)
+    step_of(f"training step, batch 512, {args.targets} frames", batch_size=512)
+    data = lambda: physics.clips(SYSTEMS[args.system], 256, noise=args.noise, size=args.size, device=device)
+    plain = timed(data)[1]
     physics.compile_loops()
-    line("", "compiled", data, 256)
-
-    print("\nThe eager training step against batch size, frames rolled out either way, and picture size:")
-    scaling = {}
-    for name, values in (("batch_size", (16, 64, 256, 1024)), ("window", (30, 100, 300)), ("size", (32, 64, 128))):
-        for value in values:
-            model, batches, step = fresh(**{name: value})
-            batch = batches(args.steps)
-            scaling[f"{name} {value}"] = 1e3 * timed(lambda: step(model.loss, batch), 3)[1]
-        print("  " + "   ".join(f"{name} {value}: {scaling[f'{name} {value}']:.1f} ms" for value in values), flush=True)
-
-    print("\nFrames painted for the loss, after 200 steps: a step's time, and the clipped gradient's variance over its mean squared:")
-    model, batches, step = fresh()
-    for i in range(200):
-        step(model.loss, batches(i))
-    subsets = {}
-    for n in (1, 2, 4, 8, 16, 32):
-        batches.args.targets, gradients = n, []
-        for i in range(48):
-            context, targets, times, noise = batches(args.steps + i)
-            model.zero_grad()
-            model.loss(context, targets, times, args.window, args.beta, noise)[0].backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
-            gradients.append(torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None]))
-        gradients, batch = torch.stack(gradients), batches(args.steps)
-        subsets[n] = {"ms": 1e3 * timed(lambda: step(model.loss, batch), 3)[1],
-                      "variance": (gradients.var(0).sum() / gradients.mean(0).square().sum()).item()}
-        print(f"  {n:2d} frames: {subsets[n]['ms']:6.1f} ms, variance {subsets[n]['variance']:.2f}", flush=True)
-
+    first, fast = timed(data)
+    print(f"data, 256 clips of 30 frames: {256 / plain:.0f} clips/s eager, {256 / fast:.0f} compiled (first call {first:.0f} s)")
     path = Path("runs") / f"bench-{device.type}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({**provenance(), "config": vars(args), "threads": torch.get_num_threads(), "peak_gflop_s": peaks,
-                                "table": table, "scaling_ms": scaling, "targets": subsets}, indent=1))
-    print(f"\nwrote {path}")
+    path.write_text(json.dumps({**provenance(), "config": vars(args), "threads": torch.get_num_threads(), "peak_gflop_s": peak,
+                                "table": rows, "data_clips_s": {"eager": 256 / plain, "compiled": 256 / fast}}, indent=1))
+    print(f"wrote {path}")
 
 
 def tables(args, device, clips=256):
