@@ -459,8 +459,12 @@ def main():
         check_memory(model, args, device)
     optimisers, geco = make_optimisers(model, args.lr, device), GECO(args.tolerance)
     if resumed:
-        for optimiser, state in zip(optimisers, checkpoint["optimisers"]):
-            optimiser.load_state_dict(state)
+        try:
+            for optimiser, state in zip(optimisers, checkpoint["optimisers"], strict=True):
+                optimiser.load_state_dict(state)
+        except ValueError:
+            fail(f"{folder} was trained by another version of this code, which grouped weights otherwise: train again; "
+                 "eval.py still reads it")
         geco.beta, geco.mse = checkpoint["geco"]
     folder, start, before = folder or new_folder(args), time.time(), checkpoint["seconds"]
     config = {k: v for k, v in vars(args).items() if k not in KEPT} | {"steps": args.steps}
