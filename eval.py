@@ -29,6 +29,7 @@ from physics import BACKGROUND, SYSTEMS, initial_states, jitter, noise_floor, re
 
 TEST_SEED = 2 ** 40                 # training draws from seeds below 2 ** 40 only (train.py), so never these clips
 MODELS = {"hgn": HGN, "hnn": HNN, "hnn_conv": HNN, "nhf": NHF, "realnvp": RealNVP}
+PARTS = {"model", "model_config", "config", "step", "seconds", "command", "versions"}      # of a checkpoint
 WINDOW = 30                         # frames of the paper's test clips
 
 
@@ -113,7 +114,7 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                              # torch raises many kinds for a damaged file
         fail(f"{path} cannot be read as a checkpoint, perhaps it is truncated ({type(error).__name__}): train again")
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in MODELS:
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in MODELS or not PARTS <= checkpoint.keys():
         fail(f"{path} is not a checkpoint written by train.py")
     return checkpoint
 
@@ -124,8 +125,10 @@ def load(path, device="cpu"):
     try:
         model = MODELS[checkpoint["kind"]](**checkpoint["model_config"])
         model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, TypeError, ValueError, KeyError):
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, MemoryError):
         fail(f"{path} holds another model than this version of the code builds: train again")
+    if not all(w.isfinite().all() for w in model.parameters()):
+        fail(f"{path} holds weights that are not finite: train again, with a lower --lr")
     return model.to(device).eval(), checkpoint
 
 

@@ -251,8 +251,9 @@ class CentroidEncoder(nn.Module):
             return
         xy = self.centroids(frames).double()
         latent, mean = len(self.chart.weight), xy.mean(0)
-        _, std, axes = torch.linalg.svd((xy - mean) / len(xy) ** 0.5, full_matrices=False)
-        self.chart.weight.copy_(axes[:latent] / std[0])
+        variance, axes = torch.linalg.eigh((xy - mean).T @ (xy - mean) / len(xy))
+        std = variance.flip(0).clamp(min=1e-12).sqrt()
+        self.chart.weight.copy_(axes.T.flip(0)[:latent] / std[0])
         self.chart.bias.copy_(-self.chart.weight.double() @ mean)
         return (std[:latent] / std[0]).float()
 
@@ -373,6 +374,8 @@ class HGN(nn.Module):
         for name, value in (("context", context), ("latent", latent), ("substeps", substeps)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if arch == "compact" and latent > 64:
+            raise ValueError(f"latent must be at most 64, twice the encoder's filters, not {latent}")
         if len(background) != channels:
             raise ValueError(f"background needs one number for each of the {channels} channels, not {len(background)}")
         self.context, self.dt, self.substeps, self.deterministic = context, dt, substeps, deterministic

@@ -3,6 +3,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -404,7 +405,7 @@ def test_ten_thousand_frames_in_constant_memory():
 
 
 @pytest.mark.parametrize("option", ({"size": 20}, {"size": 136}, {"arch": "x"}, {"integrator": "rk4"}, {"context": 0},
-                                    {"latent": 0}, {"substeps": 0}, {"background": (0.5,)}))
+                                    {"latent": 0}, {"latent": 65}, {"substeps": 0}, {"background": (0.5,)}))
 def test_hgn_names_the_bad_argument(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         HGN(**option)
@@ -681,11 +682,11 @@ def test_resumed_run_is_the_uninterrupted_run(tmp_path, monkeypatch, capsys):
     make = train.Batches.__call__
 
     def interrupted(self, step):
-        if step == 3:
-            raise KeyboardInterrupt
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)                 # in the middle of a step
         return make(self, step)
     monkeypatch.setattr(train.Batches, "__call__", interrupted)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="143"):
         run(train.main, monkeypatch, *TINY, "--geco", "--name", "cut")
     assert "--resume runs/cut/checkpoint.pt" in capsys.readouterr().out
     monkeypatch.setattr(train.Batches, "__call__", make)
@@ -824,7 +825,7 @@ BAD_TRAIN = ("--density rings --table", "--model hnn --density rings", "--consis
              "--steps 1.5", "--batch-size 0", "--batch-size 10000000", "--lr 0", "--lr nan", "--beta -1", "--tolerance 0", "--seed -1",
              f"--seed {2 ** 40}", "--name taken", "--name ../up", "--resume nowhere.pt", "--resume bad.pt", "--resume other.pt",
              "--device tpu", "--device cuda:77", "--colour red")
-BAD_EVAL = ("--density rings", "--density blob", "--checkpoint nowhere.pt", "--checkpoint bad.pt", "--checkpoint other.pt", "--checkpoint cut.pt", "--system pluto",
+BAD_EVAL = ("--density rings", "--density blob", "--checkpoint nowhere.pt", "--checkpoint bad.pt", "--checkpoint other.pt", "--checkpoint cut.pt", "--checkpoint parts.pt", "--checkpoint negative.pt", "--checkpoint nan.pt", "--system pluto",
             "--frames 0", "--frames x", "--clips 0", "--speed 0", "--speed -1", "--speed inf", "--sample -1",
             "--scale 0", "--seed x", "--device tpu")
 
@@ -838,6 +839,10 @@ def test_a_mistake_gets_one_line_and_status_2(main, words, tmp_path, monkeypatch
     whole = (trained / "runs/mass_spring/checkpoint.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
     torch.save({"kind": "something else"}, tmp_path / "other.pt")
+    good = torch.load(trained / "runs/mass_spring/checkpoint.pt", weights_only=True)
+    torch.save({k: good[k] for k in ("kind", "model")}, tmp_path / "parts.pt")
+    torch.save(good | {"model_config": good["model_config"] | {"context": -3}}, tmp_path / "negative.pt")
+    torch.save(good | {"model": good["model"] | {"H.K.last": good["model"]["H.K.last"] * math.nan}}, tmp_path / "nan.pt")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
         run(main, monkeypatch, *words.split())

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -156,8 +157,11 @@ def new_folder(args):
 
 
 def save(path, checkpoint):
-    """All or nothing: a crash while writing leaves the last checkpoint whole."""
-    torch.save(checkpoint, f"{path}.new")
+    """All or nothing, and on the disk before it gets its name: a crash while writing leaves the last checkpoint whole."""
+    with open(f"{path}.new", "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(f"{path}.new", path)
 
 
@@ -403,7 +407,8 @@ def learn_pixels(args, device, model, geco, first):
     beta = torch.tensor(geco.beta if args.geco else args.beta, device=device)
     test, loss_of = TestClips(vars(args), 100, device=device), model.loss
     if first == 0 and hgn:
-        model.fit_chart(torch.cat([batches(args.steps + i)[1].flatten(0, 1) for i in range(POOL // 4)]))
+        seen = [batches(args.steps + i)[1].flatten(0, 1)[:2048] for i in range(max(1, 2048 // (args.batch_size * args.targets)))]
+        model.fit_chart(torch.cat(seen))                    # the batches of after the last step
     if args.compile is None:
         args.compile = device.type == "cuda" or (hgn and args.arch == "compact" and args.steps >= WORTH_COMPILING)
     if args.compile:
@@ -492,7 +497,9 @@ def main():
     if not resumed:
         record(0, config=config, **provenance())
     bar = tqdm(range(checkpoint["step"], args.steps), initial=checkpoint["step"], total=args.steps, unit="step")
-    done = checkpoint["step"]
+    done, stopped = checkpoint["step"], []
+    for number in (signal.SIGINT, signal.SIGTERM):          # heeded between two steps, when weights and optimisers agree
+        signal.signal(number, lambda number, _: stopped.append(number))
     try:
         for step in bar:
             # Warm up over 100 steps, then down to zero along a cosine.
@@ -508,17 +515,18 @@ def main():
                 bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()},
                                 per_s=f"{args.batch_size * (bar.format_dict['rate'] or 0):.0f}")
                 record(done, **values)
-            if done % 250 == 0 and done < args.steps:
+            if stopped or done % 250 == 0 and done < args.steps:
                 store(done)
+            if stopped:
+                bar.close()
+                print(f"stopped after step {done}: go on with python train.py --resume {folder}/checkpoint.pt")
+                raise SystemExit(128 + stopped[0])
             if done % 2000 == 0 and done < args.steps:
                 evaluate(done)
     except torch.OutOfMemoryError:
         fail(f"out of memory at step {done}: try --batch-size {args.batch_size // 2}; the last checkpoint is whole")
-    except KeyboardInterrupt:
-        store(done)
-        bar.close()
-        print(f"stopped after step {done}: go on with python train.py --resume {folder}/checkpoint.pt")
-        raise SystemExit(130)
+    except OSError as error:
+        fail(f"cannot write into {folder} ({error.strerror}): make room, then --resume {folder}/checkpoint.pt; it is whole")
     store(args.steps)
     result, seconds = evaluate(args.steps), before + time.time() - start
     if args.system:
