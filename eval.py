@@ -294,7 +294,7 @@ def judge(system, frames, dt=0.125, seen=10):
 
 
 @torch.inference_mode()
-def measure_physics(model, clips, window, frames=300, samples=256):
+def measure_physics(model, clips, window, frames=300):
     """What holds outside the window: valid prediction times and their ceiling, SyMetric, samples from the prior. VPT is Higgins et
     al.'s: share of the frames after the window before the error passes 0.025 of the picture's mean square; "strict" is the
     first frame whose error passes 0.1 of a blank prediction's."""
@@ -322,7 +322,7 @@ def measure_physics(model, clips, window, frames=300, samples=256):
     result["strict_vpt_ceiling"] = first_bad(mse / blank, 0.1).median().item()
     result |= symetric(latent, true)
     if hasattr(model, "sample"):                            # HNN has no prior
-        drawn = model.sample(samples, WINDOW - 1, generator=torch.Generator().manual_seed(TEST_SEED + 4))
+        drawn = model.sample(2 * len(q0), WINDOW - 1, generator=torch.Generator().manual_seed(TEST_SEED + 4))
         result["samples_valid"], result["samples_obey"] = judge(clips.system, drawn)
     real = torch.cat(list(clips.truth(WINDOW)))
     result["real_valid"], result["real_obey"] = judge(clips.system, real)

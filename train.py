@@ -34,8 +34,8 @@ from hgn import ARCHITECTURES, GECO, HGN, HNN, INTEGRATORS, CentroidEncoder
 from nhf import BASES, DENSITIES, NHF, RealNVP
 from physics import BACKGROUND, SYSTEMS, initial_states, jitter, noise_floor, render, simulate
 
-DEFAULTS = {"hgn": {"steps": 6000, "batch_size": 16, "lr": 3e-3}, "hnn": {"steps": 6000, "batch_size": 16, "lr": 1e-3},
-            "hnn_conv": {"steps": 6000, "batch_size": 16, "lr": 1e-3}, "nhf": {"steps": 5000, "batch_size": 512, "lr": 2e-2},
+DEFAULTS = {"hgn": {"steps": 5000, "batch_size": 16, "lr": 3e-3}, "hnn": {"steps": 5000, "batch_size": 16, "lr": 1e-3},
+            "hnn_conv": {"steps": 5000, "batch_size": 16, "lr": 1e-3}, "nhf": {"steps": 5000, "batch_size": 512, "lr": 2e-2},
             "realnvp": {"steps": 10000, "batch_size": 512, "lr": 5e-3}}        # twice as fast a step
 ROWS = {"HGN (leapfrog)": (), "HGN (Euler)": ("--integrator", "euler"), "HGN (deterministic)": ("--deterministic",),
         "HGN (no f_psi)": ("--no-f-psi",), "HNN": ("--model", "hnn"), "HNN (conv)": ("--model", "hnn_conv")}
