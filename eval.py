@@ -98,7 +98,7 @@ def newest_run(**wanted):
     for path in sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, reverse=True):
         if not wanted or wanted.items() <= read_checkpoint(path)["config"].items():
             return path
-    shipped = Path(__file__).parent / "checkpoints" / f"{wanted.get('system', 'mass_spring')}.pt"
+    shipped = Path(os.path.relpath(Path(__file__).parent / "checkpoints" / f"{wanted.get('system', 'mass_spring')}.pt"))
     if shipped.is_file() and wanted.keys() <= {"system"}:
         return shipped
     options = " ".join(f"--{k} {v}" for k, v in (wanted or {"system": "mass_spring"}).items())
