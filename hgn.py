@@ -98,7 +98,7 @@ class Energy(nn.Module):
         a = torch.tanh(self.first(x))
         b = torch.tanh(self.second(a))
         g = (self.last * (1 - b * b)) @ self.second.weight * (1 - a * a)
-        g = 0.5 * x @ (self.C + self.C.T) + g @ self.first.weight
+        g = 0.5 * (x @ self.C + F.linear(x, self.C)) + g @ self.first.weight    # C.T would be an alias in a compiled step
         if not self.periodic:
             return g
         (sin, cos), (g_sin, g_cos) = x.chunk(2, -1), g.chunk(2, -1)              # d sin q = cos q dq, d cos q = -sin q dq
