@@ -41,7 +41,7 @@ ROWS = {"HGN (leapfrog)": (), "HGN (Euler)": ("--integrator", "euler"), "HGN (de
         "HGN (no f_psi)": ("--no-f-psi",), "HNN": ("--model", "hnn"), "HNN (conv)": ("--model", "hnn_conv")}
 POOL = 64                           # batches whose trajectories are simulated together
 KEPT = ("steps", "device", "compile", "resume", "name", "bench", "table")     # options that --resume may change
-WORTH_COMPILING = 5000              # steps on a CPU: 10 ms a step saved, up to a minute of compilation (README, "Speed")
+WORTH_COMPILING = 10000             # steps on a CPU: 20 ms a step saved, 80 s of compilation from an empty cache
 
 
 def noise(text):
@@ -92,7 +92,7 @@ def parse():
                      help="go on with a run, by default the newest")
     run.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                     help="compile the training step: up to a minute at first, seconds from then on; on a CPU it takes a "
+                     help="compile the training step: a minute or more at first, seconds from then on; on a CPU it takes a "
                           "quarter off every step, so the default there is to compile the compact model from "
                           f"{WORTH_COMPILING} steps and nothing else; on a GPU everything")
     run.add_argument("--bench", action="store_true", help="measure instead of training: a table, and runs/bench-DEVICE.json")
