@@ -330,8 +330,8 @@ def measure_physics(model, clips, window, frames=300):
 
 
 LABELS = {"blank_mse": "a blank prediction", "mse_noisy": "against the noisy frames", "noise_floor": "its floor",
-          "mse_train": "on training clips, first frames", "mse_std_over_clips": "spread over clips, first frames",
-          "mse_backward": "backward", "mse_double_speed": "at double speed", "mse_half_speed": "at half speed"}
+          "mse_std_over_clips": "spread over clips, first frames", "mse_backward": "backward",
+          "mse_double_speed": "at double speed", "mse_half_speed": "at half speed"}
 UNSCALED = {"energy_variance": "variance of H along a rollout", "energy_std_ratio": "std of H: along a rollout / across clips",
             "energy_std_ratio_fine": "std of H: the same in quarter steps",
             "energy_lost": "share of clips where it is above 1",
@@ -592,7 +592,8 @@ def main():
     if clips.noise:
         generator = torch.Generator().manual_seed(TEST_SEED + 1)
         result["noise_floor"] = noise_floor(clips.system, clips.noise, clips.size, generator=generator)
-    movies(model, TestClips(config, args.show, device=device), folder, args.frames, args.show, args.reverse, args.speed, args.sample, args.seed, args.scale)
+    movies(model, TestClips(config, args.show, device=device), folder, args.frames, args.show, args.reverse, args.speed,
+           args.sample, args.seed, args.scale)
     (folder / "metrics.json").write_text(json.dumps(report | {"metrics": result}, indent=1))
     table(result, config)
     print(f"\nwrote {', '.join(sorted(p.name for p in folder.glob('*.gif')))} and metrics.json into {folder}")

@@ -504,6 +504,8 @@ class HNN(nn.Module):
     def __init__(self, size=32, channels=3, latent=2, conv=False, dt=0.125, background=(0.318, 0.345, 0.365)):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
+        if size % 8 or not 16 <= size <= 128:
+            raise ValueError(f"size must be a multiple of 8 from 16 to 128, not {size}")
         self.context, self.dt, pixels = 2, dt, 2 * channels * size * size
         if conv:
             sides = (2 * channels, 32, 64, 64)

@@ -817,7 +817,7 @@ def write_bad_points(folder):
     np.save(folder / "objects.npy", np.array([{"a": 1}, None]), allow_pickle=True)
 
 
-BAD_TRAIN = ("--density rings --table", "--model hnn --density rings", "--consistency -1", "--density blob", "--density rings --system pendulum", "--density rings --model hgn", "--model nhf",
+BAD_TRAIN = ("--model hnn --targets 40", "--model hnn_conv --size 20", "--bench --model hnn", "--latent 65", "--density rings --table", "--model hnn --density rings", "--consistency -1", "--density blob", "--density rings --system pendulum", "--density rings --model hgn", "--model nhf",
              "--system pendulum --model realnvp", "--density rings --hamiltonians 0", "--density rings --kinetic x",
              "--density rings --base x", "--density rings --bench", "--density rings --samples 0", "--data nowhere.npy", "--data bad.pt", "--data nan.npy",
              "--data constant.npy", "--data one.npy", "--data flat.npy", "--data words.npy", "--data objects.npy", "--system pluto", "--size 20", "--size 500", "--size x", "--noise -1", "--noise loud", "--window 0", "--targets 0",

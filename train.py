@@ -112,8 +112,10 @@ def parse():
             fail(f"--model {args.model} needs {'--system NAME' if flow else '--density NAME or --data POINTS.npy'}")
         for k, v in DEFAULTS[args.model].items():
             setattr(args, k, getattr(args, k) or v)
-        if flow and (args.bench or args.table):
-            fail("--bench and --table measure HGN: give a --system, or none")
+        if args.model != "hgn" and (args.bench or args.table):
+            fail("--bench and --table choose the models themselves: give a --system, or none, and no --model")
+        if args.model.startswith("hnn") and not 3 <= args.targets <= min(11, 2 * args.window + 1):
+            fail(f"--model {args.model} learns from --targets frames in a row, from 3 to {min(11, 2 * args.window + 1)}, not {args.targets}")
         if flow:
             return args, None, None
         args.system = args.system or "mass_spring"
@@ -202,9 +204,9 @@ def build(args):
         points = Points(vars(args))
         flow = NHF(points.dim, args.hamiltonians, args.leapfrog_steps, kinetic=args.kinetic, base=args.base, shift=points.shift, scale=points.scale)
         return flow if args.model == "nhf" else RealNVP.like(flow)
-    if args.model != "hgn":
-        return HNN(args.size, latent=args.latent, conv=args.model == "hnn_conv", background=BACKGROUND)
     try:
+        if args.model != "hgn":
+            return HNN(args.size, latent=args.latent, conv=args.model == "hnn_conv", background=BACKGROUND)
         return HGN(size=args.size, context=args.context, arch=args.arch, latent=args.latent, integrator=args.integrator,
                    substeps=args.substeps, periodic=args.periodic, f_psi=args.f_psi, deterministic=args.deterministic, background=BACKGROUND)
     except ValueError as error:
