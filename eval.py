@@ -135,7 +135,7 @@ def load(path, device="cpu"):
 class TestClips:
     """Fixed test clips: true states at frame 0 and what the encoder sees of them (noisy if trained with noise)."""
     def __init__(self, config, n, seed=TEST_SEED, device="cpu"):
-        self.system, self.size, self.noise, self.dt = SYSTEMS[config["system"]], config["size"], config["noise"], 0.125
+        self.system, self.size, self.noise, self.dt = SYSTEMS[config["system"]], config["size"], config["noise"], config["dt"]
         generator = torch.Generator().manual_seed(seed)
         self.q, self.p = initial_states(self.system, n, generator, device)
         length = max(WINDOW, config["context"]) if self.noise else config["context"]
@@ -272,7 +272,7 @@ def read(system, frames, rounds=2, h=0.01):
     return q
 
 
-def judge(system, frames, dt=0.125, seen=10):
+def judge(system, frames, dt, seen=10):
     """Shares of clips (n, T, 3, S, S) whose every frame is a picture of the system (excess pixel MSE at most 5e-4), and that
     move as the true system does from the state that fits the first `seen` frames best (within 0.15 world units in all)."""
     q = torch.cat([read(system, part) for part in frames.split(32)])
@@ -281,7 +281,8 @@ def judge(system, frames, dt=0.125, seen=10):
     if system.periodic:
         q = torch.cat((q[:, :1], q[:, :1] + wrapped(q.diff(dim=1)).cumsum(1)), 1)
     velocity = (-25 * q[:, 0] + 48 * q[:, 1] - 36 * q[:, 2] + 16 * q[:, 3] - 3 * q[:, 4]) / (12 * dt)
-    state = torch.stack((q[:, 0], system.inertia * velocity), 1)                                         # (n, 2, bodies, dims)
+    p = system.momentum(q[:, 0], velocity) if system.momentum else system.inertia * velocity
+    state = torch.stack((q[:, 0], p), 1)                                         # (n, 2, bodies, dims)
     path = lambda s, T: system.position(simulate(system, *s.unbind(1), T, dt)[0])
     for _ in range(3):                                      # Gauss-Newton
         moves = 1e-4 * torch.eye(state[0].numel(), dtype=q.dtype, device=q.device).view(-1, 1, *state.shape[1:])
@@ -323,9 +324,9 @@ def measure_physics(model, clips, window, frames=300):
     result |= symetric(latent, true)
     if hasattr(model, "sample"):                            # HNN has no prior
         drawn = model.sample(2 * len(q0), WINDOW - 1, generator=torch.Generator().manual_seed(TEST_SEED + 4))
-        result["samples_valid"], result["samples_obey"] = judge(clips.system, drawn)
+        result["samples_valid"], result["samples_obey"] = judge(clips.system, drawn, clips.dt)
     real = torch.cat(list(clips.truth(WINDOW)))
-    result["real_valid"], result["real_obey"] = judge(clips.system, real)
+    result["real_valid"], result["real_obey"] = judge(clips.system, real, clips.dt)
     return result
 
 

@@ -72,16 +72,16 @@ def embed(q):
 
 
 class Energy(nn.Module):
-    """A learnt scalar of a vector, K(p) or V(q): x C x / 2 + MLP(x), with its gradient written out; of angles, the same
+    """A learnt scalar of a vector, K(p) or V(q): |x L|^2 / 2 + MLP(x), with its gradient written out; of angles, the same
     function of `embed(q)`.
 
     The quadratic term makes latents oscillate, all at one frequency, from the first training step, and is all of K(p) in any
-    linear coordinates. The gradient is a formula rather than a call of autograd because it is what a rollout spends its time on.
+    linear coordinates. It is never negative and the MLP is bounded, so nothing runs away. The gradient is a formula rather than a call of autograd because it is what a rollout spends its time on.
     """
-    def __init__(self, dim, width, frequency=1.0, periodic=False):
+    def __init__(self, dim, width, periodic=False):
         super().__init__()
         self.periodic, dim = periodic, dim * (1 + periodic)
-        self.C = nn.Parameter(frequency * torch.eye(dim))
+        self.L = nn.Parameter(torch.eye(dim))
         self.first, self.second = nn.Linear(dim, width), nn.Linear(width, width)
         for layer in (self.first, self.second):          # torch's default is almost linear where the states are:
             nn.init.normal_(layer.weight, std=1.5 / layer.in_features ** 0.5)    # errors 10x larger after 300 steps
@@ -91,14 +91,14 @@ class Energy(nn.Module):
     def forward(self, x):                                                        # (..., dim) -> (...)
         x = embed(x) if self.periodic else x
         h = torch.tanh(self.second(torch.tanh(self.first(x))))
-        return 0.5 * (x @ self.C * x).sum(-1) + h @ self.last
+        return 0.5 * (x @ self.L).square().sum(-1) + h @ self.last
 
     def grad(self, x):                                                           # (..., dim) -> (..., dim)
         x = embed(x) if self.periodic else x
         a = torch.tanh(self.first(x))
         b = torch.tanh(self.second(a))
         g = (self.last * (1 - b * b)) @ self.second.weight * (1 - a * a)
-        g = 0.5 * (x @ self.C + F.linear(x, self.C)) + g @ self.first.weight    # C.T would be an alias in a compiled step
+        g = F.linear(x @ self.L, self.L) + g @ self.first.weight                 # L.T would be an alias in a compiled step
         if not self.periodic:
             return g
         (sin, cos), (g_sin, g_cos) = x.chunk(2, -1), g.chunk(2, -1)              # d sin q = cos q dq, d cos q = -sin q dq
@@ -211,14 +211,16 @@ class CentroidEncoder(nn.Module):
     def __init__(self, channels, context, latent, periodic, dt, filters=32):
         super().__init__()
         self.periodic = periodic
-        self.filters = nn.Conv2d(channels, filters, 3, padding=1)
+        self.filters = nn.Sequential(nn.Conv2d(channels, filters, 3, padding=1), nn.SiLU(), nn.Conv2d(filters, filters, 1))
         self.chart = nn.Linear(2 * filters, (1 + periodic) * latent)
         self.momentum, self.logvar = nn.Linear(context * latent, latent), nn.Linear(context * latent, 2 * latent)
         he_(self)
         blur = torch.tensor([0.25, 0.5, 0.25])                # blurred blobs have smoother centroids than sharp edges
-        self.filters.weight.data = 1.5 * torch.randn(filters, channels, 1, 1) * blur.unsqueeze(1) * blur
-        if periodic:                                          # at first the angle round the picture's centre
+        self.filters[0].weight.data = 1.5 * torch.randn(filters, channels, 1, 1) * blur.unsqueeze(1) * blur
+        if periodic:                                          # at first angles round about the picture's centre
             self.chart.weight.data = torch.eye(2).repeat_interleave(latent, 0).repeat_interleave(filters, 1) / filters
+            self.chart.weight.data.mul_(0.5 + torch.rand(2 * latent, 2 * filters))
+        self.register_buffer("spread", torch.ones(()))        # mean variance of the chart's coordinates, see fit_chart
         # Orthogonal polynomials in time; higher orders are small, so louder. A buffer that is kept, as QR depends on the machine.
         time = torch.linspace(-1, 1, context, dtype=torch.float64) if context > 1 else torch.zeros(1, dtype=torch.float64)
         basis, r = torch.linalg.qr(torch.stack([time ** j for j in range(context)], 1))
@@ -255,16 +257,19 @@ class CentroidEncoder(nn.Module):
         std = variance.flip(0).clamp(min=1e-12).sqrt()
         self.chart.weight.copy_(axes.T.flip(0)[:latent] / std[0])
         self.chart.bias.copy_(-self.chart.weight.double() @ mean)
-        return (std[:latent] / std[0]).float()
+        scale = (std[:latent] / std[0]).float()
+        self.spread.copy_(scale.square().mean())
+        self.logvar.bias.add_(2 * scale.log().repeat(2))      # noise as small a part of each
+        return scale
 
     def misfit(self, q, frames):
-        """How far q (B, n, latent) is from the chart of frames (B, n, C, H, W): mean square over its variance, of angles
-        1 - cos. The chart is taken as given."""
+        """How far q (B, n, latent) is from the chart of frames (B, n, C, H, W): mean square over its variance before
+        training, of angles 1 - cos. The chart is taken as given."""
         with torch.no_grad():
             a = self.chart(self.centroids(frames.flatten(0, 1))).unflatten(0, frames.shape[:2])
             if self.periodic:
                 a = torch.atan2(*a.chunk(2, 2))
-        return (1 - torch.cos(q - a)).mean() if self.periodic else (q - a).square().mean() / a.var()
+        return (1 - torch.cos(q - a)).mean() if self.periodic else (q - a).square().mean() / self.spread
 
     def forward(self, frames):                                                   # (B, context, C, H, W) -> (B, 4 latent)
         a = self.chart(self.centroids(frames.flatten(0, 1))).unflatten(0, frames.shape[:2])
@@ -374,8 +379,9 @@ class HGN(nn.Module):
         for name, value in (("context", context), ("latent", latent), ("substeps", substeps)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        if arch == "compact" and latent > 64:
-            raise ValueError(f"latent must be at most 64, twice the encoder's filters, not {latent}")
+        for name, value, most in (("context", context, 1000), ("latent", latent, 64)):
+            if arch == "compact" and value > most:
+                raise ValueError(f"{name} must be at most {most}, not {value}")
         if len(background) != channels:
             raise ValueError(f"background needs one number for each of the {channels} channels, not {len(background)}")
         self.context, self.dt, self.substeps, self.deterministic = context, dt, substeps, deterministic
@@ -405,7 +411,7 @@ class HGN(nn.Module):
         if isinstance(self.encoder, CentroidEncoder):
             scale = self.encoder.fit_chart(4 * (frames - self.background))
             if scale is not None:
-                self.H.V.C.data.copy_(scale.square().diag())
+                self.H.V.L.data.copy_(scale.diag())
                 for energy in (self.H.K, self.H.V):
                     energy.first.weight.data.mul_(scale)
 

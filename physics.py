@@ -1,9 +1,9 @@
-"""The four systems of Hamiltonian Generative Networks: exact simulation and rendering.
+"""The four systems of Hamiltonian Generative Networks and two more: exact simulation and rendering.
 
-Stands alone on torch. A system is one entry of `SYSTEMS`: its constants, its energy, how its initial
+Stands alone on torch and numpy. A system is one entry of `SYSTEMS`: its constants, its energy, how its initial
 states are drawn and how it looks. Constants, initial states and colours follow Toth et al., "Hamiltonian
 Generative Networks", ICLR 2020 (arXiv 1909.13789), section 4 and appendix, as published with its
-reproduction (Balsells Rodas et al., ReScience 2021).
+reproduction (Balsells Rodas et al., ReScience 2021); spring_pendulum and double_pendulum are our own.
 
     frames, q, p = clips(SYSTEMS["three_body"], n=16)   # (16, 30, 3, 32, 32), (16, 30, 3, 2) twice
 """
@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Callable
 
+import numpy as np
 import torch
 
 BACKGROUND = (81 / 255, 88 / 255, 93 / 255)
@@ -25,7 +26,7 @@ KAHAN_LI = _HALF + _HALF[-2::-1]
 
 @dataclass(frozen=True)
 class System:
-    """One physical system with H(q, p) = sum p^2 / (2 inertia) + V(q), and how it is drawn.
+    """One physical system with H(q, p) = sum p^2 / (2 inertia) + V(q), or any other H, and how it is drawn.
 
     States q and p have shape (..., bodies, dims). Units are those of the paper: dt = 0.125 between frames.
     """
@@ -40,9 +41,15 @@ class System:
     position: Callable        # q -> where the discs are, (..., bodies, 2), world units, y upward
     locate: Callable          # the inverse of position
     periodic: bool = False    # q are angles
+    # Only where the kinetic energy depends on q; `force` is not used then.
+    hamiltonian: Callable = None    # (q, p) -> H
+    gradient: Callable = None       # (q, p) -> dH/dq, dH/dp
+    momentum: Callable = None       # (q, dq/dt) -> p
 
     def energy(self, q, p):
         """H(q, p) of states (..., bodies, dims), shape (...)."""
+        if self.hamiltonian:
+            return self.hamiltonian(q, p)
         return p.square().sum((-2, -1)) / (2 * self.inertia) + self.potential(q)
 
 
@@ -82,6 +89,28 @@ def _gravity_force(q):
     return sum(d * (inverse * inverse * inverse) for d, inverse in _separations(q))
 
 
+def _spring_force(q):
+    r = q.norm(dim=-1, keepdim=True)
+    return -4 * (1 - 1 / r) * q - torch.tensor((0.0, 1.5), dtype=q.dtype, device=q.device)
+
+
+# The double pendulum, m 0.5 and l 1 both, g 3. With a = q_1 - q_2 its mass matrix is 0.5 [[2, cos a], [cos a, 1]].
+
+def _double_hamiltonian(q, p):
+    (p1, p2), a = p[..., 0].unbind(-1), q[..., 0, 0] - q[..., 1, 0]
+    K = (p1 * p1 + 2 * p2 * p2 - 2 * p1 * p2 * a.cos()) / (1 + a.sin().square())
+    return K + 3 * (1 - q[..., 0, 0].cos()) + 1.5 * (1 - q[..., 1, 0].cos())
+
+
+def _double_gradient(q, p):
+    (p1, p2), a = p[..., 0].unbind(-1), q[..., 0, 0] - q[..., 1, 0]
+    s, c = a.sin(), a.cos()
+    d = 1 + s * s
+    twist = 2 * s * (p1 * p2 - (p1 * p1 + 2 * p2 * p2 - 2 * p1 * p2 * c) * c / d) / d
+    dq = torch.stack((twist + 3 * q[..., 0, 0].sin(), 1.5 * q[..., 1, 0].sin() - twist), -1)
+    return dq.unsqueeze(-1), 2 * torch.stack((p1 - c * p2, 2 * p2 - c * p1), -1).div(d.unsqueeze(-1)).unsqueeze(-1)
+
+
 SYSTEMS = {
     "mass_spring": System(                                                  # m 0.5, k 2
         colours=(YELLOW,), radius=0.5, half_width=2.0, noise=0.1, inertia=0.5, initial=_polar(0.1, 1.0),
@@ -100,6 +129,19 @@ SYSTEMS = {
         colours=(YELLOW, RED, GREEN), radius=0.28125, half_width=3.0, noise=0.2, inertia=1.0,
         initial=_orbit(3, 0.9, 1.2, speed=3 ** -0.25), potential=_gravity, force=_gravity_force,
         position=lambda q: q, locate=lambda x: x),
+    "spring_pendulum": System(                                              # m 0.5, k 4, rest length 1, g 3
+        colours=(GREEN,), radius=0.4, half_width=2.5, noise=0.1, inertia=0.5,
+        initial=lambda n, uniform: (torch.tensor((0.0, -1.375)) + uniform(-0.5, 0.5, n, 1, 2), uniform(-0.5, 0.5, n, 1, 2)),
+        potential=lambda q: (2 * (q.norm(dim=-1) - 1).square() + 1.5 * q[..., 1]).sum(-1), force=_spring_force,
+        position=lambda q: q, locate=lambda x: x),
+    "double_pendulum": System(                                              # chaotic, and K depends on q
+        colours=(YELLOW, RED), radius=0.4, half_width=2.5, noise=0.1, inertia=0.5,
+        initial=lambda n, uniform: (uniform(-1.5, 1.5, n, 2, 1), uniform(-0.5, 0.5, n, 2, 1)), potential=None, force=None,
+        position=lambda q: torch.cat((q.sin(), -q.cos()), -1).cumsum(-2),
+        locate=lambda x: (lambda d: torch.atan2(d[..., :1], -d[..., 1:]))(torch.cat((x[..., :1, :], x.diff(dim=-2)), -2)),
+        periodic=True, hamiltonian=_double_hamiltonian, gradient=_double_gradient,
+        momentum=lambda q, v: (0.5 * torch.tensor(((2.0, 0.0), (0.0, 1.0)), dtype=v.dtype) @ v
+                               + 0.5 * (q[..., :1, :] - q[..., 1:, :]).cos() * v.flip(-2))),
 }
 
 
@@ -115,7 +157,7 @@ def initial_states(system, n, generator=None, device=None):
 
 
 def simulate(system, q, p, frames, dt=0.125):
-    """True trajectories: order-8 symplectic composition of leapfrog, in float64.
+    """True trajectories by symplectic methods of order 8 or more (compositions of leapfrog, or Gauss-Legendre), in float64.
 
     Args: q, p: initial states (B, bodies, dims). frames: how many states to return, the initial one included.
     dt: time between frames; negative runs backward. Returns: q, p of shape (B, frames, bodies, dims), float64.
@@ -139,11 +181,35 @@ def _compose(system, q, p, h):
     return torch.add(q, p, alpha=drift[-1]), p
 
 
+def _gauss_legendre(stages=6):
+    c = torch.from_numpy(np.polynomial.legendre.leggauss(stages)[0] + 1) / 2
+    powers, k = c.unsqueeze(1) ** torch.arange(stages), torch.arange(1, stages + 1)
+    inverse = torch.linalg.inv(powers)
+    return powers * c.unsqueeze(1) / k @ inverse, 1 / k.double() @ inverse
+
+
+def _implicit(system, q, p, h, rounds=16):
+    """One step of length h for any H: Gauss-Legendre collocation, its equations solved by fixed-point iteration."""
+    A, b = (x.to(q.device) for x in _gauss_legendre())
+
+    def field(q, p):
+        dq, dp = system.gradient(q, p)
+        return torch.stack((dp, -dq))
+    k = field(q, p).unsqueeze(1).expand(-1, len(b), *q.shape)
+    for _ in range(rounds):                                                              # k: (2, stages, B, bodies, dims)
+        last, (dq, dp) = k, torch.einsum("ij,sj...->si...", A, k)
+        k = field(q + h * dq, p + h * dp)
+        if (k - last).abs().max() < 1e-13:
+            break
+    dq, dp = torch.einsum("j,sj...->s...", b, k)
+    return q + h * dq, p + h * dp
+
+
 def _advance(system, q, p, dt, substeps, tolerance=1e-9, most=256):
     """One frame. Clips whose energy changed, as in a close encounter, are done again with shorter steps."""
     start, h = (q, p), dt / substeps
     for _ in range(substeps):
-        q, p = _compose(system, q, p, h)
+        q, p = (_implicit if system.gradient else _compose)(system, q, p, h)
     before, after = system.energy(*start), system.energy(q, p)
     bad = ~((after - before).abs() <= tolerance * (1 + before.abs()))                    # true for NaN as well
     if substeps < most and bad.any():

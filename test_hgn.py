@@ -220,7 +220,7 @@ def test_gradients_of_H_are_its_gradients():
     torch.manual_seed(0)
     for H, dim in ((Separable(6, 32), 6), (Separable(6, 32, periodic=True), 6), (ConvHamiltonian(6, 4, width=8), 96)):
         for energy in H.children() if dim == 6 else ():
-            torch.nn.init.normal_(energy.C)                     # not symmetric either
+            torch.nn.init.normal_(energy.L)                     # not symmetric either
         q, p = torch.randn(2, 7, dim, dtype=torch.float64).requires_grad_().unbind(0)
         expected = torch.autograd.grad(H.double()(q, p).sum(), (q, p))
         torch.testing.assert_close((H.dq(q, p), H.dp(q, p)), expected)
@@ -320,7 +320,7 @@ def test_consistency_is_the_distance_from_the_chart():
         assert model.encoder.misfit(chart, 4 * (frames - model.background)) < 1e-12
         q = model.rollout(*model.infer(frames), 11)[0]
         loss, mse, _ = model.loss(frames, consistency=0.5)
-        torch.testing.assert_close(loss - mse, 0.5 * (q - chart).square().mean() / chart.var())
+        torch.testing.assert_close(loss - mse, 0.5 * (q - chart).square().mean() / model.encoder.spread)
 
 
 def test_hnn_is_a_hamiltonian_vector_field_and_learns():

@@ -56,6 +56,7 @@ def parse():
     data.add_argument("--data", metavar="POINTS.npy", help="learn the density of these points, (N, D), with a flow")
     data.add_argument("--size", type=int, default=32, help="pixels a side, a multiple of 8 from 16 to 128")
     data.add_argument("--noise", type=noise, default=0.0, help="sigma on every coordinate before painting, or 'paper'")
+    data.add_argument("--dt", type=at_least(0, float, above=True), default=0.125, help="time between frames")
     data.add_argument("--window", type=at_least(1), default=30, help="frames to learn from, before and after frame 0")
     data.add_argument("--targets", type=at_least(1), default=8, help="random frames of the window painted for the loss")
     model = parser.add_argument_group("model")
@@ -181,7 +182,7 @@ class Batches:
             generator = torch.Generator(self.device).manual_seed((args.seed << 20) + number)
             start = initial_states(self.system, B * POOL, generator, self.device)
             length = max(args.window + 1, args.context)
-            before, after = (simulate(self.system, *start, length, dt)[0] for dt in (-0.125, 0.125))
+            before, after = (simulate(self.system, *start, length, dt)[0] for dt in (-args.dt, args.dt))
             self.pool, self.q = number, torch.cat((before.flip(1)[:, :-1], after), 1)
             self.frame0 = length - 1
         generator = torch.Generator(self.device).manual_seed((args.seed << 20) + step + 2 ** 19)
@@ -206,9 +207,9 @@ def build(args):
         return flow if args.model == "nhf" else RealNVP.like(flow)
     try:
         if args.model != "hgn":
-            return HNN(args.size, latent=args.latent, conv=args.model == "hnn_conv", background=BACKGROUND)
+            return HNN(args.size, latent=args.latent, conv=args.model == "hnn_conv", dt=args.dt, background=BACKGROUND)
         return HGN(size=args.size, context=args.context, arch=args.arch, latent=args.latent, integrator=args.integrator,
-                   substeps=args.substeps, periodic=args.periodic, f_psi=args.f_psi, deterministic=args.deterministic, background=BACKGROUND)
+                   substeps=args.substeps, periodic=args.periodic, f_psi=args.f_psi, deterministic=args.deterministic, dt=args.dt, background=BACKGROUND)
     except ValueError as error:
         fail(str(error))
 
