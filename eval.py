@@ -7,6 +7,7 @@ the same as a table.
 """
 import argparse
 import ctypes
+import functools
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import platform
 import shlex
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -111,25 +113,123 @@ def read_checkpoint(path):
     if not path.is_file():
         fail(f"no checkpoint at {path}: train one with python train.py --system mass_spring")
     try:
+        with zipfile.ZipFile(path) as file:                 # torch does not compress, so what would grow is not torch's
+            if sum(part.file_size for part in file.infolist()) > path.stat().st_size:
+                fail(f"{path} is not a checkpoint written by train.py: its parts are larger than itself")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                              # torch raises many kinds for a damaged file
         fail(f"{path} cannot be read as a checkpoint, perhaps it is truncated ({type(error).__name__}): train again")
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in MODELS or not PARTS <= checkpoint.keys():
+    if (not isinstance(checkpoint, dict) or checkpoint.get("kind") not in [*MODELS] or not PARTS <= checkpoint.keys()
+            or not usable(checkpoint["config"])):
         fail(f"{path} is not a checkpoint written by train.py")
     return checkpoint
+
+
+def usable(config):
+    """Whether a checkpoint's config, which may come from a stranger, names what there is and has numbers in their ranges."""
+    def number(key, low, high, kind=(int, float)):
+        return isinstance(config.get(key), kind) and low <= config[key] <= high
+    return (isinstance(config, dict) and config.get("system") in [None, *SYSTEMS] and config.get("density") in [None, *DENSITIES]
+            and isinstance(config.get("data") or "", str) and any(config.get(k) for k in ("system", "density", "data"))
+            and all(number(k, low, high, int) for k, low, high in (("size", 16, 128), ("context", 1, 1000), ("window", 1, 1e6),
+                                                                   ("batch_size", 1, 1e9), ("seed", 0, 2 ** 20)))
+            and (config.get("noise") == "paper" or number("noise", 0, 1e3)) and number("dt", 1e-9, 1e9))
 
 
 def load(path, device="cpu"):
     """Checkpoint file -> model in eval mode, the checkpoint's dict."""
     checkpoint = read_checkpoint(path)
+    options, config = checkpoint["model_config"], checkpoint["config"]
     try:
-        model = MODELS[checkpoint["kind"]](**checkpoint["model_config"])
+        if (any(type(v) is int and v > 4096 for v in options.values())
+                or any(options.get(k, config[k]) != config[k] for k in ("size", "context", "dt"))):
+            raise ValueError
+        with torch.device("meta"):                          # costs no memory, whatever the sizes are
+            plan = MODELS[checkpoint["kind"]](**options)
+        if {k: w.shape for k, w in plan.state_dict().items()} != {k: w.shape for k, w in checkpoint["model"].items()}:
+            raise ValueError
+        model = MODELS[checkpoint["kind"]](**options)
         model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, MemoryError):
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, MemoryError, OverflowError, NotImplementedError):
         fail(f"{path} holds another model than this version of the code builds: train again")
     if not all(w.isfinite().all() for w in model.parameters()):
         fail(f"{path} holds weights that are not finite: train again, with a lower --lr")
     return model.to(device).eval(), checkpoint
+
+
+@functools.lru_cache(1)
+def read_data(path):
+    """What --data names: an .npy file, which stays on disk; the first array of an .npz file; or a folder of clips, each a GIF, a
+    video or a folder of pictures, cut to the shortest. Nothing in it is run."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            clips = [np.stack([iio.imread(picture) for picture in sorted(clip.iterdir())]) if clip.is_dir() else iio.imread(clip)
+                     for clip in sorted(path.iterdir()) if not clip.name.startswith(".")]
+            clips = [clip[..., None] if clip.ndim == 3 else clip for clip in clips]          # (T, H, W) is grey
+            length = min(map(len, clips))
+            return np.stack([clip[:length, ..., :3] for clip in clips])
+        if path.suffix != ".npz":
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        packed = zipfile.ZipFile(path).infolist()[0]
+        if packed.file_size > max(1e9, 100 * packed.compress_size) or packed.file_size > free_memory() / 4:
+            fail(f"--data {path} unpacks to {packed.file_size / 1e9:.0f} GB: save it as .npy, which is read piece by piece")
+        with np.load(path, allow_pickle=False) as file:
+            return file[file.files[0]]
+    except Exception as error:                              # numpy, zlib and imageio raise many kinds
+        fail(f"--data {path} cannot be read ({type(error).__name__}): give an .npy file that numpy.save wrote, an .npz file, or a "
+             "folder of GIFs or of folders of pictures (videos need pip install av)")
+
+
+def free_memory():
+    """Bytes of this machine that no process uses."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, ValueError, OSError):           # Windows, macOS
+        return math.inf
+
+
+class Clips:
+    """Clips of one's own, (N, T, H, W, C) or (N, T, C, H, W), uint8 or float in [0, 1], C 1 or 3; a tenth is held out by the seed."""
+    def __init__(self, config):
+        self.array, path = read_data(config["data"]), config["data"]
+        shape = self.array.shape
+        self.last = len(shape) == 5 and shape[4] in (1, 3)  # where the channels are
+        if len(shape) != 5 or not (self.last or shape[2] in (1, 3)) or not (self.array.dtype == np.uint8 or self.array.dtype.kind == "f"):
+            fail(f"--data {path} must hold clips, uint8 or float (N, T, H, W, C) or (N, T, C, H, W) with C 1 or 3, or points (N, D), "
+                 f"not {self.array.dtype} {shape}")
+        self.length, self.channels, (height, self.size) = shape[1], shape[4 if self.last else 2], shape[2:4] if self.last else shape[3:]
+        if height != self.size or self.size % 8 or not 16 <= self.size <= 128:
+            fail(f"--data {path}: pictures must be square, a multiple of 8 from 16 to 128 pixels, not {height} x {self.size}")
+        if shape[0] < 4 or self.length <= config["context"]:
+            fail(f"--data {path} must hold at least four clips of more than --context {config['context']} frames, not {shape[0]} of {self.length}")
+        order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(config["seed"]))
+        self.held_out, self.train = order.split([held := max(2, shape[0] // 10), shape[0] - held])
+        some = self.frames(self.train[:256], torch.linspace(0, self.length - 1, 8).long().expand(min(256, len(self.train)), 8))
+        if not some.isfinite().all() or some.min() < 0 or some.max() > 1:
+            fail(f"--data {path} has values from {some.min():.3g} to {some.max():.3g}: floats must be finite and in [0, 1], "
+                 "as for uint8 values divided by 255")
+        self.background = some.movedim(2, 0).flatten(1).median(1).values.tolist()
+
+    def frames(self, clips, times):
+        """Frames at times (B, n) of clips (B,): (B, n, C, H, W), floats. Only these are read."""
+        x = torch.from_numpy(self.array[clips.unsqueeze(1).numpy(), times.numpy()])
+        x = x.movedim(4, 2) if self.last else x
+        return x.float() / (255 if x.dtype == torch.uint8 else 1)
+
+
+class HeldOut:
+    """Held-out clips of one's own, used like TestClips; there is no true state, and no truth after their end."""
+    system, noise = None, 0.0
+
+    def __init__(self, config, n, device=None):
+        self.data, self.device = Clips(config), device or "cpu"
+        self.clips, self.size, self.length = self.data.held_out[:n], self.data.size, self.data.length
+        self.observed = next(self.truth(config["context"], block=n))
+
+    def truth(self, frames, speed=1.0, block=32):
+        for part in self.clips.split(block):
+            yield self.data.frames(part, torch.arange(min(frames, self.length)).expand(len(part), -1)).to(self.device)
 
 
 class TestClips:
@@ -141,6 +241,7 @@ class TestClips:
         length = max(WINDOW, config["context"]) if self.noise else config["context"]
         q = simulate(self.system, self.q, self.p, length, self.dt)[0]
         self.observed, self.paths = render(self.system, jitter(self.system, q, self.noise, generator), self.size), {}
+        self.length = math.inf
 
     def path(self, frames, speed=1.0):
         """The true q from frame 0 at `speed` (negative: backward); simulated once, as close encounters take long."""
@@ -152,6 +253,10 @@ class TestClips:
         """Clean frames of the same, `block` clips at a time."""
         for part in self.path(frames, speed).split(block):
             yield render(self.system, part, self.size)
+
+
+def test_clips(config, n, device=None):
+    return (HeldOut if config["data"] else TestClips)(config, n, device=device)
 
 
 def errors(model, clips, q0, p0, frames, speed=1.0):
@@ -166,14 +271,14 @@ def errors(model, clips, q0, p0, frames, speed=1.0):
 def measure(model, clips, frames=90, steps=90):
     """Figures of metrics.json that are cheap enough for training. Errors are pixel MSEs against the clean truth, with the
     standard deviation over clips beside the mean; the model sees the first `context` frames only. H is followed along `steps`."""
-    q0, p0 = model.infer(clips.observed)
+    frames, (q0, p0) = min(frames, clips.length), model.infer(clips.observed)
     forward, window = errors(model, clips, q0, p0, frames)[0], min(WINDOW, frames)
     result = {"frames": frames, "clips": len(q0), "window": window, "mse_per_frame": forward.mean(0).tolist(),
               "blank_mse": next(clips.truth(frames)).var((0, 1)).mean().item()}
     for start in range(0, frames, WINDOW):
         result[f"mse_{start}_{min(start + WINDOW, frames) - 1}"] = forward[:, start:start + WINDOW].mean().item()
     result["mse_std_over_clips"] = forward[:, :window].mean(1).std().item()
-    for name, speed in (("backward", -1.0), ("double_speed", 2.0), ("half_speed", 0.5)):
+    for name, speed in (("backward", -1.0), ("double_speed", 2.0), ("half_speed", 0.5)) if clips.system else ():
         result[f"mse_{name}"] = errors(model, clips, q0, p0, window, speed)[0].mean().item()
     if clips.noise:
         painted = model.decode(model.rollout(q0, p0, WINDOW - 1)[0])
@@ -346,7 +451,7 @@ UNSCALED = {"energy_variance": "variance of H along a rollout", "energy_std_rati
 
 def table(result, config):
     """The metrics as a small aligned table."""
-    print(f"\n{config['system']}, {result['clips']} test clips, {config['context']} context frames, pixel MSE x 1e-4:")
+    print(f"\n{config['system'] or config['data']}, {result['clips']} test clips, {config['context']} context frames, pixel MSE x 1e-4:")
     for key, value in result.items():
         if isinstance(value, float):
             label = UNSCALED.get(key) or LABELS.get(key) or "frames " + key.replace("mse_", "").replace("_", " ")
@@ -359,10 +464,11 @@ def write_gif(path, rows, dt, scale=8):
     images = []
     font = ImageFont.load_default(20)
     rows = {label: clip.clamp(0, 1).mul(255).round().byte().cpu().numpy() for label, clip in rows.items()}
-    for t in range(min(clip.shape[1] for clip in rows.values())):
+    for t in range(max(clip.shape[1] for clip in rows.values())):
         strips = []
         for label, clip in rows.items():
-            frames = np.pad(clip[:, t].transpose(0, 2, 3, 1), ((0, 0), (0, 1), (0, 1), (0, 0)))
+            shown = clip[:, t] if t < clip.shape[1] else 0 * clip[:, 0]              # clips of one's own end
+            frames = np.pad(shown.repeat(3 // clip.shape[2], 1).transpose(0, 2, 3, 1), ((0, 0), (0, 1), (0, 1), (0, 0)))
             strip = np.concatenate(frames, 1).repeat(scale, 0).repeat(scale, 1)
             title = Image.new("RGB", (strip.shape[1], 28))
             ImageDraw.Draw(title).text((6, 2), f"{label}, frame {t}", fill="white", font=font)
@@ -379,14 +485,13 @@ def movies(model, clips, folder, frames, show=4, reverse=False, speeds=(), sampl
     truth, (q, p) = next(clips.truth(frames, block=show)), model.rollout(q0, p0, frames - 1)
     write_gif(folder / "rollout.gif", {"truth": truth, "model": model.decode(q)}, dt, scale)
     if reverse:
-        back = model.rollout(q[:, -1], p[:, -1], frames - 1, -dt)[0]
+        back = model.rollout(*(x[:, truth.shape[1] - 1] for x in (q, p)), frames - 1, -dt)[0]
         write_gif(folder / "reverse.gif", {"truth, backward from the last frame": truth.flip(1),
                                            "model, backward from its last state": model.decode(back)}, dt, scale)
     for speed in speeds:
         q = model.rollout(q0, p0, frames - 1, speed * dt)[0]
-        write_gif(folder / f"speed_{speed:g}.gif", {
-            f"truth at speed {speed:g}": next(clips.truth(frames, speed, block=show)),
-            f"model at speed {speed:g}": model.decode(q)}, dt, scale)
+        true = {f"truth at speed {speed:g}": next(clips.truth(frames, speed, block=show))} if clips.system else {}
+        write_gif(folder / f"speed_{speed:g}.gif", true | {f"model at speed {speed:g}": model.decode(q)}, dt, scale)
     if samples:
         frames = model.sample(samples, frames - 1, generator=torch.Generator().manual_seed(seed))
         write_gif(folder / "samples.gif", {"samples from the prior": frames}, dt, scale)
@@ -397,11 +502,7 @@ class Points:
     def __init__(self, config):
         self.density, self.rows = DENSITIES.get(config["density"]), None
         if self.density is None:
-            path = Path(config["data"])
-            try:
-                rows = np.load(path, allow_pickle=False)
-            except (OSError, ValueError, EOFError):
-                fail(f"--data {path} cannot be read: save an array of shape (N, D) with numpy.save")
+            path, rows = config["data"], read_data(config["data"])
             if rows.ndim != 2 or rows.dtype.kind not in "fiu" or len(rows) < 2 or rows.shape[1] < 1:
                 fail(f"--data {path} must hold at least two points, numbers of shape (N, D), not {rows.dtype} {rows.shape}")
             rows = torch.from_numpy(rows.astype("float64"))
@@ -587,13 +688,16 @@ def main():
               "training": {k: checkpoint[k] for k in ("command", "versions", "step", "seconds")}}
     if checkpoint["kind"] in ("nhf", "realnvp"):
         return eval_flow(model.cpu(), checkpoint, folder, report, args.seed)
-    clips = TestClips(config, args.clips, device=device)
+    clips = test_clips(config, args.clips, device)
     result = measure(model, clips, args.frames, 1000)
-    result |= measure_physics(model, TestClips(config, min(args.clips, 128), device=device), config["window"])
+    if clips.system:
+        result |= measure_physics(model, TestClips(config, min(args.clips, 128), device=device), config["window"])
+    else:
+        print(f"{config['data']}: no true system behind it, so no backward or other-speed errors, VPT, SyMetric or check of samples")
     if clips.noise:
         generator = torch.Generator().manual_seed(TEST_SEED + 1)
         result["noise_floor"] = noise_floor(clips.system, clips.noise, clips.size, generator=generator)
-    movies(model, TestClips(config, args.show, device=device), folder, args.frames, args.show, args.reverse, args.speed,
+    movies(model, test_clips(config, args.show, device), folder, args.frames, args.show, args.reverse, args.speed,
            args.sample, args.seed, args.scale)
     (folder / "metrics.json").write_text(json.dumps(report | {"metrics": result}, indent=1))
     table(result, config)

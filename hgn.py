@@ -376,12 +376,9 @@ class HGN(nn.Module):
         for name, value, known in (("arch", arch, ARCHITECTURES), ("integrator", integrator, INTEGRATORS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-        for name, value in (("context", context), ("latent", latent), ("substeps", substeps)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        for name, value, most in (("context", context, 1000), ("latent", latent, 64)):
-            if arch == "compact" and value > most:
-                raise ValueError(f"{name} must be at most {most}, not {value}")
+        for name, value, most in (("context", context, 1000), ("latent", latent, 64), ("substeps", substeps, 1000)):
+            if not 1 <= value <= most:
+                raise ValueError(f"{name} must be from 1 to {most}, not {value}")
         if len(background) != channels:
             raise ValueError(f"background needs one number for each of the {channels} channels, not {len(background)}")
         self.context, self.dt, self.substeps, self.deterministic = context, dt, substeps, deterministic

@@ -1,15 +1,18 @@
 """Train a Hamiltonian Generative Network from pixels, or a Neural Hamiltonian Flow on points.
 
     python train.py --system three_body         # writes runs/three_body/
-    python train.py --density two_moons         # a flow; --data points.npy for points of your own
+    python train.py --data clips.npy            # clips of your own, (N, T, H, W, C), see README
+    python train.py --density two_moons         # a flow; --data points.npy, (N, D), for points of your own
     python train.py --resume                    # goes on with the newest run
+    torchrun --nproc_per_node=8 train.py --system three_body
 
     python train.py --bench                     # how fast all this is here
 
-Every batch is simulated and rendered afresh: nothing but the run's folder is written.
+Batches of a system are simulated and rendered afresh: nothing but the run's folder is written.
 """
 import argparse
 import gc
+import io
 import itertools
 import json
 import math
@@ -20,16 +23,20 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import physics
 
-from eval import (MODELS, TEST_SEED, Help, Parser, Points, TestClips, at_least, fail, flow_table, keep_memory, load, measure,
-                  measure_flow, movies, newest_run, pick_device, provenance, read_checkpoint, table)
+from eval import (MODELS, TEST_SEED, Clips, Help, Parser, Points, TestClips, at_least, fail, flow_table, keep_memory, load, measure,
+                  measure_flow, movies, newest_run, pick_device, provenance, read_checkpoint, read_data, table, test_clips)
 from hgn import ARCHITECTURES, GECO, HGN, HNN, INTEGRATORS, CentroidEncoder
 from nhf import BASES, DENSITIES, NHF, RealNVP
 from physics import BACKGROUND, SYSTEMS, initial_states, jitter, noise_floor, render, simulate
@@ -40,7 +47,9 @@ DEFAULTS = {"hgn": {"steps": 5000, "batch_size": 16, "lr": 3e-3}, "hnn": {"steps
 ROWS = {"HGN (leapfrog)": (), "HGN (Euler)": ("--integrator", "euler"), "HGN (deterministic)": ("--deterministic",),
         "HGN (no f_psi)": ("--no-f-psi",), "HNN": ("--model", "hnn"), "HNN (conv)": ("--model", "hnn_conv")}
 POOL = 64                           # batches whose trajectories are simulated together
-KEPT = ("steps", "device", "compile", "resume", "name", "bench", "table")     # options that --resume may change
+KEPT = ("steps", "device", "compile", "resume", "name", "bench", "table", "save_every", "keep_going")     # --resume may change them
+FLOWS = ("nhf", "realnvp")
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))     # torchrun sets them
 WORTH_COMPILING = 10000             # steps on a CPU: 20 ms a step saved, 80 s of compilation from an empty cache
 
 
@@ -53,7 +62,8 @@ def parse():
     data = parser.add_argument_group("data")
     data.add_argument("--system", choices=SYSTEMS, help="what to learn (default: mass_spring)")
     data.add_argument("--density", choices=DENSITIES, help="learn this density instead, with a flow")
-    data.add_argument("--data", metavar="POINTS.npy", help="learn the density of these points, (N, D), with a flow")
+    data.add_argument("--data", metavar="PATH", help="learn from data of your own: clips, an .npy or .npz array (N, T, H, W, C) or a "
+                      "folder of GIFs or of folders of pictures; or points (N, D), whose density a flow learns")
     data.add_argument("--size", type=int, default=32, help="pixels a side, a multiple of 8 from 16 to 128")
     data.add_argument("--noise", type=noise, default=0.0, help="sigma on every coordinate before painting, or 'paper'")
     data.add_argument("--dt", type=at_least(0, float, above=True), default=0.125, help="time between frames")
@@ -62,7 +72,7 @@ def parse():
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=MODELS, help="for a system hgn, or the baselines hnn and hnn_conv; for a density nhf or realnvp")
     model.add_argument("--arch", choices=ARCHITECTURES, default="compact", help="paper: the published networks")
-    model.add_argument("--latent", type=at_least(1), help="numbers in q (default: the true system's), or maps in q (paper: 16)")
+    model.add_argument("--latent", type=at_least(1), help="numbers in q (default: the true system's; of clips of your own 4), or maps in q (paper: 16)")
     model.add_argument("--context", type=at_least(1), default=5,
                        help="first frames that the encoder sees; 30: the paper's formula")
     model.add_argument("--integrator", choices=INTEGRATORS, default="leapfrog", help="euler: the paper's ablation")
@@ -91,6 +101,8 @@ def parse():
     run.add_argument("--name", help="folder under runs/ (default: the system's name, with a number if it is taken)")
     run.add_argument("--resume", nargs="?", const="newest", metavar="CHECKPOINT",
                      help="go on with a run, by default the newest")
+    run.add_argument("--save-every", type=at_least(1), default=250, help="steps from one checkpoint to the next")
+    run.add_argument("--keep-going", action="store_true", help="train on where a checkpoint cannot be written, as on a full disk")
     run.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction,
                      help="compile the training step: a minute or more at first, seconds from then on; on a CPU it takes a "
@@ -107,22 +119,34 @@ def parse():
         given = [f"--{k} {getattr(args, k)}" for k in ("system", "density", "data") if getattr(args, k)]
         if len(given) > 1:
             fail(f"{given[0]} and {given[1]} exclude each other: give one")
-        flow = bool(args.density or args.data)
+        clips = bool(args.data) and read_data(args.data).ndim != 2
+        flow = bool(args.density or args.data and not clips)
         args.model = args.model or ("nhf" if flow else "hgn")
-        if flow == args.model.startswith("h"):
-            fail(f"--model {args.model} needs {'--system NAME' if flow else '--density NAME or --data POINTS.npy'}")
+        if flow != (args.model in FLOWS):
+            fail(f"--model {args.model} needs {'--system NAME or clips' if flow else '--density NAME or points (N, D)'}")
         for k, v in DEFAULTS[args.model].items():
             setattr(args, k, getattr(args, k) or v)
-        if args.model != "hgn" and (args.bench or args.table):
+        if (args.model != "hgn" or args.data) and (args.bench or args.table):
             fail("--bench and --table choose the models themselves: give a --system, or none, and no --model")
+        if args.batch_size % WORLD:
+            fail(f"--batch-size {args.batch_size} is shared by {WORLD} processes: give a multiple of {WORLD}")
         if args.model.startswith("hnn") and not 3 <= args.targets <= min(11, 2 * args.window + 1):
             fail(f"--model {args.model} learns from --targets frames in a row, from 3 to {min(11, 2 * args.window + 1)}, not {args.targets}")
         if flow:
             return args, None, None
-        args.system = args.system or "mass_spring"
+        if clips:
+            if args.noise:
+                fail("--noise is for simulated systems: --data is taken as it is")
+            own = Clips(vars(args))
+            if args.model != "hgn" and own.length < args.targets:
+                fail(f"--model {args.model} learns from --targets {args.targets} frames in a row, clips of {args.data} have {own.length}")
+            args.size, true_latent, true_periodic = own.size, 4, False
+        else:
+            args.system = args.system or "mass_spring"
+            true_latent, true_periodic = initial_states(SYSTEMS[args.system], 1)[0].numel(), SYSTEMS[args.system].periodic
         if args.latent is None and args.arch == "compact":
-            args.latent = initial_states(SYSTEMS[args.system], 1)[0].numel()
-        args.periodic = SYSTEMS[args.system].periodic if args.periodic is None else args.periodic
+            args.latent = true_latent
+        args.periodic = true_periodic if args.periodic is None else args.periodic
         if args.context > args.window + 1:
             fail(f"--context {args.context} is longer than the {args.window + 1} frames of a training clip: "
                  "raise --window or lower --context")
@@ -131,7 +155,16 @@ def parse():
     path = newest_run() if args.resume == "newest" else Path(args.resume)
     model, checkpoint = load(path)
     config = checkpoint["config"]
-    parser.set_defaults(**config)
+    for action in parser._actions:                          # a stranger's file gets no further than a stranger's command line
+        value = config.get(action.dest)
+        try:
+            if value is not None and action.type:
+                action.type(str(value))
+            if value is not None and action.choices and value not in [*action.choices]:
+                raise ValueError
+        except (argparse.ArgumentTypeError, ValueError):
+            fail(f"{path} says {action.dest} = {str(value)[:40]!r}, which no run can have: train again")
+    parser.set_defaults(**{k: v for k, v in config.items() if k not in KEPT or k == "steps"})
     args = parser.parse_args()
     changed = [k for k in config if k not in KEPT and getattr(args, k) != config[k]]
     if changed:
@@ -159,57 +192,90 @@ def new_folder(args):
     fail(f"{folder} exists: --resume {folder}/checkpoint.pt goes on with it, another --name starts afresh")
 
 
-def save(path, checkpoint):
+def save(path, packed):
     """All or nothing, and on the disk before it gets its name: a crash while writing leaves the last checkpoint whole."""
     with open(f"{path}.new", "wb") as file:
-        torch.save(checkpoint, file)
+        file.write(packed)
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.new", path)
 
 
 class Batches:
-    """Batch number `step` of a run, the same whenever it is asked for: a resumed run sees what it would have seen.
-    All of it is drawn, simulated and painted on the device."""
+    """Batch number `step` of a run, the same whenever it is asked for and however many processes share it: a resumed run sees what
+    it would have seen. A system's is drawn, simulated and painted on the device; clips of one's own are read by a thread, one
+    batch ahead."""
     def __init__(self, args, device, noise=None):
         """noise: shape of one clip's posterior noise, or None."""
-        self.args, self.system, self.device, self.noise, self.pool = args, SYSTEMS[args.system], device, noise, None
+        self.args, self.device, self.noise, self.pool = args, device, noise, None
+        share = args.batch_size // WORLD
+        self.mine = slice(RANK * share, (RANK + 1) * share)
+        self.data, self.reader, self.ahead = Clips(vars(args)) if args.data else None, ThreadPoolExecutor(1), {}
 
     def __call__(self, step):
-        """Returns context frames, target frames, their times (B, targets), and the posterior's noise (B, *noise)."""
-        args, B, number = self.args, self.args.batch_size, step // POOL
-        if self.pool != number:                             # trajectories from -window to window round a random start
-            generator = torch.Generator(self.device).manual_seed((args.seed << 20) + number)
-            start = initial_states(self.system, B * POOL, generator, self.device)
-            length = max(args.window + 1, args.context)
-            before, after = (simulate(self.system, *start, length, dt)[0] for dt in (-args.dt, args.dt))
-            self.pool, self.q = number, torch.cat((before.flip(1)[:, :-1], after), 1)
-            self.frame0 = length - 1
-        generator = torch.Generator(self.device).manual_seed((args.seed << 20) + step + 2 ** 19)
-        q = self.q[step % POOL * B:(step % POOL + 1) * B]
+        """Returns this process's context frames, target frames, their times (B, targets), and the posterior's noise (B, *noise)."""
+        if not self.data:
+            return self.draw(step)
+        batch = self.ahead[step].result() if step in self.ahead else self.draw(step)
+        self.ahead = {step + 1: self.reader.submit(self.draw, step + 1)}
+        return [x if x is None else x.to(self.device, non_blocking=True) for x in batch]
+
+    def draw(self, step):
+        args, mine, system = self.args, self.mine, SYSTEMS.get(self.args.system)
+        B, device = args.batch_size, "cpu" if self.data else self.device
+        generator = torch.Generator(device).manual_seed((args.seed << 20) + step + 2 ** 19)
         # The horizon grows from 5 frames to the whole window over the first 30 % of the run.
         reach = min(args.window, 5 + int(args.window * step / (0.3 * args.steps)))
-        times = torch.randint(-reach, reach + 1, (B, args.targets), generator=generator, device=self.device)
+        if self.data:
+            clips = self.data.train[torch.randint(len(self.data.train), (B,), generator=generator)]
+            frame0 = torch.randint(self.data.length - args.context + 1, (B, 1), generator=generator)
+            low, high = (-frame0).clamp(min=-reach), (self.data.length - 1 - frame0).clamp(max=reach)
+        else:
+            low, high, frame0 = -reach, reach, torch.tensor(max(args.window + 1, args.context) - 1, device=device)
+        times = torch.randint(-reach, reach + 1, (B, args.targets), generator=generator, device=device)
         if args.model != "hgn":                             # HNN looks at frames in a row
-            times = times[:, :1].clamp(max=reach + 1 - args.targets) + torch.arange(args.targets, device=self.device)
-        rows = torch.arange(B, device=self.device).unsqueeze(1)
-        seen = torch.cat((q[:, self.frame0:self.frame0 + args.context], q[rows, self.frame0 + times]), 1)
-        frames = render(self.system, jitter(self.system, seen, args.noise, generator), args.size)
-        noise = self.noise and torch.randn(B, *self.noise, generator=generator, device=self.device)
-        return frames[:, :args.context], frames[:, args.context:], times, noise
+            high, times = high - args.targets + 1, times[:, :1]
+        times = low + (times - low) % (high - low + 1)      # folded into the clip
+        if args.model != "hgn":
+            times = times + torch.arange(args.targets, device=device)
+        at = torch.cat((frame0 + torch.arange(args.context, device=device).expand(B, -1), frame0 + times), 1)[mine]
+        if self.data:
+            frames = self.data.frames(clips[mine], at)
+        else:
+            q = self.trajectories(step)
+            seen = q[torch.arange(len(q), device=device).unsqueeze(1), at]
+            off = jitter(system, torch.zeros(B, *seen.shape[1:], dtype=q.dtype, device=device), args.noise, generator)
+            frames = render(system, seen + off[mine], args.size)
+        noise = torch.randn(B, *self.noise, generator=generator, device=device)[mine] if self.noise else None
+        batch = frames[:, :args.context], frames[:, args.context:], times[mine], noise
+        return [x if x is None else x.pin_memory() for x in batch] if self.data and self.device.type == "cuda" else batch
+
+    def trajectories(self, step):
+        """True q of this process's clips from -window to window round a random start, simulated for POOL batches at once."""
+        args, system, B, number = self.args, SYSTEMS[self.args.system], self.args.batch_size, step // POOL
+        if self.pool != number:
+            generator = torch.Generator(self.device).manual_seed((args.seed << 20) + number)
+            start = [x.unflatten(0, (POOL, B))[:, self.mine].flatten(0, 1)
+                     for x in initial_states(system, B * POOL, generator, self.device)]
+            length = max(args.window + 1, args.context)
+            before, after = (simulate(system, *start, length, dt)[0] for dt in (-args.dt, args.dt))
+            self.pool, self.q = number, torch.cat((before.flip(1)[:, :-1], after), 1).unflatten(0, (POOL, -1))
+        return self.q[step % POOL]
 
 
 def build(args):
     """The model that args describe."""
-    if args.density or args.data:
+    if args.model in FLOWS:
         points = Points(vars(args))
         flow = NHF(points.dim, args.hamiltonians, args.leapfrog_steps, kinetic=args.kinetic, base=args.base, shift=points.shift, scale=points.scale)
         return flow if args.model == "nhf" else RealNVP.like(flow)
+    background = Clips(vars(args)).background if args.data else BACKGROUND
+    frame = {"size": args.size, "channels": len(background), "dt": args.dt, "background": background, "latent": args.latent}
     try:
         if args.model != "hgn":
-            return HNN(args.size, latent=args.latent, conv=args.model == "hnn_conv", dt=args.dt, background=BACKGROUND)
-        return HGN(size=args.size, context=args.context, arch=args.arch, latent=args.latent, integrator=args.integrator,
-                   substeps=args.substeps, periodic=args.periodic, f_psi=args.f_psi, deterministic=args.deterministic, dt=args.dt, background=BACKGROUND)
+            return HNN(**frame, conv=args.model == "hnn_conv")
+        return HGN(**frame, context=args.context, arch=args.arch, integrator=args.integrator, substeps=args.substeps,
+                   periodic=args.periodic, f_psi=args.f_psi, deterministic=args.deterministic)
     except ValueError as error:
         fail(str(error))
 
@@ -226,6 +292,28 @@ def make_optimisers(model, lr, device):
     if not matrices:                                        # the paper's networks have none
         return [adam]
     return [adam, torch.optim.Muon(matrices, lr, weight_decay=0.0, eps=1e-12, adjust_lr_fn="match_rms_adamw")]
+
+
+class Loss(nn.Module):
+    """A loss as the forward of a module, which is what DistributedDataParallel wraps."""
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.forward = model, loss
+
+
+def shared(model, loss, args):
+    """`loss`, and under torchrun with its gradients averaged over all processes, each of which has its share of the batch."""
+    if WORLD == 1:
+        return loss
+    return DistributedDataParallel(Loss(model, loss), find_unused_parameters=args.deterministic or args.arch == "paper")
+
+
+def average(values):
+    """Tensors of one number as numbers, their means over all processes."""
+    values = torch.stack([v.detach().double().cpu() for v in values])
+    if WORLD > 1:
+        dist.all_reduce(values)
+    return (values / WORLD).tolist()
 
 
 def update(model, loss, optimisers, batch, reach, beta, consistency):
@@ -278,11 +366,11 @@ def bytes_per_clip(model, args):
     def pack(x):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
-    frames = torch.zeros(2, args.context + args.targets, 3, args.size, args.size, device=device)
+    frames = torch.zeros(2, args.context + args.targets, model.config["channels"], args.size, args.size, device=device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         model.loss(frames[:, :args.context], frames[:, args.context:],
                    torch.zeros(2, args.targets, dtype=torch.long, device=device), args.window)
-    numbers = 2 * len(SYSTEMS[args.system].colours) * POOL * 2 * max(args.window, args.context)
+    numbers = 2 * len(SYSTEMS[args.system].colours) * POOL * 2 * max(args.window, args.context) if args.system else 0
     return sum(n for at, n in kept.items() if at not in weights) + 4 * 8 * numbers
 
 
@@ -292,7 +380,7 @@ def check_memory(model, args, device):
         free = torch.cuda.mem_get_info(device)[0]
     else:                                                   # Windows does not say
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    most = 0.9 * free // bytes_per_clip(model, args)
+    most = 0.9 * free * (WORLD if device.type == "cuda" else 1) // bytes_per_clip(model, args)
     if args.batch_size > most:
         fail(f"--batch-size {args.batch_size} does not fit into {free / 2 ** 30:.0f} GiB: --batch-size {max(most, 1):.0f} does")
 
@@ -408,7 +496,7 @@ def learn_pixels(args, device, model, geco, first):
     hgn = args.model == "hgn"
     batches = Batches(args, device, None if args.deterministic or not hgn else model.z_shape)
     beta = torch.tensor(geco.beta if args.geco else args.beta, device=device)
-    test, loss_of = TestClips(vars(args), 100, device=device), model.loss
+    test, loss_of = test_clips(vars(args), 100, device), model.loss
     if first == 0 and hgn:
         seen = [batches(args.steps + i)[1].flatten(0, 1)[:2048] for i in range(max(1, 2048 // (args.batch_size * args.targets)))]
         model.fit_chart(torch.cat(seen))                    # the batches of after the last step
@@ -417,11 +505,12 @@ def learn_pixels(args, device, model, geco, first):
     if args.compile:
         context, targets, times, noise = batches(first)
         loss_of = compiled_or_eager(model.loss, device, context, targets, times, args.window, beta, noise, args.consistency)
+    loss_of = shared(model, loss_of, args)
 
     def advance(step, optimisers):
         loss, mse, kl = update(model, loss_of, optimisers, batches(step), args.window, beta, args.consistency)
         if args.geco:
-            beta.fill_(geco.update(mse.item()))
+            beta.fill_(geco.update(average([mse])[0]))
         return {"loss": loss, "mse": mse, "kl": kl, "beta": beta}
 
     def look(folder):
@@ -434,13 +523,15 @@ def learn_density(args, device, model, geco, first):
     """The same of a flow, which is small enough to stay on the CPU."""
     points, weights_of = Points(vars(args)), model.log_weights
     if args.compile:
-        shape = (args.batch_size, points.dim)
+        shape = (args.batch_size // WORLD, points.dim)
         weights_of = compiled_or_eager(weights_of, device, torch.zeros(shape), torch.zeros(args.samples, *shape))
+    weights_of, share = shared(model, weights_of, args), args.batch_size // WORLD
+    mine = slice(RANK * share, (RANK + 1) * share)
 
     def advance(step, optimisers):
         generator = torch.Generator().manual_seed((args.seed << 20) + step)
         x = points.draw(args.batch_size, generator)
-        log_w = weights_of(x, torch.randn(args.samples, *x.shape, generator=generator))
+        log_w = weights_of(x[mine], torch.randn(args.samples, *x.shape, generator=generator)[:, mine])
         nll = math.log(len(log_w)) - log_w.logsumexp(0).mean()
         model.zero_grad()
         nll.backward()
@@ -456,88 +547,133 @@ def learn_density(args, device, model, geco, first):
 
 def main():
     args, folder, resumed = parse()
-    device = pick_device(args.device if args.system else "cpu")
+    pixels = args.model not in FLOWS
+    device = pick_device(args.device if pixels else "cpu")
+    if WORLD > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     keep_memory()
     torch.manual_seed(args.seed)
     if args.bench or args.table:
         return (bench if args.bench else tables)(args, device)
-    model, checkpoint = resumed or (build(args), {"step": 0, "seconds": 0.0})
+    model, checkpoint = resumed or (build(args), {"step": 0, "seconds": 0.0, "setbacks": 0})
     model.to(device).train()
-    if args.system:
+    if pixels:
         check_memory(model, args, device)
-    optimisers, geco = make_optimisers(model, args.lr, device), GECO(args.tolerance)
+    optimisers, geco, start = make_optimisers(model, args.lr, device), GECO(args.tolerance), time.time()
+
+    def restore(checkpoint):
+        model.load_state_dict(checkpoint["model"])
+        for optimiser, state in zip(optimisers, checkpoint["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
+        geco.beta, geco.mse = checkpoint["geco"]
     if resumed:
         try:
-            for optimiser, state in zip(optimisers, checkpoint["optimisers"], strict=True):
-                optimiser.load_state_dict(state)
-        except ValueError:
+            restore(checkpoint)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
             fail(f"{folder} was trained by another version of this code, which grouped weights otherwise: train again; "
                  "eval.py still reads it")
-        geco.beta, geco.mse = checkpoint["geco"]
-    folder, start, before = folder or new_folder(args), time.time(), checkpoint["seconds"]
+    folder, before = folder or (RANK == 0 and new_folder(args)), checkpoint["seconds"]
     config = {k: v for k, v in vars(args).items() if k not in KEPT} | {"steps": args.steps}
-    advance, look = (learn_pixels if args.system else learn_density)(args, device, model, geco, checkpoint["step"])
-    log = open(folder / "metrics.jsonl", "a")
+    done, setbacks, stopped = checkpoint["step"], checkpoint["setbacks"], []
+
+    def written(action, *what):
+        """Write on one process only, and not without a word where that fails."""
+        try:
+            return action(*what) if RANK == 0 else None
+        except OSError as error:
+            line = f"cannot write into {folder} ({error.strerror}), where the last checkpoint stays as it was"
+            if not args.keep_going:
+                fail(f"{line}: make room, then --resume {folder}/checkpoint.pt")
+            print(f"{line}; going on without", flush=True)
 
     def record(step, **values):
-        log.write(json.dumps({"step": step, "seconds": round(before + time.time() - start, 1), **values}) + "\n")
-        log.flush()
+        with open(folder / "metrics.jsonl", "a") as log:
+            log.write(json.dumps({"step": step, "seconds": round(before + time.time() - start, 1), **values}) + "\n")
 
-    def store(step):
-        save(folder / "checkpoint.pt", {
-            "kind": args.model, "model": model.state_dict(), "model_config": model.config,
-            "optimisers": [optimiser.state_dict() for optimiser in optimisers],
-            "geco": (geco.beta, geco.mse), "step": step, "config": config, "seed": args.seed,
-            "seconds": before + time.time() - start, **provenance()})
+    def store():
+        """The state as it would be saved, which is also where a run goes back to; saved."""
+        file = io.BytesIO()
+        torch.save({"kind": args.model, "model": model.state_dict(), "model_config": model.config,
+                    "optimisers": [optimiser.state_dict() for optimiser in optimisers],
+                    "geco": (geco.beta, geco.mse), "setbacks": setbacks, "step": done, "config": config, "seed": args.seed,
+                    "seconds": before + time.time() - start, **provenance()}, file)
+        written(save, folder and folder / "checkpoint.pt", file.getvalue())
+        return file
 
-    def evaluate(step):
+    def evaluate():
         model.eval()
         result = look(folder)
-        record(step, **{k: v for k, v in result.items() if isinstance(v, float)})
+        record(done, **{k: v for k, v in result.items() if isinstance(v, float)})
         model.train()
         return result
 
+    if resumed:                                             # what was logged after the checkpoint will be logged again
+        log = folder / "metrics.jsonl"
+        lines = [line for line in (log.read_text().splitlines(True) if log.exists() else ()) if line.endswith("}\n")]
+        written(save, log, "".join(line for line in lines if json.loads(line)["step"] <= done).encode())
+        print(f"resumed {folder}/checkpoint.pt at step {done} of {args.steps}")
+    advance, look = (learn_pixels if pixels else learn_density)(args, device, model, geco, done)
+    good = store()
     if not resumed:
-        record(0, config=config, **provenance())
-    bar = tqdm(range(checkpoint["step"], args.steps), initial=checkpoint["step"], total=args.steps, unit="step")
-    done, stopped = checkpoint["step"], []
+        written(lambda: record(0, config=config, **provenance()))
+    bar = tqdm(initial=done, total=args.steps, unit="step", disable=RANK > 0)
     for number in (signal.SIGINT, signal.SIGTERM):          # heeded between two steps, when weights and optimisers agree
         signal.signal(number, lambda number, _: stopped.append(number))
     try:
-        for step in bar:
-            # Warm up over 100 steps, then down to zero along a cosine.
-            scale = min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        while done < args.steps:
+            # Warm up over 100 steps, then down to zero along a cosine; half as fast after every setback.
+            scale = min(1, (done + 1) / 100) * 0.5 ** (1 + setbacks) * (1 + math.cos(math.pi * done / args.steps))
             for group in (group for optimiser in optimisers for group in optimiser.param_groups):
                 group["lr"] = args.lr * scale * group.get("factor", 1.0)
-            values = advance(step, optimisers)
-            done = step + 1
-            if done % 20 == 0 or done == args.steps:
-                values = {k: v.item() for k, v in values.items()}
-                if not math.isfinite(values["loss"]):
-                    fail(f"the loss is {values['loss']} at step {done}: try a lower --lr; the checkpoint is from before")
+            values = advance(done, optimisers)
+            done += 1
+            bar.update()
+            stop = torch.tensor(stopped[:1] or [0])
+            if WORLD > 1:                                   # all stop at the same step
+                dist.all_reduce(stop, op=dist.ReduceOp.MAX)
+            keep = stop.item() or done % args.save_every == 0 or done == args.steps
+            if done % 20 == 0 or keep:
+                values = dict(zip(values, average(list(values.values()))))
+                if not math.isfinite(values["loss"]) or keep and not all(w.isfinite().all() for w in model.parameters()):
+                    if setbacks == 3:
+                        fail(f"the loss was not finite at step {done}, after three times at a lower rate: try --lr {args.lr / 16:g}, "
+                             f"and look for wrong values in --data; {folder}/checkpoint.pt is from before")
+                    good.seek(0)
+                    checkpoint, failed = torch.load(good, map_location=device, weights_only=True), done
+                    restore(checkpoint)
+                    done, setbacks = checkpoint["step"], setbacks + 1
+                    bar.n = done
+                    if RANK == 0:
+                        bar.write(f"the loss was not finite at step {failed}: back to step {done}, at --lr {args.lr / 2 ** setbacks:g}")
+                    continue
                 bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()},
                                 per_s=f"{args.batch_size * (bar.format_dict['rate'] or 0):.0f}")
-                record(done, **values)
-            if stopped or done % 250 == 0 and done < args.steps:
-                store(done)
-            if stopped:
+                written(lambda: record(done, **values))
+            if keep:
+                good = store()
+            if stop.item():
                 bar.close()
-                print(f"stopped after step {done}: go on with python train.py --resume {folder}/checkpoint.pt")
-                raise SystemExit(128 + stopped[0])
+                if RANK == 0:
+                    print(f"stopped after step {done}: go on with python train.py --resume {folder}/checkpoint.pt")
+                raise SystemExit(128 + stop.item())
             if done % 2000 == 0 and done < args.steps:
-                evaluate(done)
+                written(evaluate)
     except torch.OutOfMemoryError:
         fail(f"out of memory at step {done}: try --batch-size {args.batch_size // 2}; the last checkpoint is whole")
-    except OSError as error:
-        fail(f"cannot write into {folder} ({error.strerror}): make room, then --resume {folder}/checkpoint.pt; it is whole")
-    store(args.steps)
-    result, seconds = evaluate(args.steps), before + time.time() - start
-    if args.system:
+    bar.close()
+    result, seconds = written(evaluate), before + time.time() - start
+    if result and pixels:
         table(result, config)
         print(f"\n{seconds:.0f} s. Look at {folder}/rollout.gif, then: python eval.py --reverse --speed 2 --sample 4")
-    else:
+    elif result:
         flow_table({args.model: result})
         print(f"\n{seconds:.0f} s. Then: python eval.py --checkpoint {folder}/checkpoint.pt")
+    if WORLD > 1:
+        dist.barrier()                                      # while the first process still looks
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
