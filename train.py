@@ -46,8 +46,10 @@ DEFAULTS = {"hgn": {"steps": 5000, "batch_size": 16, "lr": 3e-3}, "hnn": {"steps
             "realnvp": {"steps": 10000, "batch_size": 512, "lr": 5e-3}}        # twice as fast a step
 ROWS = {"HGN (leapfrog)": (), "HGN (Euler)": ("--integrator", "euler"), "HGN (deterministic)": ("--deterministic",),
         "HGN (no f_psi)": ("--no-f-psi",), "HNN": ("--model", "hnn"), "HNN (conv)": ("--model", "hnn_conv")}
+LOOK_EVERY = 2000                   # steps from one evaluation to the next
 POOL = 64                           # batches whose trajectories are simulated together
-KEPT = ("steps", "device", "compile", "resume", "name", "bench", "table", "save_every", "keep_going")     # --resume may change them
+HERE = ("device", "compile", "resume", "name", "bench", "table")             # of the command alone, not of the run
+FREE = ("steps", "save_every", "keep_going")                                  # what --resume may change
 FLOWS = ("nhf", "realnvp")
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))     # torchrun sets them
 WORTH_COMPILING = 10000             # steps on a CPU: 20 ms a step saved, 80 s of compilation from an empty cache
@@ -164,9 +166,9 @@ def parse():
                 raise ValueError
         except (argparse.ArgumentTypeError, ValueError):
             fail(f"{path} says {action.dest} = {str(value)[:40]!r}, which no run can have: train again")
-    parser.set_defaults(**{k: v for k, v in config.items() if k not in KEPT or k == "steps"})
+    parser.set_defaults(**{k: v for k, v in config.items() if k not in HERE})
     args = parser.parse_args()
-    changed = [k for k in config if k not in KEPT and getattr(args, k) != config[k]]
+    changed = [k for k in config if k not in HERE + FREE and getattr(args, k, None) != config[k]]
     if changed:
         fail(f"--{changed[0].replace('_', '-')} cannot change in a resumed run: start another without --resume")
     if path.name != "checkpoint.pt":
@@ -576,7 +578,7 @@ def main():
             fail(f"{folder} was trained by another version of this code, which grouped weights otherwise: train again; "
                  "eval.py still reads it")
     folder, before = folder or (RANK == 0 and new_folder(args)), checkpoint["seconds"]
-    config = {k: v for k, v in vars(args).items() if k not in KEPT} | {"steps": args.steps}
+    config = {k: v for k, v in vars(args).items() if k not in HERE}
     done, setbacks, stopped = checkpoint["step"], checkpoint["setbacks"], []
 
     def written(action, *what):
@@ -586,6 +588,7 @@ def main():
         except OSError as error:
             line = f"cannot write into {folder} ({error.strerror}), where the last checkpoint stays as it was"
             if not args.keep_going:
+                bar.close()
                 fail(f"{line}: make room, then --resume {folder}/checkpoint.pt")
             print(f"{line}; going on without", flush=True)
 
@@ -610,16 +613,17 @@ def main():
         model.train()
         return result
 
+    bar = tqdm(initial=done, total=args.steps, unit="step", disable=RANK > 0)
     if resumed:                                             # what was logged after the checkpoint will be logged again
         log = folder / "metrics.jsonl"
         lines = [line for line in (log.read_text().splitlines(True) if log.exists() else ()) if line.endswith("}\n")]
         written(save, log, "".join(line for line in lines if json.loads(line)["step"] <= done).encode())
-        print(f"resumed {folder}/checkpoint.pt at step {done} of {args.steps}")
+        if RANK == 0:
+            bar.write(f"resumed {folder}/checkpoint.pt at step {done} of {args.steps}")
     advance, look = (learn_pixels if pixels else learn_density)(args, device, model, geco, done)
     good = store()
     if not resumed:
         written(lambda: record(0, config=config, **provenance()))
-    bar = tqdm(initial=done, total=args.steps, unit="step", disable=RANK > 0)
     for number in (signal.SIGINT, signal.SIGTERM):          # heeded between two steps, when weights and optimisers agree
         signal.signal(number, lambda number, _: stopped.append(number))
     try:
@@ -639,6 +643,7 @@ def main():
                 values = dict(zip(values, average(list(values.values()))))
                 if not math.isfinite(values["loss"]) or keep and not all(w.isfinite().all() for w in model.parameters()):
                     if setbacks == 3:
+                        bar.close()
                         fail(f"the loss was not finite at step {done}, after three times at a lower rate: try --lr {args.lr / 16:g}, "
                              f"and look for wrong values in --data; {folder}/checkpoint.pt is from before")
                     good.seek(0)
@@ -659,7 +664,7 @@ def main():
                 if RANK == 0:
                     print(f"stopped after step {done}: go on with python train.py --resume {folder}/checkpoint.pt")
                 raise SystemExit(128 + stop.item())
-            if done % 2000 == 0 and done < args.steps:
+            if done % LOOK_EVERY == 0 and done < args.steps:
                 written(evaluate)
     except torch.OutOfMemoryError:
         fail(f"out of memory at step {done}: try --batch-size {args.batch_size // 2}; the last checkpoint is whole")
