@@ -207,11 +207,11 @@ class Batches:
     """Batch number `step` of a run, the same whenever it is asked for and however many processes share it: a resumed run sees what
     it would have seen. A system's is drawn, simulated and painted on the device; clips of one's own are read by a thread, one
     batch ahead."""
-    def __init__(self, args, device, noise=None):
-        """noise: shape of one clip's posterior noise, or None."""
+    def __init__(self, args, device, noise=None, share=None):
+        """noise: shape of one clip's posterior noise, or None. share: which of how many, by default this process's."""
         self.args, self.device, self.noise, self.pool = args, device, noise, None
-        share = args.batch_size // WORLD
-        self.mine = slice(RANK * share, (RANK + 1) * share)
+        rank, world = share or (RANK, WORLD)
+        self.mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
         self.data, self.reader, self.ahead = Clips(vars(args)) if args.data else None, ThreadPoolExecutor(1), {}
 
     def __call__(self, step):
@@ -500,7 +500,8 @@ def learn_pixels(args, device, model, geco, first):
     beta = torch.tensor(geco.beta if args.geco else args.beta, device=device)
     test, loss_of = test_clips(vars(args), 100, device), model.loss
     if first == 0 and hgn:
-        seen = [batches(args.steps + i)[1].flatten(0, 1)[:2048] for i in range(max(1, 2048 // (args.batch_size * args.targets)))]
+        whole = Batches(args, device, share=(0, 1))
+        seen = [whole(args.steps + i)[1].flatten(0, 1)[:2048] for i in range(max(1, 2048 // (args.batch_size * args.targets)))]
         model.fit_chart(torch.cat(seen))                    # the batches of after the last step
     if args.compile is None:
         args.compile = device.type == "cuda" or (hgn and args.arch == "compact" and args.steps >= WORTH_COMPILING)
@@ -527,8 +528,8 @@ def learn_density(args, device, model, geco, first):
     if args.compile:
         shape = (args.batch_size // WORLD, points.dim)
         weights_of = compiled_or_eager(weights_of, device, torch.zeros(shape), torch.zeros(args.samples, *shape))
-    weights_of, share = shared(model, weights_of, args), args.batch_size // WORLD
-    mine = slice(RANK * share, (RANK + 1) * share)
+    weights_of = shared(model, weights_of, args)
+    mine = slice(RANK * args.batch_size // WORLD, (RANK + 1) * args.batch_size // WORLD)
 
     def advance(step, optimisers):
         generator = torch.Generator().manual_seed((args.seed << 20) + step)
