@@ -911,7 +911,7 @@ def test_torchrun_trains_and_one_process_resumes(tmp_path, monkeypatch, capsys):
 def test_killed_at_any_moment_it_resumes_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quick(monkeypatch)
-    words = ("--steps", 300 if LONG else 60, "--batch-size", 2, "--window", 6, "--targets", 2, "--device", "cpu", "--save-every", 5)
+    words = ("--steps", 900 if LONG else 60, "--batch-size", 2, "--window", 6, "--targets", 2, "--device", "cpu", "--save-every", 5)
     run(train.main, monkeypatch, *words, "--name", "whole")
     draw, checkpoint, kills = random.Random(0), Path("runs/cut/checkpoint.pt"), 0
     while kills < (30 if LONG else 2):
