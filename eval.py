@@ -120,7 +120,7 @@ def read_checkpoint(path):
     except Exception as error:                              # torch raises many kinds for a damaged file
         fail(f"{path} cannot be read as a checkpoint, perhaps it is truncated ({type(error).__name__}): train again")
     if (not isinstance(checkpoint, dict) or checkpoint.get("kind") not in [*MODELS] or not PARTS <= checkpoint.keys()
-            or not usable(checkpoint["config"])):
+            or not usable(checkpoint["config"]) or not all(isinstance(checkpoint.get(k, 0), (int, float)) for k in ("step", "seconds", "setbacks"))):
         fail(f"{path} is not a checkpoint written by train.py")
     return checkpoint
 

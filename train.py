@@ -499,7 +499,7 @@ def learn_pixels(args, device, model, geco, first):
     batches = Batches(args, device, None if args.deterministic or not hgn else model.z_shape)
     beta = torch.tensor(geco.beta if args.geco else args.beta, device=device)
     test, loss_of = test_clips(vars(args), 100, device), model.loss
-    if first == 0 and hgn:
+    if hgn and not args.resume:
         whole = Batches(args, device, share=(0, 1))
         seen = [whole(args.steps + i)[1].flatten(0, 1)[:2048] for i in range(max(1, 2048 // (args.batch_size * args.targets)))]
         model.fit_chart(torch.cat(seen))                    # the batches of after the last step
@@ -570,8 +570,10 @@ def main():
     def restore(checkpoint):
         model.load_state_dict(checkpoint["model"])
         for optimiser, state in zip(optimisers, checkpoint["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
-        geco.beta, geco.mse = checkpoint["geco"]
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": state["state"]})
+            if any(x.shape not in ((), w.shape) for w, kept in optimiser.state.items() for x in kept.values()):
+                raise ValueError
+        geco.beta, geco.mse = (x if x is None else float(x) for x in checkpoint["geco"])
     if resumed:
         try:
             restore(checkpoint)
@@ -580,12 +582,19 @@ def main():
                  "eval.py still reads it")
     folder, before = folder or (RANK == 0 and new_folder(args)), checkpoint["seconds"]
     config = {k: v for k, v in vars(args).items() if k not in HERE}
-    done, setbacks, stopped = checkpoint["step"], checkpoint["setbacks"], []
+    done, setbacks, stopped = checkpoint["step"], checkpoint.get("setbacks", 0), []
 
-    def written(action, *what):
+    def heed(number, _):
+        if stopped:                                         # asked twice
+            raise SystemExit(128 + number)
+        stopped.append(number)
+    for number in (signal.SIGINT, signal.SIGTERM):          # heeded between two steps, when weights and optimisers agree
+        signal.signal(number, heed)
+
+    def written(action, *what, **values):
         """Write on one process only, and not without a word where that fails."""
         try:
-            return action(*what) if RANK == 0 else None
+            return action(*what, **values) if RANK == 0 else None
         except OSError as error:
             line = f"cannot write into {folder} ({error.strerror}), where the last checkpoint stays as it was"
             if not args.keep_going:
@@ -624,9 +633,7 @@ def main():
     advance, look = (learn_pixels if pixels else learn_density)(args, device, model, geco, done)
     good = store()
     if not resumed:
-        written(lambda: record(0, config=config, **provenance()))
-    for number in (signal.SIGINT, signal.SIGTERM):          # heeded between two steps, when weights and optimisers agree
-        signal.signal(number, lambda number, _: stopped.append(number))
+        written(record, 0, config=config, **provenance())
     try:
         while done < args.steps:
             # Warm up over 100 steps, then down to zero along a cosine; half as fast after every setback.
@@ -657,7 +664,7 @@ def main():
                     continue
                 bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()},
                                 per_s=f"{args.batch_size * (bar.format_dict['rate'] or 0):.0f}")
-                written(lambda: record(done, **values))
+                written(record, done, **values)
             if keep:
                 good = store()
             if stop.item():
