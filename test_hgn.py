@@ -911,6 +911,16 @@ def test_torchrun_trains_and_one_process_resumes(tmp_path, monkeypatch, capsys):
         batches(monkeypatch, "--batch-size", 3, world=2)
 
 
+@pytest.mark.parametrize("name", NAMES[4:])
+def test_a_new_system_is_one_entry(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    quick(monkeypatch)
+    run(train.main, monkeypatch, "--system", name, *TINY, "--batch-size", 16, "--targets", 8)
+    model, checkpoint = evaluation.load(f"runs/{name}/checkpoint.pt")
+    result = evaluation.measure_physics(model, evaluation.TestClips(checkpoint["config"], 6), 6, frames=10)
+    assert result["real_valid"] == result["real_obey"] == 1 and result["strict_vpt_ceiling"] <= 10
+
+
 def test_killed_at_any_moment_it_resumes_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quick(monkeypatch)
