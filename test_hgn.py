@@ -917,8 +917,8 @@ def test_a_new_system_is_one_entry(name, tmp_path, monkeypatch, capsys):
     quick(monkeypatch)
     run(train.main, monkeypatch, "--system", name, *TINY, "--batch-size", 16, "--targets", 8)
     model, checkpoint = evaluation.load(f"runs/{name}/checkpoint.pt")
-    result = evaluation.measure_physics(model, evaluation.TestClips(checkpoint["config"], 6), 6, frames=10)
-    assert result["real_valid"] == result["real_obey"] == 1 and result["strict_vpt_ceiling"] <= 10
+    result = evaluation.measure(model, evaluation.TestClips(checkpoint["config"], 6), 30)
+    assert all(math.isfinite(v) for v in result.values() if isinstance(v, float)) and result["mse_0_29"] < 10 * result["blank_mse"]
 
 
 def test_killed_at_any_moment_it_resumes_to_the_same_weights(tmp_path, monkeypatch):
