@@ -205,17 +205,25 @@ class Clips:
             fail(f"--data {path} must hold at least four clips of more than --context {config['context']} frames, not {shape[0]} of {self.length}")
         order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(config["seed"]))
         self.held_out, self.train = order.split([held := max(2, shape[0] // 10), shape[0] - held])
-        some = self.frames(self.train[:256], torch.linspace(0, self.length - 1, 8).long().expand(min(256, len(self.train)), 8))
+        some = self.frames(self.train[:64], torch.linspace(0, self.length - 1, 8).long().expand(len(self.train[:64]), -1))
         if not some.isfinite().all() or some.min() < 0 or some.max() > 1:
             fail(f"--data {path} has values from {some.min():.3g} to {some.max():.3g}: floats must be finite and in [0, 1], "
                  "as for uint8 values divided by 255")
         self.background = some.movedim(2, 0).flatten(1).median(1).values.tolist()
 
-    def frames(self, clips, times):
-        """Frames at times (B, n) of clips (B,): (B, n, C, H, W), floats. Only these are read."""
+    def read(self, clips, times):
+        """Frames at times (B, n) of clips (B,), as they are stored: (B, n, C, H, W). Nothing else is read."""
         x = torch.from_numpy(self.array[clips.unsqueeze(1).numpy(), times.numpy()])
-        x = x.movedim(4, 2) if self.last else x
-        return x.float() / (255 if x.dtype == torch.uint8 else 1)
+        return x.movedim(4, 2) if self.last else x
+
+    def frames(self, clips, times):
+        """The same in [0, 1]."""
+        return unit(self.read(clips, times))
+
+
+def unit(x):
+    """Bytes or floats -> floats in [0, 1]."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x.float()
 
 
 class HeldOut:

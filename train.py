@@ -36,7 +36,7 @@ from tqdm import tqdm
 import physics
 
 from eval import (MODELS, TEST_SEED, Clips, Help, Parser, Points, TestClips, at_least, fail, flow_table, keep_memory, load, measure,
-                  measure_flow, movies, newest_run, pick_device, provenance, read_checkpoint, read_data, table, test_clips)
+                  measure_flow, movies, newest_run, pick_device, provenance, read_checkpoint, read_data, table, test_clips, unit)
 from hgn import ARCHITECTURES, GECO, HGN, HNN, INTEGRATORS, CentroidEncoder
 from nhf import BASES, DENSITIES, NHF, RealNVP
 from physics import BACKGROUND, SYSTEMS, initial_states, jitter, noise_floor, render, simulate
@@ -47,6 +47,7 @@ DEFAULTS = {"hgn": {"steps": 5000, "batch_size": 16, "lr": 3e-3}, "hnn": {"steps
 ROWS = {"HGN (leapfrog)": (), "HGN (Euler)": ("--integrator", "euler"), "HGN (deterministic)": ("--deterministic",),
         "HGN (no f_psi)": ("--no-f-psi",), "HNN": ("--model", "hnn"), "HNN (conv)": ("--model", "hnn_conv")}
 LOOK_EVERY = 2000                   # steps from one evaluation to the next
+READERS = 4                         # threads that read clips of one's own
 POOL = 64                           # batches whose trajectories are simulated together
 HERE = ("device", "compile", "resume", "name", "bench", "table")             # of the command alone, not of the run
 FREE = ("steps", "save_every", "keep_going")                                  # what --resume may change
@@ -205,22 +206,22 @@ def save(path, packed):
 
 class Batches:
     """Batch number `step` of a run, the same whenever it is asked for and however many processes share it: a resumed run sees what
-    it would have seen. A system's is drawn, simulated and painted on the device; clips of one's own are read by a thread, one
-    batch ahead."""
+    it would have seen. A system's is drawn, simulated and painted on the device; clips of one's own are read by threads,
+    some batches ahead."""
     def __init__(self, args, device, noise=None, share=None):
         """noise: shape of one clip's posterior noise, or None. share: which of how many, by default this process's."""
         self.args, self.device, self.noise, self.pool = args, device, noise, None
         rank, world = share or (RANK, WORLD)
         self.mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
-        self.data, self.reader, self.ahead = Clips(vars(args)) if args.data else None, ThreadPoolExecutor(1), {}
+        self.data, self.reader, self.ahead = Clips(vars(args)) if args.data else None, ThreadPoolExecutor(READERS), {}
 
     def __call__(self, step):
         """Returns this process's context frames, target frames, their times (B, targets), and the posterior's noise (B, *noise)."""
         if not self.data:
             return self.draw(step)
-        batch = self.ahead[step].result() if step in self.ahead else self.draw(step)
-        self.ahead = {step + 1: self.reader.submit(self.draw, step + 1)}
-        return [x if x is None else x.to(self.device, non_blocking=True) for x in batch]
+        self.ahead = {i: self.ahead.get(i) or self.reader.submit(self.draw, i) for i in range(step, step + 1 + READERS)}
+        context, targets, *rest = (x if x is None else x.to(self.device, non_blocking=True) for x in self.ahead[step].result())
+        return unit(context), unit(targets), *rest
 
     def draw(self, step):
         args, mine, system = self.args, self.mine, SYSTEMS.get(self.args.system)
@@ -242,7 +243,7 @@ class Batches:
             times = times + torch.arange(args.targets, device=device)
         at = torch.cat((frame0 + torch.arange(args.context, device=device).expand(B, -1), frame0 + times), 1)[mine]
         if self.data:
-            frames = self.data.frames(clips[mine], at)
+            frames = self.data.read(clips[mine], at)
         else:
             q = self.trajectories(step)
             seen = q[torch.arange(len(q), device=device).unsqueeze(1), at]
