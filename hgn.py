@@ -217,9 +217,9 @@ class CentroidEncoder(nn.Module):
         he_(self)
         blur = torch.tensor([0.25, 0.5, 0.25])                # blurred blobs have smoother centroids than sharp edges
         self.filters[0].weight.data = 1.5 * torch.randn(filters, channels, 1, 1) * blur.unsqueeze(1) * blur
-        if periodic:                                          # at first angles round about the picture's centre
-            self.chart.weight.data = torch.eye(2).repeat_interleave(latent, 0).repeat_interleave(filters, 1) / filters
-            self.chart.weight.data.mul_(0.5 + torch.rand(2 * latent, 2 * filters))
+        if periodic:                                          # at first angles round the picture's centre, of what the filters see
+            seen = torch.rand(latent, filters)
+            self.chart.weight.data = torch.kron(torch.eye(2), seen / seen.sum(1, keepdim=True))
         self.register_buffer("spread", torch.ones(()))        # mean variance of the chart's coordinates, see fit_chart
         # Orthogonal polynomials in time; higher orders are small, so louder. A buffer that is kept, as QR depends on the machine.
         time = torch.linspace(-1, 1, context, dtype=torch.float64) if context > 1 else torch.zeros(1, dtype=torch.float64)
