@@ -202,7 +202,7 @@ class Couplings(nn.Module):
 class CentroidEncoder(nn.Module):
     """Where things are and how they move. The centroids of learnt filters' energy, in every context frame, are charted by a
     linear map into q (or into the angle of a point in a plane); p starts as the velocity of q at the middle frame, by the
-    polynomial through up to five frames, and stays linear in how q moves.
+    polynomial of order four that fits best, and stays linear in how q moves. Of more than five frames q starts as that polynomial too.
 
     Why nothing bends here: K(p) + V(q) can only describe motion in coordinates that are linear in the true ones. Encoders
     with an MLP or convolutions agree with the decoder on a bent chart, on which no such H is right, long before they learn
@@ -224,16 +224,18 @@ class CentroidEncoder(nn.Module):
         # Orthogonal polynomials in time; higher orders are small, so louder. A buffer that is kept, as QR depends on the machine.
         time = torch.linspace(-1, 1, context, dtype=torch.float64) if context > 1 else torch.zeros(1, dtype=torch.float64)
         basis, r = torch.linalg.qr(torch.stack([time ** j for j in range(context)], 1))
-        scale, orders = 3.0 ** torch.arange(context).clamp(max=2), min(context, 5)
+        scale, order, middle = 3.0 ** torch.arange(context).clamp(max=2), torch.arange(min(context, 5)), time[context // 2]
         self.register_buffer("basis", (basis * scale).T.float())                 # (order, context)
-        self.momentum.weight.data.zero_()
-        if context > 1:
-            slope = torch.linalg.inv(r[:orders, :orders])[1] / scale[:orders] * 2 / ((context - 1) * dt)
-            self.momentum.weight.data.view(latent, context, latent)[:, :orders] = (
-                slope.float().unsqueeze(1) * torch.eye(latent).unsqueeze(1))
+
+        def start(layer, coefficients):                       # linear in the coefficients of the first five polynomials
+            layer.weight.data.zero_().view(latent, context, latent)[:, :len(order)] = (
+                coefficients.float().unsqueeze(1) * torch.eye(latent).unsqueeze(1))
+        fit = torch.linalg.inv(r[:len(order), :len(order)]) / scale[:len(order)]
+        start(self.momentum, (order * middle ** (order - 1).clamp(min=0)) @ fit * 2 / (max(context - 1, 1) * dt))
         if context > 5:                                       # many frames, noisy ones at that, say more than a local fit
-            self.smooth = mlp(context * latent, 256, 2 * latent)
-            he_(self.smooth)
+            self.position, self.smooth = nn.Linear(context * latent, latent), mlp(context * latent, 256, 2 * latent)
+            he_(self.position, self.smooth)
+            start(self.position, middle ** order @ fit)
             self.smooth[-1].weight.data.zero_()
         self.logvar.weight.data.mul_(0.01)                    # variance exp(-8): with that of the prior, the decoder first
         self.logvar.bias.data.fill_(-8)                       # sees nothing but noise
@@ -282,7 +284,7 @@ class CentroidEncoder(nn.Module):
         moved = (self.basis @ moved).flatten(1)
         mean = torch.cat((q, self.momentum(moved)), 1)
         if frames.shape[1] > 5:
-            mean = mean + self.smooth(moved)
+            mean = mean + self.smooth(moved) + F.pad(self.position(moved), (0, len(q[0])))
         return torch.cat((mean, self.logvar(moved)), 1)
 
 
