@@ -276,11 +276,12 @@ class CentroidEncoder(nn.Module):
     def forward(self, frames):                                                   # (B, context, C, H, W) -> (B, 4 latent)
         a = self.chart(self.centroids(frames.flatten(0, 1))).unflatten(0, frames.shape[:2])
         middle = frames.shape[1] // 2
-        a0 = a[:, middle:middle + 1]                                             # (B, 1, latent), twice of angles
-        q, moved = a0[:, 0], a - a0
-        if self.periodic:
-            (x, y), (x0, y0) = a.chunk(2, 2), a0.chunk(2, 2)
-            q, moved = torch.atan2(x0, y0)[:, 0], torch.atan2(x * y0 - y * x0, x * x0 + y * y0)
+        q, moved = a[:, middle], a                                               # (B, latent), (B, context, latent); twice of angles
+        if self.periodic:                                                        # turns from frame to frame, added up
+            (sin, cos), q = a.chunk(2, 2), torch.atan2(*q.chunk(2, 1))
+            moved = torch.atan2(sin[:, 1:] * cos[:, :-1] - cos[:, 1:] * sin[:, :-1], sin[:, 1:] * sin[:, :-1] + cos[:, 1:] * cos[:, :-1])
+            moved = F.pad(moved.cumsum(1), (0, 0, 1, 0))
+        moved = moved - moved[:, middle:middle + 1]
         moved = (self.basis @ moved).flatten(1)
         mean = torch.cat((q, self.momentum(moved)), 1)
         if frames.shape[1] > 5:
