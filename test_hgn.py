@@ -352,7 +352,7 @@ def test_of_many_noisy_frames_the_state_starts_as_a_fit(name):
         (before, true, after), others = ([chart(x[:, t:t + 1]) for t in (14, 15, 16)] for x in (q, noisy))
     assert turned(position - true).std() < 0.6 * turned(others[1] - true).std()        # in theory 0.34, for a quartic motion
     truth, difference = turned(after - before) / (2 * dt), turned(others[2] - others[0]) / (2 * dt)
-    assert (velocity - truth).std() < 0.35 * (difference - truth).std()
+    assert (velocity - truth).std() < 0.6 * (difference - truth).std()
     assert not periodic or (q[:, 29] - q[:, 0]).abs().max() > 2 * math.pi
 
 
