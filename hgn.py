@@ -264,14 +264,20 @@ class CentroidEncoder(nn.Module):
         self.logvar.bias.add_(2 * scale.log().repeat(2))      # noise as small a part of each
         return scale
 
-    def misfit(self, q, frames):
-        """How far q (B, n, latent) is from the chart of frames (B, n, C, H, W): mean square over its variance before
-        training, of angles 1 - cos. The chart is taken as given."""
-        with torch.no_grad():
-            a = self.chart(self.centroids(frames.flatten(0, 1))).unflatten(0, frames.shape[:2])
-            if self.periodic:
-                a = torch.atan2(*a.chunk(2, 2))
-        return (1 - torch.cos(q - a)).mean() if self.periodic else (q - a).square().mean() / self.spread
+    @torch.no_grad()
+    def read(self, frames):
+        """q as the chart sees it in each frame by itself, taken as given: (B, n, C, H, W) -> (B, n, latent)."""
+        a = self.chart(self.centroids(frames.flatten(0, 1))).unflatten(0, frames.shape[:2])
+        return torch.atan2(*a.chunk(2, 2)) if self.periodic else a
+
+    def misfit(self, q, a):
+        """How far q is from a, both (B, n, latent): mean square over its variance before training, of angles 1 - cos; and whether
+        that is far, more than 2 % of what a varies by. (B, n) twice."""
+        if self.periodic:
+            off = (1 - torch.cos(q - a)).mean(2)
+            return off, off > 0.02
+        off = (q - a).square().mean(2)
+        return off / self.spread, off > 0.02 * a.var((0, 1)).mean()
 
     def forward(self, frames):                                                   # (B, context, C, H, W) -> (B, 4 latent)
         a = self.chart(self.centroids(frames.flatten(0, 1))).unflatten(0, frames.shape[:2])
@@ -471,7 +477,8 @@ class HGN(nn.Module):
         there can be; say it, and torch.compile(model.loss, fullgraph=True) needs one compilation. beta: a number or
         a tensor. noise: of the posterior sample, N(0, I) of shape (B, *z_shape), by default drawn here.
         consistency: the compact encoder charts each scored frame by itself; weight of the distance of the rolled-out q
-        from there, which unlike pixels tells H where to go however far it is off.
+        from there, which unlike pixels tells H where to go however far it is off. A frame whose q is far off is painted from
+        there, since it would teach the decoder nothing but to blur. 0: neither.
         Returns: loss, mse, kl (nats, mean over clips), each a scalar tensor.
         """
         mean, logvar = self.encode(frames)
@@ -493,11 +500,13 @@ class HGN(nn.Module):
             dt = torch.where(row < len(q), self.dt, -self.dt).unsqueeze(1)
             both = self.rollout(torch.cat((q, q)), torch.cat((p, p)), reach, dt)[0]      # (2B, reach + 1, ...)
             q = both[row[:len(q), None] + len(q) * (times < 0), times.abs()]             # (B, n, ...)
-        mse = F.mse_loss(self.decode(q), targets)
-        loss = mse + beta * kl / targets[0, 0].numel()
+        misfit = 0.0
         if consistency and isinstance(self.encoder, CentroidEncoder):
-            loss = loss + consistency * self.encoder.misfit(q, 4 * (targets - self.background))
-        return loss, mse, kl
+            a = self.encoder.read(4 * (targets - self.background))
+            off, far = self.encoder.misfit(q, a)
+            misfit, q = 0.1 * torch.log1p(off / 0.1).mean(), torch.where(far.unsqueeze(2), a, q)     # log: chaos weighs less
+        mse = F.mse_loss(self.decode(q), targets)
+        return mse + beta * kl / targets[0, 0].numel() + consistency * misfit, mse, kl
 
 
 class HNN(nn.Module):

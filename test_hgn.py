@@ -357,16 +357,24 @@ def test_of_many_noisy_frames_the_state_starts_as_a_fit(name):
 
 
 def test_consistency_is_the_distance_from_the_chart():
+    """And a frame whose q is far from there is painted from there."""
     system = SYSTEMS["two_body"]
     frames = clips(system, 6, 12, generator=seeded())[0]
     model = HGN(latent=4, deterministic=True)
+    model.decoder[-1].weight.data.mul_(30)
     model.fit_chart(frames.flatten(0, 1))
     with torch.no_grad():
+        model.H.V.L.mul_(3)                                     # another motion: some frames are near, some far
         chart = model.encoder.chart(model.encoder.centroids(4 * (frames - model.background).flatten(0, 1))).unflatten(0, (6, 12))
-        assert model.encoder.misfit(chart, 4 * (frames - model.background)) < 1e-12
         q = model.rollout(*model.infer(frames), 11)[0]
+        off = (q - chart).square().mean(2)
+        near = (off < 0.02 * chart.flatten(0, 1).var(0).mean()).unsqueeze(2)
+        assert 10 < near.sum() < 60
         loss, mse, _ = model.loss(frames, consistency=0.5)
-        torch.testing.assert_close(loss - mse, 0.5 * (q - chart).square().mean() / model.encoder.spread)
+        torch.testing.assert_close(loss - mse, 0.5 * 0.1 * (1 + 10 * off / model.encoder.spread).log().mean())
+        torch.testing.assert_close(mse, (model.decode(near * q + ~near * chart) - frames).square().mean())
+        torch.testing.assert_close(model.loss(frames, consistency=0)[1], (model.decode(q) - frames).square().mean())
+        assert abs(mse / model.loss(frames, consistency=0)[1] - 1) > 1e-3
 
 
 def test_hnn_is_a_hamiltonian_vector_field_and_learns():
@@ -405,10 +413,10 @@ def test_scoring_some_frames_is_scoring_them_all_on_average():
     system = SYSTEMS["two_body"]
     q, p = initial_states(system, 3, seeded())
     after, before = (render(system, simulate(system, q, p, 9, dt)[0]).double() for dt in (0.125, -0.125))
-    mse = [model.loss(after, after[:, t:t + 1], torch.full((3, 1), t))[1] for t in range(9)]
-    torch.testing.assert_close(sum(mse) / 9, model.loss(after)[1])
+    mse = [model.loss(after, after[:, t:t + 1], torch.full((3, 1), t), consistency=0)[1] for t in range(9)]
+    torch.testing.assert_close(sum(mse) / 9, model.loss(after, consistency=0)[1])
     assert max(mse) > 1.01 * min(mse)
-    past = model.loss(after, before[:, 1:], -torch.arange(1, 9).expand(3, 8))[1]
+    past = model.loss(after, before[:, 1:], -torch.arange(1, 9).expand(3, 8), consistency=0)[1]
     painted = model.decode(model.rollout(*model.infer(after), 8, -model.dt)[0])
     torch.testing.assert_close(past, (painted - before)[:, 1:].square().mean())
 
