@@ -504,7 +504,7 @@ class HGN(nn.Module):
         if consistency and isinstance(self.encoder, CentroidEncoder):
             a = self.encoder.read(4 * (targets - self.background))
             off, far = self.encoder.misfit(q, a)
-            misfit, q = 0.1 * torch.log1p(off / 0.1).mean(), torch.where(far.unsqueeze(2), a, q)     # log: chaos weighs less
+            misfit, q = torch.log1p(off).mean(), torch.where(far.unsqueeze(2), a, q)       # log: chaos weighs less
         mse = F.mse_loss(self.decode(q), targets)
         return mse + beta * kl / targets[0, 0].numel() + consistency * misfit, mse, kl
 

@@ -371,7 +371,7 @@ def test_consistency_is_the_distance_from_the_chart():
         near = (off < 0.02 * chart.flatten(0, 1).var(0).mean()).unsqueeze(2)
         assert 10 < near.sum() < 60
         loss, mse, _ = model.loss(frames, consistency=0.5)
-        torch.testing.assert_close(loss - mse, 0.5 * 0.1 * (1 + 10 * off / model.encoder.spread).log().mean())
+        torch.testing.assert_close(loss - mse, 0.5 * (1 + off / model.encoder.spread).log().mean())
         torch.testing.assert_close(mse, (model.decode(near * q + ~near * chart) - frames).square().mean())
         torch.testing.assert_close(model.loss(frames, consistency=0)[1], (model.decode(q) - frames).square().mean())
         assert abs(mse / model.loss(frames, consistency=0)[1] - 1) > 1e-3
