@@ -861,10 +861,9 @@ def batches(monkeypatch, *words, rank=0, world=1):
     return train.Batches(train.parse()[0], torch.device("cpu"), (4,))
 
 
-@pytest.mark.parametrize("kind", ("own", "two_body", "hnn", "starts"))
+@pytest.mark.parametrize("kind", ("own", "two_body", "hnn"))
 def test_batches_are_the_clips_at_the_times_they_say(kind, own, monkeypatch):
-    words = {"own": ("--data", own[0] / "bytes.npy"), "two_body": ("--system", "two_body", "--noise", "paper"), "hnn": ("--model", "hnn"),
-             "starts": ("--system", "two_body", "--starts", 9)}[kind]
+    words = {"own": ("--data", own[0] / "bytes.npy"), "two_body": ("--system", "two_body", "--noise", "paper"), "hnn": ("--model", "hnn")}[kind]
     words = (*words, "--batch-size", 4, "--window", 12)
     whole = batches(monkeypatch, *words)
     context, targets, times, noise = whole(3)
@@ -874,15 +873,6 @@ def test_batches_are_the_clips_at_the_times_they_say(kind, own, monkeypatch):
         assert torch.equal(a, torch.cat(parts))
     assert not torch.equal(whole(4)[0], context) and torch.equal(whole(3)[0], context)
     assert times.abs().max() <= 12 and (times < 0).any()
-    if kind in ("starts", "own"):                               # counted from the first frame that the encoder sees
-        again = [(i, j, int(t)) for i in range(4) for j, t in enumerate(times[i]) if 0 <= t < 5]
-        assert again and all(torch.equal(targets[i, j], context[i, t]) for i, j, t in again)
-    if kind == "starts":                                        # around the initial state, all on the same trajectories
-        first = batches(monkeypatch, *words, "--starts", 0).trajectories(3)
-        q = whole.trajectories(3)
-        torch.testing.assert_close(q[:, 9:-9], first)
-        seen = [next(t for t in range(5, 45) if torch.allclose(render(SYSTEMS["two_body"], q[i:i + 1, t:t + 1])[0, 0], context[i, 0])) - 21 for i in range(4)]
-        assert len(set(seen)) > 1 and max(map(abs, seen)) <= 9
     if kind == "hnn":
         assert (times.diff(dim=1) == 1).all()
     if kind == "own":                                           # each a stretch of a training clip

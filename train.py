@@ -50,7 +50,7 @@ LOOK_EVERY = 2000                   # steps from one evaluation to the next
 READERS = 4                         # threads that read clips of one's own
 POOL = 64                           # batches whose trajectories are simulated together
 HERE = ("device", "compile", "resume", "name", "bench", "table")             # of the command alone, not of the run
-FREE = ("steps", "window", "starts", "save_every", "keep_going")             # what --resume may change
+FREE = ("steps", "window", "save_every", "keep_going")                                # what --resume may change
 FLOWS = ("nhf", "realnvp")
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))     # torchrun sets them
 WORTH_COMPILING = 10000             # steps on a CPU: 20 ms a step saved, 80 s of compilation from an empty cache
@@ -71,7 +71,6 @@ def parse():
     data.add_argument("--noise", type=noise, default=0.0, help="sigma on every coordinate before painting, or 'paper'")
     data.add_argument("--dt", type=at_least(0, float, above=True), default=0.125, help="time between frames")
     data.add_argument("--window", type=at_least(1), default=30, help="frames to learn from, before and after frame 0")
-    data.add_argument("--starts", type=at_least(0), default=0, help="frames before and after a system's initial state where clips may start")
     data.add_argument("--targets", type=at_least(1), default=8, help="random frames of the window painted for the loss")
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=MODELS, help="for a system hgn, or the baselines hnn and hnn_conv; for a density nhf or realnvp")
@@ -235,16 +234,14 @@ class Batches:
             frame0 = torch.randint(self.data.length - args.context + 1, (B, 1), generator=generator)
             low, high = (-frame0).clamp(min=-reach), (self.data.length - 1 - frame0).clamp(max=reach)
         else:
-            low, high, frame0 = -reach, reach, torch.full((B, 1), max(args.window + 1, args.context) - 1 + args.starts, device=device)
-            if args.starts:
-                frame0 += torch.randint(-args.starts, args.starts + 1, (B, 1), generator=generator, device=device)
+            low, high, frame0 = -reach, reach, torch.tensor(max(args.window + 1, args.context) - 1, device=device)
         times = torch.randint(-reach, reach + 1, (B, args.targets), generator=generator, device=device)
         if args.model != "hgn":                             # HNN looks at frames in a row
             high, times = high - args.targets + 1, times[:, :1]
         times = low + (times - low) % (high - low + 1)      # folded into the clip
         if args.model != "hgn":
             times = times + torch.arange(args.targets, device=device)
-        at = torch.cat((frame0 + torch.arange(args.context, device=device), frame0 + times), 1)[mine]
+        at = torch.cat((frame0 + torch.arange(args.context, device=device).expand(B, -1), frame0 + times), 1)[mine]
         if self.data:
             frames = self.data.read(clips[mine], at)
         else:
@@ -257,13 +254,13 @@ class Batches:
         return [x if x is None else x.pin_memory() for x in batch] if self.data and self.device.type == "cuda" else batch
 
     def trajectories(self, step):
-        """True q of this process's clips before and after a random initial state, simulated for POOL batches at once."""
+        """True q of this process's clips from -window to window round a random start, simulated for POOL batches at once."""
         args, system, B, number = self.args, SYSTEMS[self.args.system], self.args.batch_size, step // POOL
         if self.pool != number:
             generator = torch.Generator(self.device).manual_seed((args.seed << 20) + number)
             start = [x.unflatten(0, (POOL, B))[:, self.mine].flatten(0, 1)
                      for x in initial_states(system, B * POOL, generator, self.device)]
-            length = max(args.window + 1, args.context) + args.starts
+            length = max(args.window + 1, args.context)
             before, after = (simulate(system, *start, length, dt)[0] for dt in (-args.dt, args.dt))
             self.pool, self.q = number, torch.cat((before.flip(1)[:, :-1], after), 1).unflatten(0, (POOL, -1))
         return self.q[step % POOL]
@@ -376,7 +373,7 @@ def bytes_per_clip(model, args):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         model.loss(frames[:, :args.context], frames[:, args.context:],
                    torch.zeros(2, args.targets, dtype=torch.long, device=device), args.window)
-    numbers = 2 * len(SYSTEMS[args.system].colours) * POOL * 2 * (max(args.window, args.context) + args.starts) if args.system else 0
+    numbers = 2 * len(SYSTEMS[args.system].colours) * POOL * 2 * max(args.window, args.context) if args.system else 0
     return sum(n for at, n in kept.items() if at not in weights) + 4 * 8 * numbers
 
 
