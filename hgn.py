@@ -271,13 +271,8 @@ class CentroidEncoder(nn.Module):
         return torch.atan2(*a.chunk(2, 2)) if self.periodic else a
 
     def misfit(self, q, a):
-        """How far q is from a, both (B, n, latent): mean square over its variance before training, of angles 1 - cos; and whether
-        that is far, more than 2 % of what a varies by. (B, n) twice."""
-        if self.periodic:
-            off = (1 - torch.cos(q - a)).mean(2)
-            return off, off > 0.02
-        off = (q - a).square().mean(2)
-        return off / self.spread, off > 0.02 * a.var((0, 1)).mean()
+        """How far q is from a, both (B, n, latent): mean square over its variance before training, of angles 1 - cos. (B, n)."""
+        return (1 - torch.cos(q - a)).mean(2) if self.periodic else (q - a).square().mean(2) / self.spread
 
     def forward(self, frames):                                                   # (B, context, C, H, W) -> (B, 4 latent)
         a = self.chart(self.centroids(frames.flatten(0, 1))).unflatten(0, frames.shape[:2])
@@ -503,8 +498,8 @@ class HGN(nn.Module):
         misfit = 0.0
         if consistency and isinstance(self.encoder, CentroidEncoder):
             a = self.encoder.read(4 * (targets - self.background))
-            off, far = self.encoder.misfit(q, a)
-            misfit, q = torch.log1p(off).mean(), torch.where(far.unsqueeze(2), a, q)       # log: chaos weighs less
+            off = self.encoder.misfit(q, a)
+            misfit, q = torch.log1p(off).mean(), torch.where(off.unsqueeze(2) > 0.1, a, q)      # log: chaos weighs less
         mse = F.mse_loss(self.decode(q), targets)
         return mse + beta * kl / targets[0, 0].numel() + consistency * misfit, mse, kl
 

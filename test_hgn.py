@@ -368,7 +368,7 @@ def test_consistency_is_the_distance_from_the_chart():
         chart = model.encoder.chart(model.encoder.centroids(4 * (frames - model.background).flatten(0, 1))).unflatten(0, (6, 12))
         q = model.rollout(*model.infer(frames), 11)[0]
         off = (q - chart).square().mean(2)
-        near = (off < 0.02 * chart.flatten(0, 1).var(0).mean()).unsqueeze(2)
+        near = (off < 0.1 * model.encoder.spread).unsqueeze(2)
         assert 10 < near.sum() < 60
         loss, mse, _ = model.loss(frames, consistency=0.5)
         torch.testing.assert_close(loss - mse, 0.5 * (1 + off / model.encoder.spread).log().mean())
@@ -720,6 +720,12 @@ def test_the_papers_tables_are_filled_and_resumed(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(train, "ROWS", {"HNN": ("--model", "hnn")})
     monkeypatch.setattr(train.tables, "__defaults__", (8,))     # test clips
     words = ("--table", "--device", "cpu", "--steps", 2)
+
+    def inside(command, **_):                                   # each row's command, in this process and without its evaluation
+        with monkeypatch.context() as patch:
+            quick(patch)
+            run(train.main, patch, *command[2:])
+    monkeypatch.setattr(train.subprocess, "run", inside)
     run(train.main, monkeypatch, *words)
     first = json.load(open("results/table_mass_spring.json"))["cells"]
     assert [cell["noise"] for cell in first] == ["0", "paper"] and first[1]["floor"] > 1e-4
@@ -786,7 +792,7 @@ def test_compiled_gradients_are_the_eager_ones():
     for arch, latent in (("compact", 3), ("paper", 2)):
         torch.manual_seed(1)
         model = HGN(arch=arch, latent=latent, context=3, size=16)
-        batch = (torch.rand(2, 3, 3, 16, 16), torch.rand(2, 2, 3, 16, 16), torch.tensor([[-2, 1], [2, 0]]), 2,
+        batch = (torch.rand(2, 3, 3, 16, 16), torch.rand(2, 2, 3, 16, 16), torch.tensor([[-1, 1], [1, 0]]), 1,
                  torch.tensor(1e-3), torch.randn(2, *model.z_shape))
         gradients = []
         for loss in (model.loss, train.compiled(model.loss, torch.device("cpu"))):
@@ -919,6 +925,9 @@ loss = train.shared(model, model.loss, args)
 loss(context, targets, times, args.window, torch.tensor(1e-3), noise, args.consistency)[0].backward()
 if train.RANK == 0:
     torch.save(torch.cat([w.grad.flatten() for w in model.parameters()]), f"{{train.WORLD}}.pt")
+if train.WORLD > 1:
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """)
     words = ["gradients.py", "--system", "two_body", "--noise", "paper", "--batch-size", "4", "--window", "6"]
     for start in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]):
@@ -1137,11 +1146,11 @@ def test_soak(tmp_path, monkeypatch, capsys):
         seen.append((memory, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
         return look(*words)
     monkey(train, "measure", watched)
-    monkey(train, "LOOK_EVERY", 100 if LONG else 15)
+    monkey(train, "LOOK_EVERY", 100 if LONG else 20)
     monkey(train, "movies", lambda model, test, folder, frames, draw=train.movies: draw(model, test, folder, frames if LONG else 6))
     run(train.main, monkeypatch, *TINY, "--steps", 2000 if LONG else 60, "--batch-size", 4)
     memory, descriptors, threads = zip(*seen[1:])               # the first warms up
-    assert len(seen) == (20 if LONG else 4) and max(memory) < 1.05 * memory[0] and len(set(descriptors)) == 1 and max(threads) <= threads[0]
+    assert len(seen) == (20 if LONG else 3) and max(memory) < 1.05 * memory[0] and len(set(descriptors)) == 1 and max(threads) <= threads[0]
 
 
 @pytest.fixture(scope="module")
