@@ -264,10 +264,13 @@ class CentroidEncoder(nn.Module):
         self.logvar.bias.add_(2 * scale.log().repeat(2))      # noise as small a part of each
         return scale
 
+    def charted(self, frames):                                                   # (B, n, C, H, W) -> (B, n, latent), twice of angles
+        return self.chart(self.centroids(frames.flatten(0, 1))).unflatten(0, frames.shape[:2])
+
     @torch.no_grad()
     def read(self, frames):
         """q as the chart sees it in each frame by itself, taken as given: (B, n, C, H, W) -> (B, n, latent)."""
-        a = self.chart(self.centroids(frames.flatten(0, 1))).unflatten(0, frames.shape[:2])
+        a = self.charted(frames)
         return torch.atan2(*a.chunk(2, 2)) if self.periodic else a
 
     def misfit(self, q, a):
@@ -275,8 +278,7 @@ class CentroidEncoder(nn.Module):
         return (1 - torch.cos(q - a)).mean(2) if self.periodic else (q - a).square().mean(2) / self.spread
 
     def forward(self, frames):                                                   # (B, context, C, H, W) -> (B, 4 latent)
-        a = self.chart(self.centroids(frames.flatten(0, 1))).unflatten(0, frames.shape[:2])
-        middle = frames.shape[1] // 2
+        a, middle = self.charted(frames), frames.shape[1] // 2
         q, moved = a[:, middle], a                                               # (B, latent), (B, context, latent); twice of angles
         if self.periodic:                                                        # turns from frame to frame, added up
             (sin, cos), q = a.chunk(2, 2), torch.atan2(*q.chunk(2, 1))
