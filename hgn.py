@@ -202,7 +202,8 @@ class Couplings(nn.Module):
 class CentroidEncoder(nn.Module):
     """Where things are and how they move. The centroids of learnt filters' energy, in every context frame, are charted by a
     linear map into q (or into the angle of a point in a plane); p starts as the velocity of q at the middle frame, by the
-    polynomial of order four that fits best, and stays linear in how q moves. Of more than five frames q starts as that polynomial too.
+    polynomial of order four (six, where there are the frames) that fits best, and stays linear in how q moves. Of more than
+    five frames q starts as that polynomial too.
 
     Why nothing bends here: K(p) + V(q) can only describe motion in coordinates that are linear in the true ones. Encoders
     with an MLP or convolutions agree with the decoder on a bent chart, on which no such H is right, long before they learn
@@ -212,7 +213,7 @@ class CentroidEncoder(nn.Module):
         super().__init__()
         self.periodic = periodic
         self.filters = nn.Sequential(nn.Conv2d(channels, filters, 3, padding=1), nn.SiLU(), nn.Conv2d(filters, filters, 1))
-        self.chart = nn.Linear(2 * filters, (1 + periodic) * latent)
+        self.chart = nn.Linear(2 * filters, (1 + periodic) * latent).requires_grad_(periodic)      # else fixed by fit_chart
         self.momentum, self.logvar = nn.Linear(context * latent, latent), nn.Linear(context * latent, 2 * latent)
         he_(self)
         blur = torch.tensor([0.25, 0.5, 0.25])                # blurred blobs have smoother centroids than sharp edges
@@ -224,10 +225,10 @@ class CentroidEncoder(nn.Module):
         # Orthogonal polynomials in time; higher orders are small, so louder. A buffer that is kept, as QR depends on the machine.
         time = torch.linspace(-1, 1, context, dtype=torch.float64) if context > 1 else torch.zeros(1, dtype=torch.float64)
         basis, r = torch.linalg.qr(torch.stack([time ** j for j in range(context)], 1))
-        scale, order, middle = 3.0 ** torch.arange(context).clamp(max=2), torch.arange(min(context, 5)), time[context // 2]
+        scale, order, middle = 3.0 ** torch.arange(context).clamp(max=2), torch.arange(min(context, 7)), time[context // 2]
         self.register_buffer("basis", (basis * scale).T.float())                 # (order, context)
 
-        def start(layer, coefficients):                       # linear in the coefficients of the first five polynomials
+        def start(layer, coefficients):                       # linear in the coefficients of the first polynomials
             layer.weight.data.zero_().view(latent, context, latent)[:, :len(order)] = (
                 coefficients.float().unsqueeze(1) * torch.eye(latent).unsqueeze(1))
         fit = torch.linalg.inv(r[:len(order), :len(order)]) / scale[:len(order)]
@@ -429,8 +430,25 @@ class HGN(nn.Module):
         return (z if self.flow else self.f_psi(z)).chunk(2, 1)
 
     def infer(self, frames):
-        """The state q, p at frame 0 of clips, taken at the posterior mean."""
-        return self.state(self.encode(frames)[0])
+        """The state q, p at frame 0 of clips, taken at the posterior mean; where the compact model sees more than five frames it
+        is then fitted to all of them."""
+        z = self.encode(frames)[0]
+        return self.state(self.fitted(z, frames) if self.lead > 2 else z)
+
+    @torch.no_grad()
+    def fitted(self, z, frames, rounds=8, h=0.01):
+        """z (B, 2 dim) after damped Gauss-Newton steps towards the state whose rollout is nearest to the q that the chart reads in
+        each context frame. Not for training: to whatever a wrong H does some state fits, and it would not learn."""
+        seen, n = self.encoder.read(4 * (frames[:, :self.context] - self.background)).flatten(1), z.shape[1]
+        unit = torch.eye(n, device=z.device)
+        for _ in range(rounds):
+            q, p = torch.cat((z.unsqueeze(1), z.unsqueeze(1) + h * unit), 1).flatten(0, 1).chunk(2, 1)        # (B (1 + n), dim)
+            before, after = self.rollout(q, p, self.lead, -self.dt)[0], self.rollout(q, p, self.context - 1 - self.lead)[0]
+            path = torch.cat((before.flip(1)[:, :-1], after), 1).flatten(1).unflatten(0, (-1, n + 1))         # (B, 1 + n, context dim)
+            off, J = seen - path[:, 0], (path[:, 1:] - path[:, :1]) / h
+            off = torch.atan2(off.sin(), off.cos()) if self.encoder.periodic else off
+            z = z + torch.linalg.solve(J @ J.mT + unit, (J @ off.unsqueeze(2)).squeeze(2))
+        return z
 
     def energy(self, q, p):
         """The learnt H of states (B, ...), shape (B,). It has neither a natural zero nor a natural unit."""

@@ -356,6 +356,25 @@ def test_of_many_noisy_frames_the_state_starts_as_a_fit(name):
     assert not periodic or (q[:, 29] - q[:, 0]).abs().max() > 2 * math.pi
 
 
+@pytest.mark.parametrize("periodic", (False, True))
+def test_of_many_noisy_frames_the_state_is_the_least_squares_one(periodic):
+    """For H = (q^2 + p^2) / 2, whose motion is q cos t + p sin t, it is known. Angles may be read off whole turns away."""
+    torch.manual_seed(0)
+    model = HGN(context=20, latent=2, dt=0.1, substeps=10).double()
+    for energy in (model.H.K, model.H.V):
+        torch.nn.init.zeros_(energy.last)
+    model.encoder.periodic = periodic
+    seen, turns = 0.5 * torch.randn(3, 20, 2, dtype=torch.float64), 2 * math.pi * torch.randint(-2, 3, (3, 20, 2)) * periodic
+    model.encoder.read = lambda frames: seen + turns
+    t = 0.1 * (torch.arange(20, dtype=torch.float64) - 10)
+    truth = torch.linalg.lstsq(torch.stack((t.cos(), t.sin()), 1).expand(3, -1, -1), seen).solution.flatten(1)      # q, then p
+    model.encode = lambda frames: (truth + 0.3 * torch.randn_like(truth), None)
+    frames = torch.rand(3, 20, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(model.fitted(model.encode(frames)[0], frames), truth, rtol=0, atol=1e-4)
+    for found, true in zip(model.infer(frames), model.state(truth)):
+        torch.testing.assert_close(found, true, rtol=0, atol=1e-4)
+
+
 def test_consistency_is_the_distance_from_the_chart():
     """And a frame whose q is far from there is painted from there."""
     torch.manual_seed(0)

@@ -504,6 +504,8 @@ def learn_pixels(args, device, model, geco, first):
         whole = Batches(args, device, share=(0, 1))
         seen = [whole(args.steps + i)[1].flatten(0, 1)[:2048] for i in range(max(1, 2048 // (args.batch_size * args.targets)))]
         model.fit_chart(torch.cat(seen))                    # the batches of after the last step
+    if args.noise and isinstance(getattr(model, "encoder", None), CentroidEncoder):
+        model.encoder.chart.requires_grad_(False)           # it starts right, and would learn to hide what noise makes unpredictable
     if args.compile is None:
         args.compile = device.type == "cuda" or (hgn and args.arch == "compact" and args.steps >= WORTH_COMPILING)
     if args.compile:
