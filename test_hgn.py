@@ -623,6 +623,16 @@ def test_train_writes_what_it_says(trained):
     assert lines[0]["config"] == checkpoint["config"] and "mse_0_29" in lines[-1]
 
 
+@pytest.mark.parametrize("name, noise, fixed", (("two_body", 0, True), ("pendulum", "paper", True), ("pendulum", 0, False)))
+def test_training_leaves_the_chart_where_it_would_bend_it(name, noise, fixed, tmp_path, monkeypatch):
+    """The chart W starts as principal components, all on one scale, or as the angle round a point: W W^T is a multiple of one."""
+    monkeypatch.chdir(tmp_path)
+    run(train.main, monkeypatch, "--system", name, "--noise", noise, *TINY)
+    W = torch.load(tmp_path / "runs" / name / "checkpoint.pt", weights_only=True)["model"]["encoder.chart.weight"].double()
+    gram = W @ W.T
+    assert ((gram / gram[0, 0] - torch.eye(len(W))).abs().max() < 1e-5) == fixed
+
+
 def test_eval_writes_every_movie_and_figure(trained):
     words = [sys.executable, HERE / "eval.py", "--reverse", "--speed", 2, "--speed", 0.5, "--sample", 2, "--frames", 12, "--clips", 4]
     done = subprocess.run([*map(str, words)], cwd=trained, capture_output=True, text=True)
