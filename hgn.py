@@ -213,12 +213,13 @@ class CentroidEncoder(nn.Module):
         super().__init__()
         self.periodic = periodic
         self.filters = nn.Sequential(nn.Conv2d(channels, filters, 3, padding=1), nn.SiLU(), nn.Conv2d(filters, filters, 1))
-        self.chart = nn.Linear(2 * filters, (1 + periodic) * latent).requires_grad_(periodic)      # else fixed by fit_chart
+        self.chart = nn.Linear(2 * filters, (1 + periodic) * latent)
+        self.chart.requires_grad_(periodic and latent > 1)    # otherwise fit_chart finds it, and it stays; see README
         self.momentum, self.logvar = nn.Linear(context * latent, latent), nn.Linear(context * latent, 2 * latent)
         he_(self)
         blur = torch.tensor([0.25, 0.5, 0.25])                # blurred blobs have smoother centroids than sharp edges
         self.filters[0].weight.data = 1.5 * torch.randn(filters, channels, 1, 1) * blur.unsqueeze(1) * blur
-        if periodic:                                          # at first angles round the picture's centre, of what the filters see
+        if periodic:                                          # of what the filters see; round the picture's centre until fit_chart
             seen = torch.rand(latent, filters)
             self.chart.weight.data = torch.kron(torch.eye(2), seen / seen.sum(1, keepdim=True))
         self.register_buffer("spread", torch.ones(()))        # mean variance of the chart's coordinates, see fit_chart
@@ -245,16 +246,23 @@ class CentroidEncoder(nn.Module):
         side = torch.linspace(-2, 2, frames.shape[-1], dtype=frames.dtype, device=frames.device)
         x, y = side.expand(len(side), -1), side.unsqueeze(1).expand(-1, len(side))
         moments = torch.stack((x, y, torch.ones_like(x))).flatten(1)             # (3, H * W)
-        energy = self.filters(frames).permute(0, 2, 3, 1).flatten(1, 2).square()
+        w = self.filters[0].weight + self.filters[0].weight.mT                   # all eight ways round: looking the same from every side,
+        w = sum(w.rot90(k, (2, 3)) for k in range(4)) / 8                        # a filter cannot learn to see a thing beside itself
+        energy = self.filters[1:](F.conv2d(frames, w, self.filters[0].bias, padding=1)).permute(0, 2, 3, 1).flatten(1, 2).square()
         xy = moments @ energy                                                    # (n, 3, filters)
         return (xy[:, :2] / (xy[:, 2:] + 1e-2)).flatten(1)
 
     @torch.no_grad()
     def fit_chart(self, frames):
-        """Start the chart as the principal components of the centroids of frames (n, C, H, W), all on one scale."""
-        if self.periodic:
-            return
+        """Start the chart as the principal components of the centroids of frames (n, C, H, W), all on one scale, or as the angles
+        round the centres of the circles that fit them best (Kasa's: |x|^2 = 2 x.centre + constant)."""
         xy = self.centroids(frames).double()
+        if self.periodic:
+            points = F.linear(xy, self.chart.weight.double()).unflatten(1, (2, -1)).movedim(2, 0)        # (latent, n, 2)
+            known = torch.cat((2 * points, torch.ones_like(points[..., :1])), 2)
+            centre = (torch.linalg.pinv(known) @ points.square().sum(2, keepdim=True))[:, :2, 0]         # (latent, 2)
+            self.chart.bias.copy_(-centre.T.flatten())
+            return
         latent, mean = len(self.chart.weight), xy.mean(0)
         variance, axes = torch.linalg.eigh((xy - mean).T @ (xy - mean) / len(xy))
         std = variance.flip(0).clamp(min=1e-12).sqrt()

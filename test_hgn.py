@@ -1,5 +1,6 @@
 """Physics and behaviour, each against an independent truth. Run: python -m pytest -q test_hgn.py
 With LONG=1 in the environment the tests of faults run at their full length (README)."""
+import dataclasses
 import errno
 import json
 import math
@@ -336,6 +337,20 @@ def test_the_encoder_charts_without_bending(name):
         torch.testing.assert_close(inferred[1].double(), v, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("noise", (0.0, "paper"))
+def test_the_chart_finds_what_a_pendulum_turns_round(noise):
+    """A rod of 0.8 about a point off the picture's centre, from the pictures alone."""
+    torch.manual_seed(0)
+    place = lambda q: 0.8 * torch.cat((q.sin(), -q.cos()), -1) + torch.tensor((0.3, -0.2))
+    system, model = dataclasses.replace(SYSTEMS["pendulum"], position=place), HGN(latent=1, periodic=True)
+    model.fit_chart(clips(system, 64, noise=noise, generator=seeded())[0].flatten(0, 1))
+    torch.testing.assert_close(model.encoder.chart.bias, torch.tensor((-0.3, -0.2)), rtol=0, atol=0.02)     # rows downward
+    q = torch.linspace(-3, 3, 400, dtype=torch.float64)
+    off = model.encoder.read(4 * (render(system, q.view(1, -1, 1, 1)) - model.background)).flatten()
+    off = evaluation.wrapped(off - q), evaluation.wrapped(off + q)      # whichever way round, and from wherever
+    assert min((evaluation.wrapped(x - torch.atan2(x.sin().mean(), x.cos().mean()))).abs().max() for x in off) < 0.01
+
+
 @pytest.mark.parametrize("name", ("two_body", "pendulum"))
 def test_of_many_noisy_frames_the_state_starts_as_a_fit(name):
     """Also through whole turns of a pendulum."""
@@ -453,7 +468,7 @@ def test_both_architectures_and_the_ablations_learn(arch, options):
         optimiser.zero_grad()
         model.loss(frames)[0].backward()
         optimiser.step()
-    still = [name for (name, x), y in zip(model.named_parameters(), before) if torch.equal(x, y)]
+    still = [name for (name, x), y in zip(model.named_parameters(), before) if x.requires_grad and torch.equal(x, y)]
     if options.get("deterministic"):                            # no posterior, no prior
         still = [name for name in still if not name.startswith(("f_psi.nets", "encoder.logvar"))]
     assert still == (["H.convs.5.bias"] if arch == "paper" else [])      # a constant in H moves nothing
@@ -623,14 +638,14 @@ def test_train_writes_what_it_says(trained):
     assert lines[0]["config"] == checkpoint["config"] and "mse_0_29" in lines[-1]
 
 
-@pytest.mark.parametrize("name, noise, fixed", (("two_body", 0, True), ("pendulum", "paper", True), ("pendulum", 0, False)))
-def test_training_leaves_the_chart_where_it_would_bend_it(name, noise, fixed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ("two_body", "pendulum"))
+def test_training_leaves_the_chart_as_it_was_fitted(name, tmp_path, monkeypatch):
     """The chart W starts as principal components, all on one scale, or as the angle round a point: W W^T is a multiple of one."""
     monkeypatch.chdir(tmp_path)
-    run(train.main, monkeypatch, "--system", name, "--noise", noise, *TINY)
+    run(train.main, monkeypatch, "--system", name, *TINY)
     W = torch.load(tmp_path / "runs" / name / "checkpoint.pt", weights_only=True)["model"]["encoder.chart.weight"].double()
     gram = W @ W.T
-    assert ((gram / gram[0, 0] - torch.eye(len(W))).abs().max() < 1e-5) == fixed
+    assert (gram / gram[0, 0] - torch.eye(len(W))).abs().max() < 1e-5
 
 
 def test_eval_writes_every_movie_and_figure(trained):
@@ -954,7 +969,7 @@ context, targets, times, noise = train.Batches(args, torch.device("cpu"), model.
 loss = train.shared(model, model.loss, args)
 loss(context, targets, times, args.window, torch.tensor(1e-3), noise, args.consistency)[0].backward()
 if train.RANK == 0:
-    torch.save(torch.cat([w.grad.flatten() for w in model.parameters()]), f"{{train.WORLD}}.pt")
+    torch.save(torch.cat([w.grad.flatten() for w in model.parameters() if w.requires_grad]), f"{{train.WORLD}}.pt")
 if train.WORLD > 1:
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
