@@ -287,7 +287,10 @@ def measure(model, clips, frames=90, steps=90):
         result[f"mse_{start}_{min(start + WINDOW, frames) - 1}"] = forward[:, start:start + WINDOW].mean().item()
     result["mse_std_over_clips"] = forward[:, :window].mean(1).std().item()
     for name, speed in (("backward", -1.0), ("double_speed", 2.0), ("half_speed", 0.5)) if clips.system else ():
-        result[f"mse_{name}"] = errors(model, clips, q0, p0, window, speed)[0].mean().item()
+        error = errors(model, clips, q0, p0, window, speed)[0].mean(0)
+        result[f"mse_{name}"] = error.mean().item()
+        if speed > 1:                                       # the stretch of time that the normal ones show
+            result[f"mse_{name}_same_time"] = error[:(window + 1) // 2].mean().item()
     if clips.noise:
         painted = model.decode(model.rollout(q0, p0, WINDOW - 1)[0])
         result["mse_noisy"] = (painted - clips.observed[:, :WINDOW]).square().mean().item()
@@ -445,7 +448,8 @@ def measure_physics(model, clips, window, frames=300):
 
 LABELS = {"blank_mse": "a blank prediction", "mse_noisy": "against the noisy frames", "noise_floor": "its floor",
           "mse_std_over_clips": "spread over clips, first frames", "mse_backward": "backward",
-          "mse_double_speed": "at double speed", "mse_half_speed": "at half speed"}
+          "mse_double_speed": "at double speed", "mse_double_speed_same_time": "  no further than the frames above",
+          "mse_half_speed": "at half speed"}
 UNSCALED = {"energy_variance": "variance of H along a rollout", "energy_std_ratio": "std of H: along a rollout / across clips",
             "energy_std_ratio_fine": "std of H: the same in quarter steps",
             "energy_lost": "share of clips where it is above 1",

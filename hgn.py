@@ -76,7 +76,8 @@ class Energy(nn.Module):
     function of `embed(q)`.
 
     The quadratic term makes latents oscillate, all at one frequency, from the first training step, and is all of K(p) in any
-    linear coordinates. It is never negative and the MLP is bounded, so nothing runs away. The gradient is a formula rather than a call of autograd because it is what a rollout spends its time on.
+    linear coordinates. It is never negative and the MLP is bounded, so nothing runs away. The gradient is a formula rather than a
+    call of autograd because it is what a rollout spends its time on.
     """
     def __init__(self, dim, width, periodic=False):
         super().__init__()
@@ -246,10 +247,11 @@ class CentroidEncoder(nn.Module):
         side = torch.linspace(-2, 2, frames.shape[-1], dtype=frames.dtype, device=frames.device)
         x, y = side.expand(len(side), -1), side.unsqueeze(1).expand(-1, len(side))
         moments = torch.stack((x, y, torch.ones_like(x))).flatten(1)             # (3, H * W)
-        w = self.filters[0].weight + self.filters[0].weight.mT                   # all eight ways round: looking the same from every side,
-        w = sum(w.rot90(k, (2, 3)) for k in range(4)) / 8                        # a filter cannot learn to see a thing beside itself
-        energy = self.filters[1:](F.conv2d(frames, w, self.filters[0].bias, padding=1)).permute(0, 2, 3, 1).flatten(1, 2).square()
-        xy = moments @ energy                                                    # (n, 3, filters)
+        first = self.filters[0]                              # its kernels all eight ways round, lest a filter learn to
+        w = first.weight + first.weight.mT                   # see a thing beside where it is
+        w = sum(w.rot90(k, (2, 3)) for k in range(4)) / 8
+        seen = self.filters[1:](F.conv2d(frames, w, first.bias, padding=1))
+        xy = moments @ seen.permute(0, 2, 3, 1).flatten(1, 2).square()           # (n, 3, filters)
         return (xy[:, :2] / (xy[:, 2:] + 1e-2)).flatten(1)
 
     @torch.no_grad()
@@ -273,7 +275,7 @@ class CentroidEncoder(nn.Module):
         self.logvar.bias.add_(2 * scale.log().repeat(2))      # noise as small a part of each
         return scale
 
-    def charted(self, frames):                                                   # (B, n, C, H, W) -> (B, n, latent), twice of angles
+    def charted(self, frames):                               # (B, n, C, H, W) -> (B, n, latent), twice that of angles
         return self.chart(self.centroids(frames.flatten(0, 1))).unflatten(0, frames.shape[:2])
 
     @torch.no_grad()
@@ -288,10 +290,11 @@ class CentroidEncoder(nn.Module):
 
     def forward(self, frames):                                                   # (B, context, C, H, W) -> (B, 4 latent)
         a, middle = self.charted(frames), frames.shape[1] // 2
-        q, moved = a[:, middle], a                                               # (B, latent), (B, context, latent); twice of angles
+        q, moved = a[:, middle], a                           # (B, latent), (B, context, latent); twice that of angles
         if self.periodic:                                                        # turns from frame to frame, added up
             (sin, cos), q = a.chunk(2, 2), torch.atan2(*q.chunk(2, 1))
-            moved = torch.atan2(sin[:, 1:] * cos[:, :-1] - cos[:, 1:] * sin[:, :-1], sin[:, 1:] * sin[:, :-1] + cos[:, 1:] * cos[:, :-1])
+            moved = torch.atan2(sin[:, 1:] * cos[:, :-1] - cos[:, 1:] * sin[:, :-1],
+                                sin[:, 1:] * sin[:, :-1] + cos[:, 1:] * cos[:, :-1])
             moved = F.pad(moved.cumsum(1), (0, 0, 1, 0))
         moved = moved - moved[:, middle:middle + 1]
         moved = (self.basis @ moved).flatten(1)
@@ -452,7 +455,8 @@ class HGN(nn.Module):
         for _ in range(rounds):
             q, p = torch.cat((z.unsqueeze(1), z.unsqueeze(1) + h * unit), 1).flatten(0, 1).chunk(2, 1)        # (B (1 + n), dim)
             before, after = self.rollout(q, p, self.lead, -self.dt)[0], self.rollout(q, p, self.context - 1 - self.lead)[0]
-            path = torch.cat((before.flip(1)[:, :-1], after), 1).flatten(1).unflatten(0, (-1, n + 1))         # (B, 1 + n, context dim)
+            path = torch.cat((before.flip(1)[:, :-1], after), 1)
+            path = path.flatten(1).unflatten(0, (-1, n + 1))                     # (B, 1 + n, context dim)
             off, J = seen - path[:, 0], (path[:, 1:] - path[:, :1]) / h
             off = torch.atan2(off.sin(), off.cos()) if self.encoder.periodic else off
             z = z + torch.linalg.solve(J @ J.mT + unit, (J @ off.unsqueeze(2)).squeeze(2))
@@ -484,15 +488,14 @@ class HGN(nn.Module):
         z = self.f_psi(z) if self.flow else z
         return self.decode(self.rollout(*self.state(z), steps, dt)[0])
 
-    def loss(self, frames, targets=None, times=None, reach=None, beta=1e-3, noise=None,
-             consistency=0.3):
+    def loss(self, frames, targets=None, times=None, reach=None, beta=1e-3, noise=None, consistency=0.3):
         """The negative ELBO, in units of the mean squared error of a pixel.
 
             mse + beta * KL(q(z|x) || p(z)) / (C * size * size) [+ consistency * misfit]
 
         It is the paper's -(1/T) sum_t log p(x_t | q_t) + KL for a Gaussian p of variance beta / 2, divided by the
-        pixels of a frame; p(z) is N(0, I), or what f_psi makes of it (compact). A fixed beta is the default because one value serves every system at any noise; see
-        `GECO` for the paper's own scheme.
+        pixels of a frame; p(z) is N(0, I), or what f_psi makes of it (compact). A fixed beta is the default because one
+        value serves every system at any noise; see `GECO` for the paper's own scheme.
 
         Args: frames: (B, T, C, size, size); the encoder sees the first `context`. targets, times: to score other
         frames, `targets` (B, n, C, size, size) at integer `times` (B, n) counted from frame 0, negative ones before

@@ -337,6 +337,16 @@ def test_the_encoder_charts_without_bending(name):
         torch.testing.assert_close(inferred[1].double(), v, rtol=0.05, atol=0.05)
 
 
+def test_filters_look_the_same_from_every_side():
+    """Whatever they learn: else the middle of what a filter sees could move away from the thing."""
+    encoder, frames = HGN().encoder, clips(SYSTEMS["two_body"], 2, 3, generator=seeded())[0].flatten(0, 1) - 0.3
+    torch.nn.init.normal_(encoder.filters[0].weight)
+    with torch.no_grad():
+        x, y = encoder.centroids(frames).chunk(2, 1)
+        for turned, expected in ((frames.rot90(1, (2, 3)), (y, -x)), (frames.flip(3), (-x, y))):
+            torch.testing.assert_close(encoder.centroids(turned), torch.cat(expected, 1), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("noise", (0.0, "paper"))
 def test_the_chart_finds_what_a_pendulum_turns_round(noise):
     """A rod of 0.8 about a point off the picture's centre, from the pictures alone."""
@@ -658,7 +668,7 @@ def test_eval_writes_every_movie_and_figure(trained):
     metrics = report["metrics"]
     assert len(metrics["mse_per_frame"]) == 12 and metrics["noise_floor"] > 1e-4 and "eval.py --reverse" in report["command"]
     assert "train.py --noise paper" in report["training"]["command"]
-    for key in ("mse_0_11", "mse_backward", "mse_double_speed", "mse_half_speed", "energy_std_ratio", "reversal_error", "mse_noisy"):
+    for key in ("mse_0_11", "mse_backward", "mse_double_speed", "mse_double_speed_same_time", "mse_half_speed", "energy_std_ratio", "reversal_error", "mse_noisy"):
         assert math.isfinite(metrics[key])
     assert "return error" in done.stdout
     from PIL import Image
