@@ -200,6 +200,12 @@ class Couplings(nn.Module):
         return x, log_det
 
 
+def all_ways_round(kernel):
+    """The mean of (..., n, n) turned and mirrored in all eight ways: as a hook on gradients it keeps symmetric kernels symmetric."""
+    kernel = kernel + kernel.mT
+    return sum(kernel.rot90(k, (-2, -1)) for k in range(4)) / 8
+
+
 class CentroidEncoder(nn.Module):
     """Where things are and how they move. The centroids of learnt filters' energy, in every context frame, are charted by a
     linear map into q (or into the angle of a point in a plane); p starts as the velocity of q at the middle frame, by the
@@ -220,6 +226,7 @@ class CentroidEncoder(nn.Module):
         he_(self)
         blur = torch.tensor([0.25, 0.5, 0.25])                # blurred blobs have smoother centroids than sharp edges
         self.filters[0].weight.data = 1.5 * torch.randn(filters, channels, 1, 1) * blur.unsqueeze(1) * blur
+        self.filters[0].weight.register_hook(all_ways_round)  # lest a filter learn to see a thing beside where it is
         if periodic:                                          # of what the filters see; round the picture's centre until fit_chart
             seen = torch.rand(latent, filters)
             self.chart.weight.data = torch.kron(torch.eye(2), seen / seen.sum(1, keepdim=True))
@@ -247,18 +254,14 @@ class CentroidEncoder(nn.Module):
         side = torch.linspace(-2, 2, frames.shape[-1], dtype=frames.dtype, device=frames.device)
         x, y = side.expand(len(side), -1), side.unsqueeze(1).expand(-1, len(side))
         moments = torch.stack((x, y, torch.ones_like(x))).flatten(1)             # (3, H * W)
-        first = self.filters[0]                              # its kernels all eight ways round, lest a filter learn to
-        w = first.weight + first.weight.mT                   # see a thing beside where it is
-        w = sum(w.rot90(k, (2, 3)) for k in range(4)) / 8
-        seen = self.filters[1:](F.conv2d(frames, w, first.bias, padding=1))
-        xy = moments @ seen.permute(0, 2, 3, 1).flatten(1, 2).square()           # (n, 3, filters)
+        xy = moments @ self.filters(frames).permute(0, 2, 3, 1).flatten(1, 2).square()          # (n, 3, filters)
         return (xy[:, :2] / (xy[:, 2:] + 1e-2)).flatten(1)
 
     @torch.no_grad()
     def fit_chart(self, frames):
         """Start the chart as the principal components of the centroids of frames (n, C, H, W), all on one scale, or as the angles
         round the centres of the circles that fit them best (Kasa's: |x|^2 = 2 x.centre + constant)."""
-        xy = self.centroids(frames).double()
+        xy = torch.cat([self.centroids(part) for part in frames.split(256)]).double()
         if self.periodic:
             points = F.linear(xy, self.chart.weight.double()).unflatten(1, (2, -1)).movedim(2, 0)        # (latent, n, 2)
             known = torch.cat((2 * points, torch.ones_like(points[..., :1])), 2)
