@@ -291,7 +291,9 @@ def make_optimisers(model, lr, device):
     encoder = list(model.encoder.parameters()) if isinstance(getattr(model, "encoder", None), CentroidEncoder) else []
     free = [w for w in model.parameters() if all(w is not e for e in encoder)]
     matrices, others = [w for w in free if w.dim() == 2], [w for w in free if w.dim() != 2]
-    groups = [{"params": others, "factor": 1.0}] + [{"params": encoder, "factor": 3.0 if model.context <= 5 else 0.3}] * bool(encoder)
+    groups = [{"params": others, "factor": 1.0}]
+    if encoder:
+        groups.append({"params": encoder, "factor": 3.0 if model.context <= 5 else 0.3})
     adam = torch.optim.Adam(groups, lr, betas=(0.9, 0.99), eps=1e-12, fused=device.type == "cuda")
     if not matrices:                                        # the paper's networks have none
         return [adam]
