@@ -612,7 +612,7 @@ def test_nhf_names_the_bad_argument(option):
 
 def run(main, monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["x.py", *map(str, words)])
-    main()
+    return main()
 
 
 TINY = ("--steps", 4, "--batch-size", 2, "--window", 6, "--targets", 2, "--device", "cpu")
@@ -636,6 +636,11 @@ def test_train_writes_what_it_says(trained):
     assert {"model", "optimisers", "versions", "command"} <= checkpoint.keys()
     lines = [json.loads(line) for line in open(run_folder / "metrics.jsonl")]
     assert lines[0]["config"] == checkpoint["config"] and "mse_0_29" in lines[-1]
+
+
+def test_many_context_frames_halve_the_default_rate(monkeypatch):
+    for words, lr in (((), 6e-3), (("--context", 30), 3e-3), (("--context", 30, "--lr", 0.01), 0.01), (("--density", "rings"), 2e-2)):
+        assert run(train.parse, monkeypatch, *words)[0].lr == lr
 
 
 @pytest.mark.parametrize("name", ("two_body", "pendulum"))
