@@ -289,13 +289,15 @@ def make_optimisers(model, lr, device):
     """Muon for matrices: what tells one orbit from the next is a hundredth of what the encoder sees, and Muon learns small
     and large directions alike (40 % less error than Adam alone after 2,500 steps of two_body). Adam for the rest, and at
     three times the rate for the compact encoder, whose last fraction of a pixel is what limits prediction; of many frames,
-    noisy ones as a rule, it starts as a good fit, which large steps would lose."""
-    encoder = list(model.encoder.parameters()) if isinstance(getattr(model, "encoder", None), CentroidEncoder) else []
-    free = [w for w in model.parameters() if all(w is not e for e in encoder)]
+    noisy ones as a rule, it starts as a good fit, which large steps would lose. The masses in K hardly move: where motions do
+    not influence each other nothing holds the scale of one momentum against another's, and it drifts."""
+    compact = isinstance(getattr(model, "encoder", None), CentroidEncoder)
+    encoder, masses = (list(model.encoder.parameters()), [model.H.K.L]) if compact else ([], [])
+    free = [w for w in model.parameters() if all(w is not e for e in encoder + masses)]
     matrices, others = [w for w in free if w.dim() == 2], [w for w in free if w.dim() != 2]
     groups = [{"params": others, "factor": 1.0}]
-    if encoder:
-        groups.append({"params": encoder, "factor": 3.0 if model.context <= 5 else 0.3})
+    if compact:
+        groups += [{"params": encoder, "factor": 3.0 if model.context <= 5 else 0.3}, {"params": masses, "factor": 0.03}]
     adam = torch.optim.Adam(groups, lr, betas=(0.9, 0.99), eps=1e-12, fused=device.type == "cuda")
     if not matrices:                                        # the paper's networks have none
         return [adam]
@@ -334,6 +336,29 @@ def update(model, loss, optimisers, batch, reach, beta, consistency):
     for optimiser in optimisers:
         optimiser.step()
     return values
+
+
+def fit_prior(model, args, device):
+    """f_psi alone, at a run's end, on the states of some thousand clips: in batches of hundreds it learns what sixteen states a
+    step leave blurred. Of two bodies, that they orbit one way or the other and never fall towards each other."""
+    rounds = min(3000, 1 + args.steps // 2)
+    size = min(512, rounds)
+    batches = Batches(argparse.Namespace(**vars(args) | {"batch_size": size, "window": args.context, "targets": 1}), device, share=(0, 1))
+    with torch.no_grad():
+        start = (args.steps // POOL + 1) * POOL
+        mean, logvar = (torch.cat(x) for x in zip(*(model.encode(batches(start + i)[0]) for i in range(POOL))))
+    optimisers, generator = make_optimisers(model.f_psi, 1e-2, device), torch.Generator(device).manual_seed(args.seed)
+    for i in range(rounds):
+        chosen = torch.randint(len(mean), (size,), generator=generator, device=device)
+        noise = torch.randn(size, mean.shape[1], generator=generator, device=device)
+        u, log_det = model.f_psi.inverse(mean[chosen] + (0.5 * logvar[chosen]).exp() * noise)
+        model.f_psi.zero_grad()
+        (0.5 * u.square().sum(1) - log_det).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.f_psi.parameters(), 0.01)
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = 1e-2 * min(1, (i + 1) / 100) * 0.5 * (1 + math.cos(math.pi * i / rounds))
+            optimiser.step()
 
 
 def compiled(function, device):
@@ -520,6 +545,8 @@ def learn_pixels(args, device, model, geco, first):
         loss, mse, kl = update(model, loss_of, optimisers, batches(step), args.window, beta, args.consistency)
         if args.geco:
             beta.fill_(geco.update(average([mse])[0]))
+        if hgn and step + 1 == args.steps and model.flow and not args.deterministic:
+            fit_prior(model, args, device)
         return {"loss": loss, "mse": mse, "kl": kl, "beta": beta}
 
     def look(folder):
