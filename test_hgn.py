@@ -647,7 +647,7 @@ def test_many_context_frames_halve_the_default_rate(monkeypatch):
 @pytest.mark.parametrize("name", ("two_body", "pendulum"))
 def test_training_bends_nothing(name, tmp_path, monkeypatch):
     """The chart W starts as principal components, all on one scale, or as the angle round a point: W W^T is a multiple of one.
-    Filters learn, but stay the same from every side: else what they see could move away from the thing."""
+    Masses are free where motions do not influence each other, so they hardly move. Filters learn, but stay the same from every side: else what they see could move away from the thing."""
     monkeypatch.chdir(tmp_path)
     run(train.main, monkeypatch, "--system", name, *TINY)
     weights = torch.load(tmp_path / "runs" / name / "checkpoint.pt", weights_only=True)["model"]
@@ -657,6 +657,30 @@ def test_training_bends_nothing(name, tmp_path, monkeypatch):
     for same in (kernels.rot90(1, (2, 3)), kernels.flip(3)):
         torch.testing.assert_close(kernels, same)
     assert (kernels[..., 1, 1] - 2 * kernels[..., 0, 1]).abs().max() > 1e-5             # as the blur they start from would have it
+    moved = [(weights[f"H.{part}.L"] - torch.eye(len(weights[f"H.{part}.L"]))).abs().max() for part in "KV"]
+    assert 0 < moved[0] < 0.1 * moved[1]                        # the masses hardly, the stiffness as fast as the rest
+
+
+def test_the_prior_is_fitted_to_the_states_and_nothing_else_moves(monkeypatch):
+    """Afterwards f_psi takes the states of clips never drawn before to N(0, I): four times more likely for each number, means and
+    spreads as they should be."""
+    torch.manual_seed(0)
+    args = run(train.parse, monkeypatch, "--system", "two_body", "--steps", 300, "--seed", 3)[0]
+    model = train.build(args)
+    data = clips(SYSTEMS["two_body"], 512, frames=5, generator=seeded())[0]
+    model.fit_chart(data[:64].flatten(0, 1))
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+
+    def prior():
+        with torch.no_grad():
+            u, log_det = model.f_psi.inverse(model.encode(data)[0])
+        return u, (log_det - 0.5 * u.square().sum(1)).mean().item() / u.shape[1]
+    blurred = prior()[1]
+    train.fit_prior(model, args, torch.device("cpu"))
+    u, likelihood = prior()
+    assert likelihood > blurred + math.log(4)
+    assert u.mean(0).abs().max() < 0.3 and (u.std(0) - 1).abs().max() < 0.4
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items() if not name.startswith("f_psi"))
 
 
 def test_eval_writes_every_movie_and_figure(trained):

@@ -343,10 +343,10 @@ def fit_prior(model, args, device):
     step leave blurred. Of two bodies, that they orbit one way or the other and never fall towards each other."""
     rounds = min(3000, 1 + args.steps // 2)
     size = min(512, rounds)
-    batches = Batches(argparse.Namespace(**vars(args) | {"batch_size": size, "window": args.context, "targets": 1}), device, share=(0, 1))
-    with torch.no_grad():
-        start = (args.steps // POOL + 1) * POOL
-        mean, logvar = (torch.cat(x) for x in zip(*(model.encode(batches(start + i)[0]) for i in range(POOL))))
+    batches = Batches(argparse.Namespace(**vars(args) | {"window": args.context, "targets": 1}), device, share=(0, 1))
+    with torch.no_grad():                                   # on batches of after the last step
+        states = [model.encode(batches(args.steps + i)[0]) for i in range(max(1, POOL * size // args.batch_size))]
+    mean, logvar = (torch.cat(x) for x in zip(*states))
     optimisers, generator = make_optimisers(model.f_psi, 1e-2, device), torch.Generator(device).manual_seed(args.seed)
     for i in range(rounds):
         chosen = torch.randint(len(mean), (size,), generator=generator, device=device)
