@@ -446,13 +446,15 @@ class HGN(nn.Module):
     def infer(self, frames):
         """The state q, p at frame 0 of clips, taken at the posterior mean; where the compact model sees more than five frames it
         is then fitted to all of them."""
-        z = self.encode(frames)[0]
-        return self.state(self.fitted(z, frames) if self.lead > 2 else z)
+        return self.state(self.fitted(self.encode(frames)[0], frames))
 
     @torch.no_grad()
     def fitted(self, z, frames, rounds=8, h=0.01):
         """z (B, 2 dim) after damped Gauss-Newton steps towards the state whose rollout is nearest to the q that the chart reads in
-        each context frame. Not for training: to whatever a wrong H does some state fits, and it would not learn."""
+        each context frame; of up to five frames z itself. Not to train with from the start: to whatever a wrong H does some
+        state fits, and it would not learn."""
+        if self.lead <= 2:
+            return z
         seen, n = self.encoder.read(4 * (frames[:, :self.context] - self.background)).flatten(1), z.shape[1]
         unit = torch.eye(n, device=z.device)
         for _ in range(rounds):
@@ -491,7 +493,7 @@ class HGN(nn.Module):
         z = self.f_psi(z) if self.flow else z
         return self.decode(self.rollout(*self.state(z), steps, dt)[0])
 
-    def loss(self, frames, targets=None, times=None, reach=None, beta=1e-3, noise=None, consistency=0.3):
+    def loss(self, frames, targets=None, times=None, reach=None, beta=1e-3, noise=None, consistency=0.3, mean=None):
         """The negative ELBO, in units of the mean squared error of a pixel.
 
             mse + beta * KL(q(z|x) || p(z)) / (C * size * size) [+ consistency * misfit]
@@ -507,10 +509,12 @@ class HGN(nn.Module):
         a tensor. noise: of the posterior sample, N(0, I) of shape (B, *z_shape), by default drawn here.
         consistency: the compact encoder charts each scored frame by itself; weight of the distance of the rolled-out q
         from there, which unlike pixels tells H where to go however far it is off. A frame whose q is far off is painted from
-        there, since it would teach the decoder nothing but to blur. 0: neither.
+        there, since it would teach the decoder nothing but to blur. 0: neither. mean: of q(z|x), by default the
+        encoder's; once H is nearly right, that from `fitted`.
         Returns: loss, mse, kl (nats, mean over clips), each a scalar tensor.
         """
-        mean, logvar = self.encode(frames)
+        encoded, logvar = self.encode(frames)
+        mean = encoded if mean is None else mean
         z, kl = mean, mean.new_zeros(())
         if not self.deterministic:
             noise = torch.randn_like(mean) if noise is None else noise

@@ -48,6 +48,7 @@ ROWS = {"HGN (leapfrog)": (), "HGN (Euler)": ("--integrator", "euler"), "HGN (de
         "HGN (no f_psi)": ("--no-f-psi",), "HNN": ("--model", "hnn"), "HNN (conv)": ("--model", "hnn_conv")}
 LOOK_EVERY = 2000                   # steps from one evaluation to the next
 READERS = 4                         # threads that read clips of one's own
+FITTED = 0.8                        # of many context frames, from this part of a run on the state is fitted to all of them
 POOL = 64                           # batches whose trajectories are simulated together
 HERE = ("device", "compile", "resume", "name", "bench", "table")             # of the command alone, not of the run
 FREE = ("steps", "window", "save_every", "keep_going")                                # what --resume may change
@@ -315,7 +316,7 @@ def shared(model, loss, args):
     """`loss`, and under torchrun with its gradients averaged over all processes, each of which has its share of the batch."""
     if WORLD == 1:
         return loss
-    return DistributedDataParallel(Loss(model, loss), find_unused_parameters=args.deterministic or args.arch == "paper")
+    return DistributedDataParallel(Loss(model, loss), find_unused_parameters=args.deterministic or args.arch == "paper" or args.context > 5)
 
 
 def average(values):
@@ -326,10 +327,11 @@ def average(values):
     return (values / WORLD).tolist()
 
 
-def update(model, loss, optimisers, batch, reach, beta, consistency):
-    """One training step; returns loss, mse, kl. Nothing in it waits for a GPU."""
+def update(model, loss, optimisers, batch, reach, beta, consistency, fit=False):
+    """One training step, with `fit` from the states of HGN.fitted; returns loss, mse, kl. Nothing in it waits for a GPU."""
     context, targets, times, noise = batch
-    values = loss(context, targets, times, reach, beta, noise, consistency)
+    mean = model.fitted(model.encode(context)[0], context) if fit else None
+    values = loss(context, targets, times, reach, beta, noise, consistency, mean)
     model.zero_grad()
     values[0].backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)    # a late frame gone wrong weighs no more
@@ -527,6 +529,7 @@ def learn_pixels(args, device, model, geco, first):
     """HGN's part of a run: advance(step, optimisers) makes a training step and returns what to log, look(folder) measures the
     model and writes its movie."""
     hgn = args.model == "hgn"
+    many = hgn and model.lead > 2                           # context frames, to all of which a state can be fitted
     batches = Batches(args, device, None if args.deterministic or not hgn else model.z_shape)
     beta = torch.tensor(geco.beta if args.geco else args.beta, device=device)
     test, loss_of = test_clips(vars(args), 100, device), model.loss
@@ -542,10 +545,11 @@ def learn_pixels(args, device, model, geco, first):
     loss_of = shared(model, loss_of, args)
 
     def advance(step, optimisers):
-        loss, mse, kl = update(model, loss_of, optimisers, batches(step), args.window, beta, args.consistency)
+        loss, mse, kl = update(model, loss_of, optimisers, batches(step), args.window, beta, args.consistency,
+                               many and step >= FITTED * args.steps)
         if args.geco:
             beta.fill_(geco.update(average([mse])[0]))
-        if hgn and step + 1 == args.steps and model.flow and not args.deterministic:
+        if hgn and step + 1 == args.steps and model.flow and not (args.deterministic or many):
             fit_prior(model, args, device)
         return {"loss": loss, "mse": mse, "kl": kl, "beta": beta}
 
