@@ -464,7 +464,7 @@ class HGN(nn.Module):
             path = path.flatten(1).unflatten(0, (-1, n + 1))                     # (B, 1 + n, context dim)
             off, J = seen - path[:, 0], (path[:, 1:] - path[:, :1]) / h
             off = torch.atan2(off.sin(), off.cos()) if self.encoder.periodic else off
-            z = z + torch.linalg.solve(J @ J.mT + unit, (J @ off.unsqueeze(2)).squeeze(2))
+            z = z + torch.linalg.solve_ex(J @ J.mT + unit, (J @ off.unsqueeze(2)).squeeze(2))[0]   # waits for no GPU
         return z
 
     def energy(self, q, p):

@@ -390,6 +390,30 @@ def test_of_many_noisy_frames_the_state_is_the_least_squares_one(periodic):
         torch.testing.assert_close(found, true, rtol=0, atol=1e-4)
 
 
+def test_a_mean_that_is_given_takes_the_encoders_place():
+    torch.manual_seed(0)
+    model, frames, mean = HGN(latent=2), torch.rand(3, 6, 3, 32, 32, generator=seeded()), torch.randn(3, 4, generator=seeded(1))
+    noise = torch.randn(3, 4, generator=seeded(2))
+    model.encode = lambda frames: (torch.randn(3, 4), torch.full((3, 4), -2.0))
+    with torch.no_grad():
+        z = mean + math.exp(-1) * noise
+        expected = (model.decode(model.rollout(*model.state(z), 5)[0]) - frames).square().mean()
+        _, mse, kl = model.loss(frames, noise=noise, consistency=0, mean=mean)
+        torch.testing.assert_close(mse, expected)
+        assert kl != model.loss(frames, noise=noise, consistency=0)[2]
+        assert model.fitted(mean, frames) is mean               # five frames are what the encoder's fit goes through anyway
+
+
+def test_the_last_fifth_of_a_run_fits_states_to_many_frames(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    means, loss = [], HGN.loss
+    monkeypatch.setattr(HGN, "loss", lambda self, *values: means.append(values[-1]) or loss(self, *values))
+    for context, fitted in ((5, 0), (9, 2)):
+        means.clear()
+        run(train.main, monkeypatch, *TINY, "--window", 9, "--steps", 10, "--context", context)
+        assert [mean is not None for mean in means[-10:]] == [False] * (10 - fitted) + [True] * fitted
+
+
 def test_consistency_is_the_distance_from_the_chart():
     """And a frame whose q is far from there is painted from there."""
     torch.manual_seed(0)
