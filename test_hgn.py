@@ -671,7 +671,7 @@ def test_many_context_frames_halve_the_default_rate(monkeypatch):
 @pytest.mark.parametrize("name", ("two_body", "pendulum"))
 def test_training_bends_nothing(name, tmp_path, monkeypatch):
     """The chart W starts as principal components, all on one scale, or as the angle round a point: W W^T is a multiple of one.
-    Masses are free where motions do not influence each other, so they hardly move. Filters learn, but stay the same from every side: else what they see could move away from the thing."""
+    Filters learn, but stay the same from every side: else what they see could move away from the thing."""
     monkeypatch.chdir(tmp_path)
     run(train.main, monkeypatch, "--system", name, *TINY)
     weights = torch.load(tmp_path / "runs" / name / "checkpoint.pt", weights_only=True)["model"]
@@ -681,8 +681,6 @@ def test_training_bends_nothing(name, tmp_path, monkeypatch):
     for same in (kernels.rot90(1, (2, 3)), kernels.flip(3)):
         torch.testing.assert_close(kernels, same)
     assert (kernels[..., 1, 1] - 2 * kernels[..., 0, 1]).abs().max() > 1e-5             # as the blur they start from would have it
-    moved = [(weights[f"H.{part}.L"] - torch.eye(len(weights[f"H.{part}.L"]))).abs().max() for part in "KV"]
-    assert 0 < moved[0] < 0.1 * moved[1]                        # the masses hardly, the stiffness as fast as the rest
 
 
 def test_the_prior_is_fitted_to_the_states_and_nothing_else_moves(monkeypatch):
