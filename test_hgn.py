@@ -1030,6 +1030,7 @@ if train.RANK == 0:
     torch.save(torch.cat([w.grad.flatten() for w in model.parameters() if w.requires_grad]), f"{{train.WORLD}}.pt")
 if train.WORLD > 1:
     torch.distributed.barrier()
+    del loss                                                # as in train.py
     torch.distributed.destroy_process_group()
 """)
     words = ["gradients.py", "--system", "two_body", "--noise", "paper", "--batch-size", "4", "--window", "6"]

@@ -721,6 +721,7 @@ def main():
         print(f"\n{seconds:.0f} s. Then: python eval.py --checkpoint {folder}/checkpoint.pt")
     if WORLD > 1:
         dist.barrier()                                      # while the first process still looks
+        del advance                                         # it holds DistributedDataParallel, whose threads may abort the exit
         dist.destroy_process_group()
 
 
