@@ -325,21 +325,33 @@ def average(values):
     return (values / WORLD).tolist()
 
 
+def set_rate(optimisers, lr, step, steps):
+    """Warm up to lr over 100 steps, then down to zero along a cosine."""
+    scale = min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    for group in (group for optimiser in optimisers for group in optimiser.param_groups):
+        group["lr"] = lr * scale * group.get("factor", 1.0)
+
+
+def descend(model, loss, optimisers, most):
+    """One step of the optimisers down the gradient of loss, clipped to the norm `most`."""
+    model.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    for optimiser in optimisers:
+        optimiser.step()
+
+
 def update(model, loss, optimisers, batch, reach, beta, consistency, fit=False):
     """One training step, with `fit` from the states of HGN.fitted; returns loss, mse, kl. Nothing in it waits for a GPU."""
     context, targets, times, noise = batch
     mean = model.fitted(model.encode(context)[0], context) if fit else None
     values = loss(context, targets, times, reach, beta, noise, consistency, mean)
-    model.zero_grad()
-    values[0].backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)    # a late frame gone wrong weighs no more
-    for optimiser in optimisers:
-        optimiser.step()
+    descend(model, values[0], optimisers, 0.01)             # a late frame gone wrong weighs no more
     return values
 
 
 def fit_prior(model, args, device):
-    """f_psi alone, at a run's end, on the states of some thousand clips: in batches of hundreds it learns what sixteen states a
+    """f_psi alone, at a run's end, on the states of up to 32,768 clips: in batches of hundreds it learns what sixteen states a
     step leave blurred. Of two bodies, that they orbit one way or the other and never fall towards each other."""
     rounds = min(3000, 1 + args.steps // 2)
     size = min(512, rounds)
@@ -352,13 +364,8 @@ def fit_prior(model, args, device):
         chosen = torch.randint(len(mean), (size,), generator=generator, device=device)
         noise = torch.randn(size, mean.shape[1], generator=generator, device=device)
         u, log_det = model.f_psi.inverse(mean[chosen] + (0.5 * logvar[chosen]).exp() * noise)
-        model.f_psi.zero_grad()
-        (0.5 * u.square().sum(1) - log_det).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.f_psi.parameters(), 0.01)
-        for optimiser in optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = 1e-2 * min(1, (i + 1) / 100) * 0.5 * (1 + math.cos(math.pi * i / rounds))
-            optimiser.step()
+        set_rate(optimisers, 1e-2, i, rounds)
+        descend(model.f_psi, (0.5 * u.square().sum(1) - log_det).mean(), optimisers, 0.01)
 
 
 def compiled(function, device):
@@ -571,11 +578,7 @@ def learn_density(args, device, model, geco, first):
         x = points.draw(args.batch_size, generator)
         log_w = weights_of(x[mine], torch.randn(args.samples, *x.shape, generator=generator)[:, mine])
         nll = math.log(len(log_w)) - log_w.logsumexp(0).mean()
-        model.zero_grad()
-        nll.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
+        descend(model, nll, optimisers, 1.0)
         return {"loss": nll, "elbo": log_w.mean(), "nll": nll}
 
     def look(folder):
@@ -671,10 +674,7 @@ def main():
         written(record, 0, config=config, **provenance())
     try:
         while done < args.steps:
-            # Warm up over 100 steps, then down to zero along a cosine; half as fast after every setback.
-            scale = min(1, (done + 1) / 100) * 0.5 ** (1 + setbacks) * (1 + math.cos(math.pi * done / args.steps))
-            for group in (group for optimiser in optimisers for group in optimiser.param_groups):
-                group["lr"] = args.lr * scale * group.get("factor", 1.0)
+            set_rate(optimisers, args.lr * 0.5 ** setbacks, done, args.steps)
             values = advance(done, optimisers)
             done += 1
             bar.update()
