@@ -71,13 +71,26 @@ def embed(q):
     return torch.cat((q.sin(), q.cos()), -1)
 
 
-class Energy(nn.Module):
-    """A learnt scalar of a vector, K(p) or V(q): |x L|^2 / 2 + MLP(x), with its gradient written out; of angles, the same
-    function of `embed(q)`.
+class Quadratic(nn.Module):
+    """K(p) = |p L|^2 / 2 with a learnt matrix L: the kinetic energy of masses in any coordinates linear in the true ones."""
+    def __init__(self, dim):
+        super().__init__()
+        self.L = nn.Parameter(torch.eye(dim))
 
-    The quadratic term makes latents oscillate, all at one frequency, from the first training step, and is all of K(p) in any
-    linear coordinates. It is never negative and the MLP is bounded, so nothing runs away. The gradient is a formula rather than a
-    call of autograd because it is what a rollout spends its time on.
+    def forward(self, p):                                                        # (..., dim) -> (...)
+        return 0.5 * (p @ self.L).square().sum(-1)
+
+    def grad(self, p):                                                           # (..., dim) -> (..., dim)
+        return F.linear(p @ self.L, self.L)                                      # L.T would be an alias in a compiled step
+
+
+class Energy(nn.Module):
+    """A learnt scalar of a vector, V(q) or the paper's K(p): |x L|^2 / 2 + MLP(x), with its gradient written out; of angles, the
+    same function of `embed(q)`.
+
+    The quadratic term makes latents oscillate, all at one frequency, from the first training step. It is never negative and the
+    MLP is bounded, so nothing runs away. The gradient is a formula rather than a call of autograd because it is what a rollout
+    spends its time on.
     """
     def __init__(self, dim, width, periodic=False):
         super().__init__()
@@ -99,7 +112,7 @@ class Energy(nn.Module):
         a = torch.tanh(self.first(x))
         b = torch.tanh(self.second(a))
         g = (self.last * (1 - b * b)) @ self.second.weight * (1 - a * a)
-        g = F.linear(x @ self.L, self.L) + g @ self.first.weight                 # L.T would be an alias in a compiled step
+        g = F.linear(x @ self.L, self.L) + g @ self.first.weight
         if not self.periodic:
             return g
         (sin, cos), (g_sin, g_cos) = x.chunk(2, -1), g.chunk(2, -1)              # d sin q = cos q dq, d cos q = -sin q dq
@@ -107,12 +120,13 @@ class Energy(nn.Module):
 
 
 class Separable(nn.Module):
-    """H(q, p) = K(p) + V(q): leapfrog on it is exactly symplectic and reversible."""
+    """H(q, p) = K(p) + V(q): leapfrog on it is exactly symplectic and reversible. kinetic: "quadratic" or "mlp"."""
     separable = True
 
-    def __init__(self, dim, width, periodic=False):
+    def __init__(self, dim, width, periodic=False, kinetic="quadratic"):
         super().__init__()
-        self.K, self.V = Energy(dim, width), Energy(dim, width, periodic=periodic)
+        self.K = Quadratic(dim) if kinetic == "quadratic" else Energy(dim, width)
+        self.V = Energy(dim, width, periodic=periodic)
 
     def forward(self, q, p):
         return self.K(p) + self.V(q)
@@ -430,8 +444,7 @@ class HGN(nn.Module):
             scale = self.encoder.fit_chart(4 * (frames - self.background))
             if scale is not None:
                 self.H.V.L.data.copy_(scale.diag())
-                for energy in (self.H.K, self.H.V):
-                    energy.first.weight.data.mul_(scale)
+                self.H.V.first.weight.data.mul_(scale)
 
     def state(self, z):
         """z (B, *z_shape) -> state q, p at frame 0. The compact model infers the state at the middle of the context, where

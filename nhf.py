@@ -131,19 +131,6 @@ BASES = {"gaussian": Gaussian, "soft_uniform": SoftUniform}
 
 # ---------------------------------------------------------------- the flow
 
-class Quadratic(nn.Module):
-    """K(p) = sum c p^2 / 2 with a learnt c: fixed-kinetic NHF (Souveton et al. 2023, arXiv 2302.01955)."""
-    def __init__(self, dim):
-        super().__init__()
-        self.log_c = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x):
-        return 0.5 * (self.log_c.exp() * x.square()).sum(-1)
-
-    def grad(self, x):
-        return self.log_c.exp() * x
-
-
 class Flow(nn.Module):
     """What NHF and RealNVP share: the user's units. Inside, data are standardised to (x - shift) / scale."""
     def __init__(self, dim, shift, scale):
@@ -160,7 +147,7 @@ class NHF(Flow):
     """Neural Hamiltonian Flow (Toth et al. 2020, section 4).
 
     Args: dim: of the data. hamiltonians: how many, each H = K(p) + V(q), rolled `steps` leapfrog steps of learnt length.
-    width: of the MLPs. kinetic: "mlp" (the paper) or "quadratic". base: "gaussian" or "soft_uniform", of q and of p.
+    width: of the MLPs. kinetic: "mlp" (the paper) or "quadratic" (Souveton et al. 2023, arXiv 2302.01955). base: "gaussian" or "soft_uniform", of q and of p.
     shift, scale: of the data, to standardise them. Raises: ValueError, with the cure, for a value outside these.
     """
     def __init__(self, dim=2, hamiltonians=8, steps=1, width=64, kinetic="mlp", base="gaussian", shift=0.0, scale=1.0):
@@ -173,10 +160,7 @@ class NHF(Flow):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         self.dim, self.steps, self.base = dim, steps, BASES[base]()
-        self.H = nn.ModuleList(Separable(dim, width) for _ in range(hamiltonians))
-        if kinetic == "quadratic":
-            for H in self.H:
-                H.K = Quadratic(dim)
+        self.H = nn.ModuleList(Separable(dim, width, kinetic=kinetic) for _ in range(hamiltonians))
         self.log_dt = nn.Parameter(torch.full((hamiltonians,), math.log(0.5)))
         self.encoder = mlp(dim, width, width, 2 * dim)      # f(p | q) = N(mean, exp(log_std)^2)
         he_(self.encoder)

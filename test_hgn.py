@@ -245,7 +245,7 @@ def shaken(seed=0, **options):
 
 def test_gradients_of_H_are_its_gradients():
     torch.manual_seed(0)
-    for H, dim in ((Separable(6, 32), 6), (Separable(6, 32, periodic=True), 6), (ConvHamiltonian(6, 4, width=8), 96)):
+    for H, dim in ((Separable(6, 32), 6), (Separable(6, 32, periodic=True), 6), (Separable(6, 32, kinetic="mlp"), 6), (ConvHamiltonian(6, 4, width=8), 96)):
         for energy in H.children() if dim == 6 else ():
             torch.nn.init.normal_(energy.L)                     # not symmetric either
         q, p = torch.randn(2, 7, dim, dtype=torch.float64).requires_grad_().unbind(0)
@@ -376,8 +376,7 @@ def test_of_many_noisy_frames_the_state_is_the_least_squares_one(periodic):
     """For H = (q^2 + p^2) / 2, whose motion is q cos t + p sin t, it is known. Angles may be read off whole turns away."""
     torch.manual_seed(0)
     model = HGN(context=20, latent=2, dt=0.1, substeps=10).double()
-    for energy in (model.H.K, model.H.V):
-        torch.nn.init.zeros_(energy.last)
+    torch.nn.init.zeros_(model.H.V.last)
     model.encoder.periodic = periodic
     seen, turns = 0.5 * torch.randn(3, 20, 2, dtype=torch.float64), 2 * math.pi * torch.randint(-2, 3, (3, 20, 2)) * periodic
     model.encoder.read = lambda frames: seen + turns
@@ -1163,8 +1162,8 @@ def crafted(folder, good):
              "dt": change("config", dt=math.nan), "noise": change("config", noise="x"), "context": change("config", context=7),
              "latent": change("model_config", latent=-1), "huge": change("model_config", latent=10 ** 12),
              "unknown": change("model_config", colour=1), "background": change("model_config", background=["a"] * 3),
-             "substeps": change("model_config", substeps=10 ** 9), "nan": change("model", **{"H.K.last": content["model"]["H.K.last"] * math.nan}),
-             "shape": change("model", **{"H.K.last": torch.zeros(3)}), "view": change("model", **{"H.K.last": torch.zeros(1).expand(10 ** 12)}),
+             "substeps": change("model_config", substeps=10 ** 9), "nan": change("model", **{"H.V.last": content["model"]["H.V.last"] * math.nan}),
+             "shape": change("model", **{"H.V.last": torch.zeros(3)}), "view": change("model", **{"H.V.last": torch.zeros(1).expand(10 ** 12)}),
              "missing": content | {"model": {}}, "weights": content | {"model": [1]}}
     for name, value in wrong.items():
         torch.save(value, folder / f"{name}.pt")
@@ -1338,7 +1337,7 @@ def test_a_mistake_gets_one_line_and_status_2(main, words, tmp_path, monkeypatch
     good = torch.load(trained / "runs/mass_spring/checkpoint.pt", weights_only=True)
     torch.save({k: good[k] for k in ("kind", "model")}, tmp_path / "parts.pt")
     torch.save(good | {"model_config": good["model_config"] | {"context": -3}}, tmp_path / "negative.pt")
-    torch.save(good | {"model": good["model"] | {"H.K.last": good["model"]["H.K.last"] * math.nan}}, tmp_path / "nan.pt")
+    torch.save(good | {"model": good["model"] | {"H.V.last": good["model"]["H.V.last"] * math.nan}}, tmp_path / "nan.pt")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
         run(main, monkeypatch, *words.split())
