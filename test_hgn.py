@@ -28,7 +28,7 @@ from nhf import BASES, DENSITIES, NHF, RealNVP
 from physics import BACKGROUND, SYSTEMS, clips, initial_states, noise_floor, render, simulate
 
 torch.set_num_threads(1)                                    # threads that wait for a busy core cost minutes
-os.environ.setdefault("OMP_NUM_THREADS", "1")               # the same for the processes started here
+os.environ["OMP_NUM_THREADS"] = "1"                         # the same for the processes started here
 HERE = Path(__file__).parent
 NAMES = list(SYSTEMS)
 PAPER = NAMES[:4]
