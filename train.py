@@ -291,7 +291,7 @@ def make_optimisers(model, lr, device):
     and large directions alike (40 % less error than Adam alone after 2,500 steps of two_body). Adam for the rest, and at
     three times the rate for the compact encoder, whose last fraction of a pixel is what limits prediction; of many frames,
     noisy ones as a rule, it starts as a good fit, which large steps would lose. K's matrix learns slowly: nothing in the pictures
-    ties the scales of p of motions that are independent of each other, as the centre of mass is, so at full rate they drift."""
+    ties the scales of p of motions that are independent of each other, as the centre of mass is, and they drift."""
     compact = isinstance(getattr(model, "encoder", None), CentroidEncoder)
     encoder, mass = (list(model.encoder.parameters()), [model.H.K.L]) if compact else ([], [])
     free = [w for w in model.parameters() if all(w is not e for e in encoder + mass)]
