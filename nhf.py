@@ -147,8 +147,8 @@ class NHF(Flow):
     """Neural Hamiltonian Flow (Toth et al. 2020, section 4).
 
     Args: dim: of the data. hamiltonians: how many, each H = K(p) + V(q), rolled `steps` leapfrog steps of learnt length.
-    width: of the MLPs. kinetic: "mlp" (the paper) or "quadratic" (Souveton et al. 2023, arXiv 2302.01955). base: "gaussian" or "soft_uniform", of q and of p.
-    shift, scale: of the data, to standardise them. Raises: ValueError, with the cure, for a value outside these.
+    width: of the MLPs. kinetic: "mlp" (the paper) or "quadratic" (Souveton et al. 2023, arXiv 2302.01955). base: "gaussian" or
+    "soft_uniform", of q and of p. shift, scale: of the data, to standardise them. Raises: ValueError, with the cure, for a value outside these.
     """
     def __init__(self, dim=2, hamiltonians=8, steps=1, width=64, kinetic="mlp", base="gaussian", shift=0.0, scale=1.0):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "shift", "scale")}

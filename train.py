@@ -87,7 +87,7 @@ def parse():
     flow = parser.add_argument_group("flow")
     flow.add_argument("--hamiltonians", type=at_least(1), default=8, help="how many in a row")
     flow.add_argument("--leapfrog-steps", type=at_least(1), default=1, help="of each Hamiltonian")
-    flow.add_argument("--kinetic", choices=("mlp", "quadratic"), default="mlp", help="K(p): as in the paper, or c p^2 / 2")
+    flow.add_argument("--kinetic", choices=("mlp", "quadratic"), default="mlp", help="K(p): as in the paper, or |p L|^2 / 2")
     flow.add_argument("--base", choices=BASES, default="gaussian", help="density that the flow starts from")
     flow.add_argument("--samples", type=at_least(1), default=1, help="draws of p a point in the bound to train on; 1: the ELBO")
     train = parser.add_argument_group("training")
