@@ -264,24 +264,28 @@ class CentroidEncoder(nn.Module):
         self.logvar.weight.data.mul_(0.01)                    # variance exp(-8): with that of the prior, the decoder first
         self.logvar.bias.data.fill_(-8)                       # sees nothing but noise
 
+    def energy(self, frames):                                                    # (n, C, H, W) -> (n, H * W, filters)
+        return self.filters(frames).permute(0, 2, 3, 1).flatten(1, 2).square()
+
     def centroids(self, frames):                                                 # (n, C, H, W) -> (n, 2 * filters)
         side = torch.linspace(-2, 2, frames.shape[-1], dtype=frames.dtype, device=frames.device)
         x, y = side.expand(len(side), -1), side.unsqueeze(1).expand(-1, len(side))
         moments = torch.stack((x, y, torch.ones_like(x))).flatten(1)             # (3, H * W)
-        xy = moments @ self.filters(frames).permute(0, 2, 3, 1).flatten(1, 2).square()          # (n, 3, filters)
+        xy = moments @ self.energy(frames)                                       # (n, 3, filters)
         return (xy[:, :2] / (xy[:, 2:] + 1e-2)).flatten(1)
 
     @torch.no_grad()
     def fit_chart(self, frames):
         """Start the chart as the principal components of the centroids of frames (n, C, H, W), all on one scale, or as the angles
-        round the centres of the circles that fit them best (Kasa's: |x|^2 = 2 x.centre + constant)."""
+        round the centres of the circles that fit them best (Kasa's: |x|^2 = 2 x.centre + constant). Returns, but for angles,
+        the standard deviations of q, the first being 1, and the L of K with which things of one size weigh alike."""
         xy = torch.cat([self.centroids(part) for part in frames.split(256)]).double()
         if self.periodic:
             points = F.linear(xy, self.chart.weight.double()).unflatten(1, (2, -1)).movedim(2, 0)        # (latent, n, 2)
             known = torch.cat((2 * points, torch.ones_like(points[..., :1])), 2)
             centre = (torch.linalg.pinv(known) @ points.square().sum(2, keepdim=True))[:, :2, 0]         # (latent, 2)
             self.chart.bias.copy_(-centre.T.flatten())
-            return
+            return None
         latent, mean = len(self.chart.weight), xy.mean(0)
         variance, axes = torch.linalg.eigh((xy - mean).T @ (xy - mean) / len(xy))
         std = variance.flip(0).clamp(min=1e-12).sqrt()
@@ -290,7 +294,16 @@ class CentroidEncoder(nn.Module):
         scale = (std[:latent] / std[0]).float()
         self.spread.copy_(scale.square().mean())
         self.logvar.bias.add_(2 * scale.log().repeat(2))      # noise as small a part of each
-        return scale
+        # Nothing in the pictures ties the scales of p of motions that are independent, as that of the centre of mass is: here all
+        # things get one mass. One that moves takes a filter's centroid along by its share of what the filter sees; every pixel
+        # shows one thing, so products of pixels' shares say how far q goes with each. The 0.1 of the identity is for
+        # a q with which nothing moves.
+        shares = (e / (e.sum(1, keepdim=True) + 1e-2) for e in map(self.energy, frames.split(256)))
+        shares = sum((s.mT @ s).sum(0) for s in shares)                          # (filters, filters)
+        metric = self.chart.weight @ torch.block_diag(shares, shares) @ self.chart.weight.T
+        metric = torch.eye(latent, device=metric.device).lerp(metric / metric[0, 0].clamp(min=1e-12), 0.9)
+        self.momentum.weight.copy_(torch.linalg.solve(metric, self.momentum.weight))             # p of that velocity
+        return scale, torch.linalg.cholesky(metric)
 
     def charted(self, frames):                               # (B, n, C, H, W) -> (B, n, latent), twice that of angles
         return self.chart(self.centroids(frames.flatten(0, 1))).unflatten(0, frames.shape[:2])
@@ -441,8 +454,10 @@ class HGN(nn.Module):
         """Before training: start the compact encoder's coordinates from the principal components of what moves in frames
         (n, C, size, size), a few hundred of any times, so that they are of one scale and of one frequency at first."""
         if isinstance(self.encoder, CentroidEncoder):
-            scale = self.encoder.fit_chart(4 * (frames - self.background))
-            if scale is not None:
+            fitted = self.encoder.fit_chart(4 * (frames - self.background))
+            if fitted:
+                scale, L = fitted
+                self.H.K.L.data.copy_(L)
                 self.H.V.L.data.copy_(scale.diag())
                 self.H.V.first.weight.data.mul_(scale)
 

@@ -337,6 +337,27 @@ def test_the_encoder_charts_without_bending(name):
         torch.testing.assert_close(inferred[1].double(), v, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("name", ("two_body", "three_body"))
+def test_at_first_all_bodies_weigh_alike(name):
+    """Then q and p are the true ones but for a linear symplectic map and one scale, and K moves q as fast as it does move. Bodies are
+    in any places here and move straight on in any directions, unlike those that the chart is fitted to."""
+    torch.manual_seed(0)
+    system, dt = SYSTEMS[name], 0.05
+    model = HGN(latent=2 * len(system.colours), dt=dt)
+    model.fit_chart(clips(system, 100, dt=dt, generator=seeded())[0][:, ::5].flatten(0, 1))
+    x, v = 1.5 * torch.randn(2, 600, len(system.colours), 2, dtype=torch.float64, generator=seeded(1))
+    apart = (x.unsqueeze(1) - x.unsqueeze(2) + 9 * torch.eye(len(system.colours)).unsqueeze(2)).norm(dim=3).amin((1, 2)) > 1.2
+    x, v = x.clamp(-2, 2)[apart], 0.3 * v[apart]
+    moving = torch.stack([x + (t - 2) * dt * v for t in range(5)], 1)
+    with torch.no_grad():
+        q, p = (z.double() for z in model.inferred(model.encode(render(system, moving))[0]))
+        centred = lambda a: a.flatten(1) - a.flatten(1).mean(0)
+        A, B = (torch.linalg.lstsq(centred(true), centred(z), driver="gelsd").solution.T for true, z in ((x, q), (v, p)))    # q = A x
+        J = A.T @ B
+        torch.testing.assert_close(J / J.diag().mean(), torch.eye(len(J), dtype=J.dtype), rtol=0, atol=0.2)
+        torch.testing.assert_close(model.H.K.double().grad(B.T), A.T, rtol=0, atol=0.2 * A.abs().max().item())    # dq/dt of p
+
+
 @pytest.mark.parametrize("noise", (0.0, "paper"))
 def test_the_chart_finds_what_a_pendulum_turns_round(noise):
     """A rod of 0.8 about a point off the picture's centre, from the pictures alone."""
