@@ -223,8 +223,8 @@ def all_ways_round(kernel):
 class CentroidEncoder(nn.Module):
     """Where things are and how they move. The centroids of learnt filters' energy, in every context frame, are charted by a
     linear map into q (or into the angle of a point in a plane); p starts as the velocity of q at the middle frame, by the
-    polynomial of order four (six, where there are the frames) that fits best, and stays linear in how q moves. Of more than
-    five frames q starts as that polynomial too.
+    polynomial of order four (six, where there are the frames) that fits best, times the masses that `fit_chart` finds, and
+    stays linear in how q moves. Of more than five frames q starts as that polynomial too.
 
     Why nothing bends here: K(p) + V(q) can only describe motion in coordinates that are linear in the true ones. Encoders
     with an MLP or convolutions agree with the decoder on a bent chart, on which no such H is right, long before they learn
@@ -299,8 +299,8 @@ class CentroidEncoder(nn.Module):
         # shows one thing, so products of pixels' shares say how far q goes with each. The 0.1 of the identity is for
         # a q with which nothing moves.
         shares = (e / (e.sum(1, keepdim=True) + 1e-2) for e in map(self.energy, frames.split(256)))
-        shares = sum((s.mT @ s).sum(0) for s in shares)                          # (filters, filters)
-        metric = self.chart.weight @ torch.block_diag(shares, shares) @ self.chart.weight.T
+        products = sum((s.mT @ s).sum(0) for s in shares)                        # (filters, filters)
+        metric = self.chart.weight @ torch.block_diag(products, products) @ self.chart.weight.T
         metric = torch.eye(latent, device=metric.device).lerp(metric / metric[0, 0].clamp(min=1e-12), 0.9)
         self.momentum.weight.copy_(torch.linalg.solve(metric, self.momentum.weight))             # p of that velocity
         return scale, torch.linalg.cholesky(metric)
@@ -452,7 +452,8 @@ class HGN(nn.Module):
 
     def fit_chart(self, frames):
         """Before training: start the compact encoder's coordinates from the principal components of what moves in frames
-        (n, C, size, size), a few hundred of any times, so that they are of one scale and of one frequency at first."""
+        (n, C, size, size), a few hundred of any times, so that they are of one scale, of one frequency at first, and K weighs
+        alike whatever moves."""
         if isinstance(self.encoder, CentroidEncoder):
             fitted = self.encoder.fit_chart(4 * (frames - self.background))
             if fitted:
