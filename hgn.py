@@ -459,8 +459,8 @@ class HGN(nn.Module):
             if fitted:
                 scale, L = fitted
                 self.H.K.L.data.copy_(L)
-                self.H.V.L.data.copy_(scale.diag())
-                self.H.V.first.weight.data.mul_(scale)
+                self.H.V.L.data.copy_(torch.linalg.solve(L.T, scale.diag()))     # as fast as with an L of one
+                self.H.V.first.weight.data.copy_(self.H.V.first.weight.data @ self.H.V.L.data.T)
 
     def state(self, z):
         """z (B, *z_shape) -> state q, p at frame 0. The compact model infers the state at the middle of the context, where
