@@ -566,7 +566,7 @@ class HGN(nn.Module):
         if consistency and isinstance(self.encoder, CentroidEncoder):
             a = self.encoder.read(4 * (targets - self.background))
             off = self.encoder.misfit(q, a)
-            far = off > (4 * off.median(1, keepdim=True).values).clamp(0.01, 0.1)              # noisy charts are off themselves
+            far = off > (4 * off.detach().log().mean(1, keepdim=True).exp()).clamp(0.01, 0.1)   # noisy charts are off themselves
             misfit, q = torch.log1p(off).mean(), torch.where(far.unsqueeze(2), a, q)            # log: chaos weighs less
         mse = F.mse_loss(self.decode(q), targets)
         return mse + beta * kl / targets[0, 0].numel() + consistency * misfit, mse, kl
