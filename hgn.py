@@ -294,10 +294,10 @@ class CentroidEncoder(nn.Module):
         scale = (std[:latent] / std[0]).float()
         self.spread.copy_(scale.square().mean())
         self.logvar.bias.add_(2 * scale.log().repeat(2))      # noise as small a part of each
-        # Nothing in the pictures ties the scales of p of motions that are independent, as that of the centre of mass is: here all
-        # things get one mass. One that moves takes a filter's centroid along by its share of what the filter sees; every pixel
-        # shows one thing, so products of pixels' shares say how far q goes with each. The 0.1 of the identity is for
-        # a q with which nothing moves.
+        # Nothing in the pictures ties the scale of p of a motion that is independent, as the centre of mass's is, to the others:
+        # here all things get one mass. One that moves takes a filter's centroid along by its share of what the filter sees; every
+        # pixel shows one thing, so products of pixels' shares say how far q goes with each. 0.1 of the identity, as a q with
+        # which nothing moves would have infinite mass.
         shares = (e / (e.sum(1, keepdim=True) + 1e-2) for e in map(self.energy, frames.split(256)))
         products = sum((s.mT @ s).sum(0) for s in shares)                        # (filters, filters)
         metric = self.chart.weight @ torch.block_diag(products, products) @ self.chart.weight.T
@@ -459,7 +459,7 @@ class HGN(nn.Module):
             if fitted:
                 scale, L = fitted
                 self.H.K.L.data.copy_(L)
-                self.H.V.L.data.copy_(torch.linalg.solve(L.T, scale.diag()))     # as fast as with an L of one
+                self.H.V.L.data.copy_(torch.linalg.solve(L.T, scale.diag()))     # the frequencies of L = 1
                 self.H.V.first.weight.data.copy_(self.H.V.first.weight.data @ self.H.V.L.data.T)
 
     def state(self, z):
