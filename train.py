@@ -377,8 +377,10 @@ def compiled(function, device):
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     warnings.filterwarnings("ignore", message="invoke_subgraph traced multiple backward graphs")    # the last step's
     # Inductor may not choose memory layouts: the networks are channels_last already, and torch 2.13 gets the strides of
-    # convolutions inside a nested region wrong.
-    options = {"layout_optimization": False, "triton.cudagraphs": device.type == "cuda"}
+    # convolutions inside a nested region wrong. Nor may it use a buffer again: a state that a nested region both returns and keeps
+    # for the way back is one buffer to it and two to its caller, who overwrites what is kept (V's gradients were half wrong).
+    options = {"layout_optimization": False, "allow_buffer_reuse": False, "inplace_buffers": False,
+               "triton.cudagraphs": device.type == "cuda"}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
