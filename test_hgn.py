@@ -911,20 +911,22 @@ def test_a_compiled_training_is_one_graph_and_the_eager_one(tmp_path, monkeypatc
         f(torch.zeros(2)), f(torch.zeros(3)), f(torch.zeros(4))
 
 
-def test_compiled_gradients_are_the_eager_ones():
-    """Both architectures, sampled times: the whole loss as one region, nested leapfrog steps included."""
-    for arch, latent in (("compact", 3), ("paper", 2)):
-        torch.manual_seed(1)
-        model = HGN(arch=arch, latent=latent, context=3, size=16)
-        batch = (torch.rand(2, 3, 3, 16, 16), torch.rand(2, 2, 3, 16, 16), torch.tensor([[-1, 1], [1, 0]]), 1,
-                 torch.tensor(1e-3), torch.randn(2, *model.z_shape))
-        gradients = []
-        for loss in (model.loss, train.compiled(model.loss, torch.device("cpu"))):
-            model.zero_grad()
-            loss(*batch)[0].backward()
-            gradients.append({k: w.grad for k, w in model.named_parameters() if w.grad is not None})
-        for k, g in gradients[0].items():
-            assert (gradients[1][k] - g).norm() <= 1e-5 * g.norm() + 1e-9, (arch, k)
+@pytest.mark.parametrize("options", [{"latent": 2}, {"latent": 1, "periodic": True, "substeps": 2}, {"arch": "paper", "latent": 2}],
+                         ids=lambda options: "-".join(map(str, options)))
+def test_compiled_gradients_are_the_eager_ones(options):
+    """The whole loss as one region, nested leapfrog steps included, in a batch that is learnt from both through pixels and through
+    the misfit."""
+    torch.manual_seed(1)
+    model = HGN(size=16, **options)
+    batch = (torch.rand(4, 5, 3, 16, 16), torch.rand(4, 6, 3, 16, 16), torch.randint(-3, 4, (4, 6)), 3,
+             torch.tensor(1e-3), torch.randn(4, *model.z_shape))
+    gradients = []
+    for loss in (model.loss, train.compiled(model.loss, torch.device("cpu"))):
+        model.zero_grad()
+        loss(*batch)[0].backward()
+        gradients.append({k: w.grad for k, w in model.named_parameters() if w.grad is not None})
+    for k, g in gradients[0].items():
+        assert (gradients[1][k] - g).norm() <= 1e-5 * g.norm() + 1e-9, k
 
 
 def test_compiled_clips_are_the_eager_ones():
