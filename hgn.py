@@ -539,11 +539,12 @@ class HGN(nn.Module):
         consistency: the compact encoder charts each scored frame by itself; weight of the distance of the rolled-out q
         from there, which unlike pixels tells H where to go however far it is off. A frame whose q is far off is painted from
         there, since it would teach the decoder nothing but to blur. 0: neither. mean: of q(z|x), by default the
-        encoder's; once H is nearly right, that from `fitted`.
+        encoder's; once H is nearly right, that from `fitted`. The decoder then learns from no state less precise than those it
+        is to paint, as it would blur: from the mean itself, and in the context's frames alone.
         Returns: loss, mse, kl (nats, mean over clips), each a scalar tensor.
         """
         encoded, logvar = self.encode(frames)
-        mean = encoded if mean is None else mean
+        fitted, mean = mean is not None, encoded if mean is None else mean
         z, kl = mean, mean.new_zeros(())
         if not self.deterministic:
             noise = torch.randn_like(mean) if noise is None else noise
@@ -553,6 +554,8 @@ class HGN(nn.Module):
                 kl = (0.5 * (u.square() - noise.square() - logvar).sum(1) - log_det).mean()
             else:
                 kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
+            z = mean if fitted else z
+        at = torch.arange(frames.shape[1], device=mean.device) if times is None else times
         if times is None:
             targets, q = frames, self.rollout(*self.state(z), frames.shape[1] - 1)[0]
         else:                                 # from where z is inferred, forward and backward in one batch of twice the size
@@ -568,7 +571,11 @@ class HGN(nn.Module):
             off = self.encoder.misfit(q, a)
             far = off > (4 * off.detach().log().mean(1, keepdim=True).exp()).clamp(0.01, 0.1)   # noisy charts are off themselves
             misfit, q = torch.log1p(off).mean(), torch.where(far.unsqueeze(2), a, q)            # log: chaos weighs less
-        mse = F.mse_loss(self.decode(q), targets)
+        error = (self.decode(q) - targets).square().mean((2, 3, 4))                             # (B, n)
+        if fitted:
+            seen = ((at >= 0) & (at < self.context)).float()
+            error = error * seen / seen.mean().clamp(min=1e-6)
+        mse = error.mean()
         return mse + beta * kl / targets[0, 0].numel() + consistency * misfit, mse, kl
 
 

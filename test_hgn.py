@@ -410,16 +410,25 @@ def test_of_many_noisy_frames_the_state_is_the_least_squares_one(periodic):
         torch.testing.assert_close(found, true, rtol=0, atol=1e-4)
 
 
-def test_a_mean_that_is_given_takes_the_encoders_place():
+def test_from_a_mean_that_is_given_the_decoder_learns_nothing_less_precise():
+    """Neither the posterior's noise nor frames beyond the context blur it; the misfit is of all frames, the KL as ever."""
     torch.manual_seed(0)
-    model, frames, mean = HGN(latent=2), torch.rand(3, 6, 3, 32, 32, generator=seeded()), torch.randn(3, 4, generator=seeded(1))
-    noise = torch.randn(3, 4, generator=seeded(2))
-    logvar = torch.full((3, 4), -2.0)
+    model, frames, mean = HGN(latent=2), torch.rand(3, 8, 3, 32, 32, generator=seeded()), torch.randn(3, 4, generator=seeded(1))
+    noise, logvar = torch.randn(3, 4, generator=seeded(2)), torch.full((3, 4), -2.0)
+    times = torch.tensor([[-3, 2], [4, 0], [5, 1]])
+    rows = torch.arange(3).unsqueeze(1)
     with torch.no_grad():
-        model.encode = lambda frames: (0 * mean, logvar)
-        given = model.loss(frames, noise=noise, consistency=0, mean=mean)
         model.encode = lambda frames: (mean, logvar)
-        torch.testing.assert_close(given, model.loss(frames, noise=noise, consistency=0), rtol=0, atol=0)
+        kl = model.loss(frames, noise=noise)[2]
+        model.encode = lambda frames: (0 * mean, logvar)
+        error = (model.decode(model.rollout(*model.state(mean), 7)[0]) - frames).square().mean((2, 3, 4))
+        _, mse, given = model.loss(frames, noise=noise, mean=mean, consistency=0)
+        torch.testing.assert_close((mse, given), (error[:, :5].mean(), kl))
+        score = lambda targets, consistency: model.loss(frames, targets, times, noise=noise, mean=mean, consistency=consistency)[:2]
+        targets, other = frames[rows, times], frames[rows, times]
+        other[0, 0] = frames[1, 1]                              # at time -3
+        torch.testing.assert_close(score(targets, 0)[1], error[rows, times].flatten()[[1, 2, 3, 5]].mean())
+        assert score(targets, 0) == score(other, 0) and score(targets, 0.3)[0] != score(other, 0.3)[0]
         assert model.fitted(mean, frames) is mean               # five frames are what the encoder's fit goes through anyway
 
 
