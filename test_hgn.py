@@ -1002,6 +1002,13 @@ def batches(monkeypatch, *words, rank=0, world=1):
     return train.Batches(train.parse()[0], torch.device("cpu"), (4,))
 
 
+@pytest.mark.parametrize("steps, grown", ((2000, 600), (200, 300)))
+def test_the_horizon_grows_slowly_even_in_a_short_run(steps, grown, monkeypatch):
+    whole = batches(monkeypatch, "--steps", steps, "--batch-size", 256, "--window", 20)
+    for share in (0, 0.5, 0.99):
+        assert whole(int(share * grown))[2].abs().max() == 5 + min(15, int(20 * share))
+
+
 @pytest.mark.parametrize("kind", ("own", "two_body", "hnn"))
 def test_batches_are_the_clips_at_the_times_they_say(kind, own, monkeypatch):
     words = {"own": ("--data", own[0] / "bytes.npy"), "two_body": ("--system", "two_body", "--noise", "paper"), "hnn": ("--model", "hnn")}[kind]

@@ -230,8 +230,9 @@ class Batches:
         args, mine, system = self.args, self.mine, SYSTEMS.get(self.args.system)
         B, device = args.batch_size, "cpu" if self.data else self.device
         generator = torch.Generator(device).manual_seed((args.seed << 20) + step + 2 ** 19)
-        # The horizon grows from 5 frames to the whole window over the first 30 % of the run.
-        reach = min(args.window, 5 + int(args.window * step / (0.3 * args.steps)))
+        # The horizon grows from 5 frames to the whole window over the first 30 % of the run, but not faster than in 300 steps:
+        # then H is wrong for so long a time that the encoder learns to see nothing move.
+        reach = min(args.window, 5 + int(args.window * step / max(300, 0.3 * args.steps)))
         if self.data:
             clips = self.data.train[torch.randint(len(self.data.train), (B,), generator=generator)]
             frame0 = torch.randint(self.data.length - args.context + 1, (B, 1), generator=generator)
