@@ -555,16 +555,15 @@ class HGN(nn.Module):
             else:
                 kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
             z = mean if fitted else z
-        at = torch.arange(frames.shape[1], device=mean.device) if times is None else times
         if times is None:
             targets, q = frames, self.rollout(*self.state(z), frames.shape[1] - 1)[0]
         else:                                 # from where z is inferred, forward and backward in one batch of twice the size
             q, p = self.inferred(z)
-            times, row = times - self.lead, torch.arange(2 * len(q), device=q.device)
-            reach = int(times.abs().max()) if reach is None else reach + self.lead
+            ahead, row = times - self.lead, torch.arange(2 * len(q), device=q.device)
+            reach = int(ahead.abs().max()) if reach is None else reach + self.lead
             dt = torch.where(row < len(q), self.dt, -self.dt).unsqueeze(1)
             both = self.rollout(torch.cat((q, q)), torch.cat((p, p)), reach, dt)[0]      # (2B, reach + 1, ...)
-            q = both[row[:len(q), None] + len(q) * (times < 0), times.abs()]             # (B, n, ...)
+            q = both[row[:len(q), None] + len(q) * (ahead < 0), ahead.abs()]             # (B, n, ...)
         misfit = 0.0
         if consistency and isinstance(self.encoder, CentroidEncoder):
             a = self.encoder.read(4 * (targets - self.background))
@@ -573,6 +572,7 @@ class HGN(nn.Module):
             misfit, q = torch.log1p(off).mean(), torch.where(far.unsqueeze(2), a, q)            # log: chaos weighs less
         error = (self.decode(q) - targets).square().mean((2, 3, 4))                             # (B, n)
         if fitted:
+            at = torch.arange(frames.shape[1], device=q.device) if times is None else times
             seen = ((at >= 0) & (at < self.context)).float()
             error = error * seen / seen.mean().clamp(min=1e-6)
         mse = error.mean()
