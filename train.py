@@ -37,7 +37,7 @@ import physics
 
 from eval import (MODELS, TEST_SEED, Clips, Help, Parser, Points, TestClips, at_least, fail, flow_table, keep_memory, load, measure,
                   measure_flow, movies, newest_run, pick_device, provenance, read_checkpoint, read_data, table, test_clips, unit)
-from hgn import ARCHITECTURES, GECO, HGN, HNN, INTEGRATORS, CentroidEncoder
+from hgn import ARCHITECTURES, GECO, HGN, HNN, INTEGRATORS, CentroidEncoder, Couplings
 from nhf import BASES, DENSITIES, NHF, RealNVP
 from physics import BACKGROUND, SYSTEMS, initial_states, jitter, noise_floor, render, simulate
 
@@ -355,9 +355,12 @@ def update(model, loss, optimisers, batch, reach, beta, consistency, fit=False):
 
 
 def fit_prior(model, args, device):
-    """f_psi alone, at a run's end, on the states of up to 32,768 clips: in batches of hundreds it learns what sixteen states a
-    step leave blurred. Of two bodies, that they orbit one way or the other and never fall towards each other."""
-    rounds = min(3000, 1 + args.steps // 2)
+    """f_psi alone and anew, at a run's end, on the states of up to 32,768 clips: in batches of hundreds it learns what sixteen states
+    a step leave blurred. Of two bodies, that they orbit one way or the other and never fall towards each other. Anew, as one
+    that followed the states while they moved stays folded as they were then."""
+    torch.manual_seed(args.seed)
+    model.f_psi.load_state_dict(Couplings(2 * model.dim).state_dict())
+    rounds = min(10000, 1 + args.steps // 2)
     size = min(512, rounds)
     batches = Batches(argparse.Namespace(**vars(args) | {"window": args.context, "targets": 1}), device, share=(0, 1))
     with torch.no_grad():                                   # on batches of after the last step
@@ -437,27 +440,28 @@ def bench(args, device):
     B, rows, cuda = args.batch_size, [], device.type == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
 
-    def timed(call, least=7, seconds=2.0):
-        """Seconds of the first call, then the median of the others."""
-        times = []
-        while len(times) <= least or sum(times[1:]) < seconds:
-            start = time.perf_counter()
-            call()
-            wait()
-            times.append(time.perf_counter() - start)
-            if len(times) == 1:
+    def timed(*calls, least=7, seconds=2.0):
+        """Of each call the seconds of its first run and the median of the others; in turn, so that a busy machine slows all alike."""
+        times = [[] for _ in calls]
+        while len(times[0]) <= least or sum(times[0][1:]) < seconds:
+            for call, spent in zip(calls, times):
+                start = time.perf_counter()
+                call()
+                wait()
+                spent.append(time.perf_counter() - start)
+            if len(times[0]) == 1:
                 gc.collect()
                 gc.freeze()                                 # see compiled_or_eager
-        return times[0], statistics.median(times[1:])
+        return [(spent[0], statistics.median(spent[1:])) for spent in times]
 
     def both(what, clips, eager, fast):
         """A row for `eager`, and one for `fast`, which compiles on its first call."""
         with FlopCounterMode(display=False) as counter:
             eager()
-        for how, call in (("eager", eager), ("compiled", fast)):
+        for how, call, (first, median) in zip(("eager", "compiled"), (eager, fast), timed(eager, fast)):
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            first, median = timed(call)
+                call()
             memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             speed = counter.get_total_flops() / median / 1e9
             rows.append({"what": what, "how": how, "first_s": first, "ms": 1e3 * median, "clips_s": clips / median,
@@ -475,7 +479,7 @@ def bench(args, device):
         both(what, len(batch[0]), lambda: step(model.loss), lambda: step(fast))
 
     model, a = build(args).to(device), torch.randn(2048, 2048, device=device)
-    peak = 2 * 2048 ** 3 / timed(lambda: a @ a)[1] / 1e9
+    peak = 2 * 2048 ** 3 / timed(lambda: a @ a)[0][1] / 1e9
     print(f"{device}, {torch.get_num_threads()} threads; a large matmul reaches {peak:.0f} GFLOP/s")
     states = [torch.randn(2 * B, model.dim, device=device, requires_grad=True) for _ in "qp"]
 
@@ -491,9 +495,9 @@ def bench(args, device):
     step_of(f"training step, batch {B}, 30 frames", window=15, targets=30)
     step_of(f"training step, batch 512, {args.targets} frames", batch_size=512)
     data = lambda: physics.clips(SYSTEMS[args.system], 256, noise=args.noise, size=args.size, device=device)
-    plain = timed(data)[1]
+    plain = timed(data)[0][1]
     physics.compile_loops()
-    first, fast = timed(data)
+    first, fast = timed(data)[0]
     print(f"data, 256 clips of 30 frames: {256 / plain:.0f} clips/s eager, {256 / fast:.0f} compiled (first call {first:.0f} s)")
     path = Path("runs") / f"bench-{device.type}.json"
     path.parent.mkdir(exist_ok=True)
