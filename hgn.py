@@ -240,7 +240,10 @@ class CentroidEncoder(nn.Module):
         he_(self)
         blur = torch.tensor([0.25, 0.5, 0.25])                # blurred blobs have smoother centroids than sharp edges
         self.filters[0].weight.data = 1.5 * torch.randn(filters, channels, 1, 1) * blur.unsqueeze(1) * blur
-        self.filters[0].weight.register_hook(all_ways_round)  # lest a filter learn to see a thing beside where it is
+        if context <= 5:
+            self.filters[0].weight.register_hook(all_ways_round)                 # lest one learn to see a thing beside where it is
+        else:                                                 # noisy as a rule: filters would learn to see less and less of what
+            self.filters.requires_grad_(False)                # cannot be predicted, and coordinates shrink until nothing is left
         if periodic:                                          # of what the filters see; round the picture's centre until fit_chart
             seen = torch.rand(latent, filters)
             self.chart.weight.data = torch.kron(torch.eye(2), seen / seen.sum(1, keepdim=True))

@@ -712,6 +712,15 @@ def test_training_bends_nothing(name, tmp_path, monkeypatch):
     assert (kernels[..., 1, 1] - 2 * kernels[..., 0, 1]).abs().max() > 1e-5             # as the blur they start from would have it
 
 
+@pytest.mark.parametrize("context", [5, 8])
+def test_filters_learn_from_few_frames_only(context):
+    """From many noisy ones they would learn to see less and less."""
+    model = HGN(latent=2, context=context)
+    model.loss(torch.rand(2, context, 3, 32, 32))[0].backward()
+    assert all((w.grad is not None) == (context == 5) for w in model.encoder.filters.parameters())
+    assert model.encoder.momentum.weight.grad.abs().max() > 0
+
+
 def test_the_prior_is_fitted_to_the_states_and_nothing_else_moves(monkeypatch):
     """Afterwards f_psi takes the states of clips never drawn before to N(0, I): four times more likely for each number, means and
     spreads as they should be."""
