@@ -248,10 +248,12 @@ class CentroidEncoder(nn.Module):
             seen = torch.rand(latent, filters)
             self.chart.weight.data = torch.kron(torch.eye(2), seen / seen.sum(1, keepdim=True))
         self.register_buffer("spread", torch.ones(()))        # mean variance of the chart's coordinates, see fit_chart
-        # Orthogonal polynomials in time; higher orders are small, so louder. A buffer that is kept, as QR depends on the machine.
+        # Orthogonal polynomials in time; higher orders are small, so louder. Of many frames, in which things move farther, all as loud
+        # as of five: else one step of Adam moves a pendulum's state by radians. A buffer that is kept, as QR depends on the machine.
         time = torch.linspace(-1, 1, context, dtype=torch.float64) if context > 1 else torch.zeros(1, dtype=torch.float64)
         basis, r = torch.linalg.qr(torch.stack([time ** j for j in range(context)], 1))
-        scale, order, middle = 3.0 ** torch.arange(context).clamp(max=2), torch.arange(min(context, 7)), time[context // 2]
+        scale = 3.0 ** torch.arange(context).clamp(max=2) * min(1, 5 / context) ** 1.5
+        order, middle = torch.arange(min(context, 7)), time[context // 2]
         self.register_buffer("basis", (basis * scale).T.float())                 # (order, context)
 
         def start(layer, coefficients):                       # linear in the coefficients of the first polynomials

@@ -92,7 +92,7 @@ def parse():
     flow.add_argument("--samples", type=at_least(1), default=1, help="draws of p a point in the bound to train on; 1: the ELBO")
     train = parser.add_argument_group("training")
     for name, kind, text in (("steps", at_least(1), "training steps"), ("batch-size", at_least(1), "clips or points a step"),
-                             ("lr", at_least(0, float, above=True), "highest learning rate; by default half with over 5 context frames")):
+                             ("lr", at_least(0, float, above=True), "highest learning rate")):
         default = ", ".join(f"{model} {values[name.replace('-', '_')]}" for model, values in DEFAULTS.items())
         train.add_argument(f"--{name}", type=kind, help=f"{text} (default: {default})")
     train.add_argument("--beta", type=at_least(0, float), default=1e-3, help="weight of the KL, see HGN.loss")
@@ -128,8 +128,6 @@ def parse():
         args.model = args.model or ("nhf" if flow else "hgn")
         if flow != (args.model in FLOWS):
             fail(f"--model {args.model} needs {'--system NAME or clips' if flow else '--density NAME or points (N, D)'}")
-        if args.model == "hgn" and args.context > 5:        # at the rate of few frames a noisy pendulum is not learnt
-            args.lr = args.lr or DEFAULTS["hgn"]["lr"] / 2
         for k, v in DEFAULTS[args.model].items():
             setattr(args, k, getattr(args, k) or v)
         if (args.model != "hgn" or args.data) and (args.bench or args.table):
