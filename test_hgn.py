@@ -709,7 +709,7 @@ def test_training_bends_nothing(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("context", [5, 8])
 def test_filters_learn_from_few_frames_only(context):
-    """From many noisy ones they would learn to see less and less."""
+    """From many, noisy as a rule, they would learn to follow noise."""
     model = HGN(latent=2, context=context)
     model.loss(torch.rand(2, context, 3, 32, 32))[0].backward()
     assert all((w.grad is not None) == (context == 5) for w in model.encoder.filters.parameters())

@@ -69,7 +69,7 @@ def parse():
     data.add_argument("--data", metavar="PATH", help="learn from data of your own: clips, an .npy or .npz array (N, T, H, W, C) or a "
                       "folder of GIFs or of folders of pictures; or points (N, D), whose density a flow learns")
     data.add_argument("--size", type=int, default=32, help="pixels a side, a multiple of 8 from 16 to 128")
-    data.add_argument("--noise", type=noise, default=0.0, help="sigma on every coordinate before painting, or 'paper'")
+    data.add_argument("--noise", type=noise, default=0.0, help="sigma on every coordinate before painting, or 'paper'; goes with --context 30")
     data.add_argument("--dt", type=at_least(0, float, above=True), default=0.125, help="time between frames")
     data.add_argument("--window", type=at_least(1), default=30, help="frames to learn from, before and after frame 0")
     data.add_argument("--targets", type=at_least(1), default=8, help="random frames of the window painted for the loss")
@@ -288,16 +288,16 @@ def build(args):
 def make_optimisers(model, lr, device):
     """Muon for matrices: what tells one orbit from the next is a hundredth of what the encoder sees, and Muon learns small
     and large directions alike (40 % less error than Adam alone after 2,500 steps of two_body). Adam for the rest, and at
-    three times the rate for the compact encoder, whose last fraction of a pixel is what limits prediction; of many frames,
-    noisy ones as a rule, it starts as a good fit, which large steps would lose. K's matrix learns slowly: nothing in the pictures
-    ties the scales of p of motions that are independent of each other, as the centre of mass is, and they drift."""
+    three times the rate for the compact encoder, whose last fraction of a pixel is what limits prediction. K's matrix learns slowly:
+    nothing in the pictures ties the scales of p of motions that are independent of each other, as the centre of mass is, and they
+    drift."""
     compact = isinstance(getattr(model, "encoder", None), CentroidEncoder)
     encoder, mass = (list(model.encoder.parameters()), [model.H.K.L]) if compact else ([], [])
     free = [w for w in model.parameters() if all(w is not e for e in encoder + mass)]
     matrices, others = [w for w in free if w.dim() == 2], [w for w in free if w.dim() != 2]
     groups = [{"params": others, "factor": 1.0}]
     if compact:
-        groups.append({"params": encoder, "factor": 3.0 if model.context <= 5 else 0.3})
+        groups.append({"params": encoder, "factor": 3.0})
         groups.append({"params": mass, "factor": 0.03})
     adam = torch.optim.Adam(groups, lr, betas=(0.9, 0.99), eps=1e-12, fused=device.type == "cuda")
     if not matrices:                                        # the paper's networks have none
