@@ -242,7 +242,7 @@ class CentroidEncoder(nn.Module):
         self.filters[0].weight.data = 1.5 * torch.randn(filters, channels, 1, 1) * blur.unsqueeze(1) * blur
         if context <= 5:
             self.filters[0].weight.register_hook(all_ways_round)                 # lest one learn to see a thing beside where it is
-        else:                                                 # noisy as a rule: filters that follow noise are worse (two bodies: 3.8 x 1e-4
+        else:                                                 # noisy as a rule: filters that follow noise are worse (two bodies: 4.3 x 1e-4
             self.filters.requires_grad_(False)                # after 1,000 steps instead of 3.1, of which 2.9 are the noise's own)
         if periodic:                                          # of what the filters see; round the picture's centre until fit_chart
             seen = torch.rand(latent, filters)
