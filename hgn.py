@@ -249,7 +249,7 @@ class CentroidEncoder(nn.Module):
             self.chart.weight.data = torch.kron(torch.eye(2), seen / seen.sum(1, keepdim=True))
         self.register_buffer("spread", torch.ones(()))        # mean variance of the chart's coordinates, see fit_chart
         # Orthogonal polynomials in time; higher orders are small, so louder. Of many frames, in which things move farther, all as loud
-        # as of five: else one step of Adam moves a pendulum's state by radians. A buffer that is kept, as QR depends on the machine.
+        # as of five: else one step of Adam moves a pendulum's state by a radian. A buffer that is kept, as QR depends on the machine.
         time = torch.linspace(-1, 1, context, dtype=torch.float64) if context > 1 else torch.zeros(1, dtype=torch.float64)
         basis, r = torch.linalg.qr(torch.stack([time ** j for j in range(context)], 1))
         scale = 3.0 ** torch.arange(context).clamp(max=2) * min(1, 5 / context) ** 1.5
