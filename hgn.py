@@ -360,10 +360,31 @@ def painter(inputs, channels, low):
     return decoder
 
 
+class Blobs(nn.Module):
+    """Round bumps of learnt widths at points linear in q, a map each, as of landmarks (Jakab et al. 2018): the mirror of
+    CentroidEncoder. A decoder that is given q as numbers paints nothing right where it has not been; what this one has learnt to
+    paint in some places it paints in all."""
+    def __init__(self, dim, size, blobs=16):
+        super().__init__()
+        self.at = nn.Linear(dim, 2 * blobs)                                      # x of all, then y; the picture is [-1, 1]
+        self.log_width = nn.Parameter(torch.linspace(math.log(0.1), math.log(0.5), blobs))
+        self.size = size
+        nn.init.normal_(self.at.weight, std=dim ** -0.5)
+        nn.init.normal_(self.at.bias, std=0.1)
+
+    def forward(self, q):                                                        # (n, dim) -> (n, blobs, size, size)
+        side = torch.linspace(-1, 1, self.size, dtype=q.dtype, device=q.device)
+        off = (side - self.at(q).unsqueeze(2)) / self.log_width.exp().repeat(2).unsqueeze(1)     # (n, 2 blobs, size)
+        x, y = (-0.5 * off.square()).exp().chunk(2, 1)
+        return (y.unsqueeze(3) * x.unsqueeze(2)).contiguous(memory_format=torch.channels_last)
+
+
 def compact(size, channels, context, latent, f_psi, periodic, dt):
     """Vector latent, separable H. The encoder's z is the state itself and f_psi, invertible, takes N(0, I) to the distribution
-    of states: a prior that bends no coordinates."""
-    decoder = nn.Sequential(Embed() if periodic else nn.Identity(), *painter(latent * (1 + periodic), channels, size // 8))
+    of states: a prior that bends no coordinates. The decoder makes colours of the blobs, pixel by pixel."""
+    decoder = nn.Sequential(Embed() if periodic else nn.Identity(), Blobs(latent * (1 + periodic), size), nn.Conv2d(16, 32, 1),
+                            nn.ReLU(inplace=True), nn.Conv2d(32, 32, 1), nn.ReLU(inplace=True), nn.Conv2d(32, channels, 1))
+    he_(*decoder[2:])
     encoder = CentroidEncoder(channels, context, latent, periodic, dt)
     return encoder, Couplings(2 * latent) if f_psi else nn.Identity(), Separable(latent, 128, periodic), decoder
 
@@ -441,8 +462,9 @@ class HGN(nn.Module):
         self.dim = latent if arch == "compact" else latent * (size // 8) ** 2      # numbers in q
         self.z_shape = (48, size, size) if arch == "paper" and f_psi else (2 * self.dim,)
         self.register_buffer("background", torch.tensor(background).view(-1, 1, 1), persistent=False)
+        self.sigmoid, blank = arch == "paper", self.background.flatten()
         self.decoder[-1].weight.data.mul_(0.1)                                   # first, paint a blank background
-        self.decoder[-1].bias.data.copy_(torch.logit(self.background.flatten(), eps=0.01))
+        self.decoder[-1].bias.data.copy_(torch.logit(blank, eps=0.01) if self.sigmoid else blank)
         for module in (self.encoder, self.decoder):
             module.to(memory_format=torch.channels_last)                         # 1.3-2x on small convolutions
 
@@ -512,11 +534,14 @@ class HGN(nn.Module):
         return self.integrate(self.H.dq, self.H.dp, q, p, dt, steps, longer * self.substeps, self.H.separable)
 
     def decode(self, q, block=1024):
-        """Paint q (B, T, ...) -> frames (B, T, C, size, size), all in one call. Without gradients it goes in
-        blocks, so that memory beside the output stays constant."""
+        """Paint q (B, T, ...) -> frames (B, T, C, size, size), all in one call. Without gradients they are cut to [0, 1], and it
+        goes in blocks, so that memory beside the output stays constant."""
+        def paint(q):                         # of sigmoids, those once saturated stay so: one colour channel of mass_spring was stuck
+            frames = self.decoder(q)
+            return torch.sigmoid(frames) if self.sigmoid else frames if torch.is_grad_enabled() else frames.clamp(0, 1)
         flat = q.flatten(0, 1)
         blocks = (flat,) if torch.is_grad_enabled() else flat.split(block)
-        return torch.cat([torch.sigmoid(self.decoder(b)) for b in blocks]).unflatten(0, q.shape[:2])
+        return torch.cat([paint(b) for b in blocks]).unflatten(0, q.shape[:2])
 
     def sample(self, n, steps, dt=None, generator=None):
         """n rollouts from the prior z ~ N(0, I): frames (n, steps + 1, C, size, size)."""

@@ -288,17 +288,15 @@ def build(args):
 def make_optimisers(model, lr, device):
     """Muon for matrices: what tells one orbit from the next is a hundredth of what the encoder sees, and Muon learns small
     and large directions alike (40 % less error than Adam alone after 2,500 steps of two_body). Adam for the rest, and at
-    three times the rate for the compact encoder, whose last fraction of a pixel is what limits prediction. K's matrix learns slowly:
-    nothing in the pictures ties the scales of p of motions that are independent of each other, as the centre of mass is, and they
-    drift."""
+    three times the rate for the compact encoder, whose last fraction of a pixel is what limits prediction, and at four for its
+    decoder, which is small. K's matrix learns slowly: nothing in the pictures ties the scales of p of motions that are independent
+    of each other, as the centre of mass is, and they drift."""
     compact = isinstance(getattr(model, "encoder", None), CentroidEncoder)
-    encoder, mass = (list(model.encoder.parameters()), [model.H.K.L]) if compact else ([], [])
-    free = [w for w in model.parameters() if all(w is not e for e in encoder + mass)]
+    parts = [(3.0, [*model.encoder.parameters()]), (4.0, [*model.decoder.parameters()]), (0.03, [model.H.K.L])] if compact else []
+    apart = {w for _, part in parts for w in part}
+    free = [w for w in model.parameters() if w not in apart]
     matrices, others = [w for w in free if w.dim() == 2], [w for w in free if w.dim() != 2]
-    groups = [{"params": others, "factor": 1.0}]
-    if compact:
-        groups.append({"params": encoder, "factor": 3.0})
-        groups.append({"params": mass, "factor": 0.03})
+    groups = [{"params": part, "factor": factor} for factor, part in [(1.0, others), *parts]]
     adam = torch.optim.Adam(groups, lr, betas=(0.9, 0.99), eps=1e-12, fused=device.type == "cuda")
     if not matrices:                                        # the paper's networks have none
         return [adam]
