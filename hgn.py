@@ -533,7 +533,7 @@ class HGN(nn.Module):
         longer = 1 if torch.is_tensor(dt) else max(1, math.ceil(abs(dt) / self.dt - 1e-6))
         return self.integrate(self.H.dq, self.H.dp, q, p, dt, steps, longer * self.substeps, self.H.separable)
 
-    def decode(self, q, block=1024):
+    def decode(self, q, block=256):
         """Paint q (B, T, ...) -> frames (B, T, C, size, size), all in one call. Without gradients they are cut to [0, 1], and it
         goes in blocks, so that memory beside the output stays constant."""
         def paint(q):                         # of sigmoids, those once saturated stay so: one colour channel of mass_spring was stuck

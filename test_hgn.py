@@ -282,6 +282,33 @@ def test_frames_depend_on_q_alone():
     assert torch.equal(a[:, 0], b[:, 0]) and not torch.allclose(a[:, 3], b[:, 3])
 
 
+def test_a_disc_is_whole_where_none_was_painted_before():
+    torch.manual_seed(0)
+    system, decoder, steps = SYSTEMS["two_body"], HGN(latent=4).decoder, 250
+    at = lambda n, low, high: torch.empty(50, 4).uniform_(low, high, generator=seeded(n))    # of both discs, world units
+    error = lambda q: (decoder(q) - render(system, q.view(-1, 1, 2, 2))[:, 0]).square().mean()
+    optimiser = torch.optim.Adam(decoder.parameters(), betas=(0.9, 0.99))
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = 0.02 * min(1, step / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimiser.zero_grad()
+        error(at(step, -2.5, 0.5)).backward()
+        optimiser.step()
+    with torch.no_grad():
+        assert error(at(steps, -0.5, 2.5)) < 2e-4               # a blank picture has 40e-4, a decoder of an MLP 50e-4 or more
+
+
+def test_colours_are_cut_only_where_nothing_learns():
+    model = HGN()
+    model.decoder[-1].bias.data.copy_(torch.tensor([2.0, 0.5, -1.0]))
+    painted = model.decode(torch.zeros(1, 1, 8))
+    assert (painted[0, 0].mean((1, 2)) - torch.tensor([2.0, 0.5, -1.0])).abs().max() < 0.3
+    painted.sum().backward()
+    assert (model.decoder[-1].bias.grad - 32 * 32).abs().max() < 1      # a channel that is off the scale still learns
+    with torch.no_grad():
+        painted = model.decode(torch.zeros(1, 1, 8))
+    assert painted[0, 0, 0].min() == 1 and painted[0, 0, 2].max() == 0
+
+
 def test_kl_is_that_of_torch_distributions():
     model = HGN(f_psi=False)
     frames = clips(SYSTEMS["pendulum"], 5, generator=seeded())[0]
