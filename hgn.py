@@ -565,10 +565,11 @@ class HGN(nn.Module):
         there can be; say it, and torch.compile(model.loss, fullgraph=True) needs one compilation. beta: a number or
         a tensor. noise: of the posterior sample, N(0, I) of shape (B, *z_shape), by default drawn here.
         consistency: the compact encoder charts each scored frame by itself; weight of the distance of the rolled-out q
-        from there, which unlike pixels tells H where to go however far it is off. A frame whose q is far off is painted from
-        there, since it would teach the decoder nothing but to blur. 0: neither. mean: of q(z|x), by default the
-        encoder's; once H is nearly right, that from `fitted`. The decoder then learns from no state less precise than those it
-        is to paint, as it would blur: from the mean itself, and in the context's frames alone.
+        from there, which unlike pixels tells H where to go however far it is off. The pixels of a frame whose q is far off count
+        nothing, as they would teach the decoder to blur (and painted from the chart, which misreads discs that overlap, to paint
+        those wrongly). 0: neither. mean: of q(z|x), by default the encoder's; once H is nearly right, that from `fitted`. The
+        decoder then learns from no state less precise than those it is to paint, as it would blur: from the mean itself, and
+        in the context's frames alone.
         Returns: loss, mse, kl (nats, mean over clips), each a scalar tensor.
         """
         encoded, logvar = self.encode(frames)
@@ -592,13 +593,11 @@ class HGN(nn.Module):
             dt = torch.where(row < len(q), self.dt, -self.dt).unsqueeze(1)
             both = self.rollout(torch.cat((q, q)), torch.cat((p, p)), reach, dt)[0]      # (2B, reach + 1, ...)
             q = both[row[:len(q), None] + len(q) * (ahead < 0), ahead.abs()]             # (B, n, ...)
-        misfit = 0.0
+        error, misfit = (self.decode(q) - targets).square().mean((2, 3, 4)), 0.0                # (B, n)
         if consistency and isinstance(self.encoder, CentroidEncoder):
-            a = self.encoder.read(4 * (targets - self.background))
-            off = self.encoder.misfit(q, a)
-            far = off > (4 * off.detach().log().mean(1, keepdim=True).exp()).clamp(0.01, 0.1)   # noisy charts are off themselves
-            misfit, q = torch.log1p(off).mean(), torch.where(far.unsqueeze(2), a, q)            # log: chaos weighs less
-        error = (self.decode(q) - targets).square().mean((2, 3, 4))                             # (B, n)
+            off = self.encoder.misfit(q, self.encoder.read(4 * (targets - self.background)))
+            near = off <= (4 * off.detach().log().mean(1, keepdim=True).exp()).clamp(0.01, 0.1)  # noisy charts are off themselves
+            misfit, error = torch.log1p(off).mean(), error * near                               # log: chaos weighs less
         if fitted:
             at = torch.arange(frames.shape[1], device=q.device) if times is None else times
             seen = ((at >= 0) & (at < self.context)).float()
