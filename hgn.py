@@ -424,6 +424,11 @@ def paper(size, channels, context, latent, f_psi, *_):
 ARCHITECTURES = {"compact": compact, "paper": paper}
 
 
+def typical(x):
+    """Geometric mean over a clip's frames, (B, n) -> (B, 1), as a number to compare with."""
+    return x.detach().log().mean(1, keepdim=True).exp()
+
+
 class HGN(nn.Module):
     """Hamiltonian Generative Network (Toth et al. 2020, section 3).
 
@@ -565,11 +570,11 @@ class HGN(nn.Module):
         there can be; say it, and torch.compile(model.loss, fullgraph=True) needs one compilation. beta: a number or
         a tensor. noise: of the posterior sample, N(0, I) of shape (B, *z_shape), by default drawn here.
         consistency: the compact encoder charts each scored frame by itself; weight of the distance of the rolled-out q
-        from there, which unlike pixels tells H where to go however far it is off. The pixels of a frame whose q is far off count
-        nothing, as they would teach the decoder to blur (and painted from the chart, which misreads discs that overlap, to paint
-        those wrongly). 0: neither. mean: of q(z|x), by default the encoder's; once H is nearly right, that from `fitted`. The
-        decoder then learns from no state less precise than those it is to paint, as it would blur: from the mean itself, and
-        in the context's frames alone.
+        from there, which unlike pixels tells H where to go however far it is off. A frame whose q is far off is painted from
+        there, since it would teach the decoder nothing but to blur; if that goes wrong, it counts nothing: the chart misreads
+        things that overlap. 0: none of this. mean: of q(z|x), by default the encoder's; once H is nearly right, that from
+        `fitted`. The decoder then learns from no state less precise than those it is to paint, as it would blur: from the mean
+        itself, and in the context's frames alone.
         Returns: loss, mse, kl (nats, mean over clips), each a scalar tensor.
         """
         encoded, logvar = self.encode(frames)
@@ -593,11 +598,14 @@ class HGN(nn.Module):
             dt = torch.where(row < len(q), self.dt, -self.dt).unsqueeze(1)
             both = self.rollout(torch.cat((q, q)), torch.cat((p, p)), reach, dt)[0]      # (2B, reach + 1, ...)
             q = both[row[:len(q), None] + len(q) * (ahead < 0), ahead.abs()]             # (B, n, ...)
-        error, misfit = (self.decode(q) - targets).square().mean((2, 3, 4)), 0.0                # (B, n)
+        misfit, far = 0.0, q.new_zeros(q.shape[:2], dtype=torch.bool)
         if consistency and isinstance(self.encoder, CentroidEncoder):
-            off = self.encoder.misfit(q, self.encoder.read(4 * (targets - self.background)))
-            near = off <= (4 * off.detach().log().mean(1, keepdim=True).exp()).clamp(0.01, 0.1)  # noisy charts are off themselves
-            misfit, error = torch.log1p(off).mean(), error * near                               # log: chaos weighs less
+            a = self.encoder.read(4 * (targets - self.background))
+            off = self.encoder.misfit(q, a)
+            far = off > (4 * typical(off)).clamp(0.01, 0.1)                                     # noisy charts are off themselves
+            misfit, q = torch.log1p(off).mean(), torch.where(far.unsqueeze(2), a, q)            # log: chaos weighs less
+        error = (self.decode(q) - targets).square().mean((2, 3, 4))                             # (B, n)
+        error = error * ~(far & (error > 30 * typical(error)))                                  # there the chart is wrong
         if fitted:
             at = torch.arange(frames.shape[1], device=q.device) if times is None else times
             seen = ((at >= 0) & (at < self.context)).float()
