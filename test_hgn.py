@@ -883,6 +883,24 @@ def test_shipped_checkpoints_are_used_where_nothing_was_trained(name, tmp_path, 
     assert result["mse_0_29"] < 3e-4 and result["mse_30_59"] < 0.5 * result["blank_mse"]
 
 
+@pytest.mark.parametrize("name", ("two_body", "three_body"))
+def test_shipped_discs_stay_whole_long_after_the_window(name):
+    """Every frame is the true picture of where the discs are by then, however far these are from the true motion's."""
+    model, checkpoint = evaluation.load(HERE / "checkpoints" / f"{name}.pt")
+    test = evaluation.TestClips(checkpoint["config"], 64)
+    with torch.no_grad():
+        true = test.path(90).double()                           # (64, 90, bodies, 2)
+        apart = (torch.cdist(true, true) + 9 * torch.eye(true.shape[2])).amin((2, 3)) > 0.9      # where the chart reads them
+        inside = apart & (true.abs().amax((2, 3)) < 2.5)
+        affine = lambda q: torch.cat((q, torch.ones_like(q[..., :1])), 2).double()
+        charted = affine(model.encoder.read(4 * (torch.cat([*test.truth(90)]) - model.background)))
+        place = torch.linalg.lstsq(charted[inside], true[inside].flatten(1)).solution
+        q = model.rollout(*model.infer(test.observed), 89)[0][:, 45:]
+        at = (affine(q) @ place).unflatten(2, true.shape[2:])
+        off = (model.decode(q) - render(test.system, at)).square().mean((2, 3, 4))
+    assert (off > 5e-4).float().mean() < 0.01                   # 30e-4: no disc at all
+
+
 def test_the_papers_tables_are_filled_and_resumed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "ROWS", {"HNN": ("--model", "hnn")})
