@@ -342,29 +342,11 @@ class Embed(nn.Module):
         return embed(q)
 
 
-class Upsample(nn.Module):
-    """Four channels become the four pixels of a twice larger picture: nn.PixelShuffle, but with the order of channels
-    that makes it a copy of whole runs in channels_last memory, some 2 times faster on a CPU."""
-    def forward(self, x):                                                        # (B, 4 C, H, W) -> (B, C, 2 H, 2 W)
-        x = x.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1)).transpose(2, 3)       # (B, H, 2, W, 2, C)
-        return x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
-
-
-def painter(inputs, channels, low):
-    """Numbers -> a picture of side 8 low, before the sigmoid; the work is done at low resolution (sub-pixel convolutions)."""
-    decoder = nn.Sequential(
-        mlp(inputs, 128, 32 * low * low), nn.SiLU(), nn.Unflatten(1, (32, low, low)), nn.Conv2d(32, 64, 3, 1, 1), nn.SiLU(),
-        Upsample(), nn.Conv2d(16, 64, 3, 1, 1), nn.SiLU(), Upsample(), nn.Conv2d(16, 32, 3, 1, 1), nn.SiLU(),
-        Upsample(), nn.Conv2d(8, channels, 3, 1, 1))
-    he_(decoder)
-    return decoder
-
-
 class Blobs(nn.Module):
     """Round bumps of learnt widths at points linear in q, a map each, as of landmarks (Jakab et al. 2018): the mirror of
     CentroidEncoder. A decoder that is given q as numbers paints nothing right where it has not been; what this one has learnt to
     paint in some places it paints in all."""
-    def __init__(self, dim, size, blobs=16):
+    def __init__(self, dim, size, blobs):
         super().__init__()
         self.at = nn.Linear(dim, 2 * blobs)                                      # x of all, then y; the picture is [-1, 1]
         self.log_width = nn.Parameter(torch.linspace(math.log(0.1), math.log(0.5), blobs))
@@ -382,7 +364,7 @@ class Blobs(nn.Module):
 def compact(size, channels, context, latent, f_psi, periodic, dt):
     """Vector latent, separable H. The encoder's z is the state itself and f_psi, invertible, takes N(0, I) to the distribution
     of states: a prior that bends no coordinates. The decoder makes colours of the blobs, pixel by pixel."""
-    decoder = nn.Sequential(Embed() if periodic else nn.Identity(), Blobs(latent * (1 + periodic), size), nn.Conv2d(16, 32, 1),
+    decoder = nn.Sequential(Embed() if periodic else nn.Identity(), Blobs(latent * (1 + periodic), size, 16), nn.Conv2d(16, 32, 1),
                             nn.ReLU(inplace=True), nn.Conv2d(32, 32, 1), nn.ReLU(inplace=True), nn.Conv2d(32, channels, 1))
     he_(*decoder[2:])
     encoder = CentroidEncoder(channels, context, latent, periodic, dt)
@@ -541,12 +523,11 @@ class HGN(nn.Module):
     def decode(self, q, block=256):
         """Paint q (B, T, ...) -> frames (B, T, C, size, size), all in one call. Without gradients they are cut to [0, 1], and it
         goes in blocks, so that memory beside the output stays constant."""
-        def paint(q):                         # of sigmoids, those once saturated stay so: one colour channel of mass_spring was stuck
-            frames = self.decoder(q)
-            return torch.sigmoid(frames) if self.sigmoid else frames if torch.is_grad_enabled() else frames.clamp(0, 1)
+        def paint(q):                         # no sigmoid but in the paper's: once saturated it stays so, as one colour of mass_spring
+            return torch.sigmoid(self.decoder(q)) if self.sigmoid else self.decoder(q)
         flat = q.flatten(0, 1)
-        blocks = (flat,) if torch.is_grad_enabled() else flat.split(block)
-        return torch.cat([paint(b) for b in blocks]).unflatten(0, q.shape[:2])
+        frames = paint(flat) if torch.is_grad_enabled() else torch.cat([paint(b).clamp(0, 1) for b in flat.split(block)])
+        return frames.unflatten(0, q.shape[:2])
 
     def sample(self, n, steps, dt=None, generator=None):
         """n rollouts from the prior z ~ N(0, I): frames (n, steps + 1, C, size, size)."""
@@ -631,7 +612,9 @@ class HNN(nn.Module):
             sides = (2 * channels, 32, 64, 64)
             self.encoder = nn.Sequential(*(m for a, b in zip(sides, sides[1:]) for m in (nn.Conv2d(a, b, 3, 2, 1), nn.SiLU())),
                                          nn.Flatten(), nn.Linear(64 * (size // 8) ** 2, 2 * latent))
-            self.decoder = painter(2 * latent, 2 * channels, size // 8)
+            low, grow = size // 8, lambda a, b: (nn.Conv2d(a, b, 3, 1, 1), nn.SiLU(), nn.PixelShuffle(2))
+            self.decoder = nn.Sequential(mlp(2 * latent, 128, 32 * low * low), nn.SiLU(), nn.Unflatten(1, (32, low, low)),
+                                         *grow(32, 64), *grow(16, 64), *grow(16, 32), nn.Conv2d(8, 2 * channels, 3, 1, 1))
         else:
             self.encoder = nn.Sequential(nn.Flatten(), mlp(pixels, 200, 200, 2 * latent))
             self.decoder = nn.Sequential(mlp(2 * latent, 200, 200, pixels), nn.Unflatten(1, (2 * channels, size, size)))
