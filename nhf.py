@@ -171,7 +171,7 @@ class NHF(Flow):
         (B, hamiltonians * steps + 1, dim) twice, the start included; in standardised units."""
         qs, ps = [q.unsqueeze(1)], [p.unsqueeze(1)]
         for H, log_dt in list(zip(self.H, self.log_dt))[::-1 if reverse else 1]:
-            q, p = leapfrog(H.dq, H.dp, qs[-1][:, -1], ps[-1][:, -1], log_dt.exp() * (-1 if reverse else 1), self.steps)
+            q, p = leapfrog(H, qs[-1][:, -1], ps[-1][:, -1], log_dt.exp() * (-1 if reverse else 1), self.steps)
             qs.append(q[:, 1:])
             ps.append(p[:, 1:])
         return torch.cat(qs, 1), torch.cat(ps, 1)
