@@ -8,6 +8,7 @@ through a few learnt Hamiltonians with leapfrog, keep q. Leapfrog preserves volu
     model.log_prob(x, samples=256)                  # (B,) nats, a lower bound that tightens with `samples`
     model.sample(1000)                              # (1000, 2)
 """
+
 import math
 from dataclasses import dataclass
 from typing import Callable, Optional
@@ -21,11 +22,13 @@ from hgn import Couplings, Separable, he_, leapfrog, mlp
 
 # ---------------------------------------------------------------- densities
 
+
 @dataclass(frozen=True)
 class Density:
     """A density in the plane. sample(n, generator) -> (n, 2). entropy: nats, the lowest test NLL there is.
     log_prob(x): (B, 2) -> (B,), where it has a closed form. parts: how many equal modes, points or curves, it has;
     centres: (parts * nodes, 2), where they lie."""
+
     sample: Callable
     entropy: float
     log_prob: Optional[Callable] = None
@@ -40,15 +43,23 @@ class Density:
 def _around(curves, entropy, sigma, parts=1, nodes=400):
     """Gaussian noise of width sigma round curves: curves(k, t), with part k and t in [0, 1], are points (n, 2). The density is
     the integral over t by the midpoint rule, exact to 1e-6; for single points (nodes 1) it is a Gaussian mixture."""
+
     def sample(n, generator=None):
         k, t = torch.randint(parts, (n,), generator=generator), torch.rand(n, generator=generator)
         return curves(k, t) + sigma * torch.randn(n, 2, generator=generator)
-    k, t = torch.arange(parts).repeat_interleave(nodes), ((torch.arange(nodes) + 0.5) / nodes).repeat(parts)
+
+    k, t = (
+        torch.arange(parts).repeat_interleave(nodes),
+        ((torch.arange(nodes) + 0.5) / nodes).repeat(parts),
+    )
     centres = curves(k, t)
 
     def log_prob(x):
         square = torch.cdist(x, centres.to(x), compute_mode="donot_use_mm_for_euclid_dist").square()
-        return (-0.5 * square / sigma ** 2).logsumexp(1) - math.log(len(centres) * 2 * math.pi * sigma ** 2)
+        return (-0.5 * square / sigma**2).logsumexp(1) - math.log(
+            len(centres) * 2 * math.pi * sigma**2
+        )
+
     return Density(sample, entropy, log_prob, parts, centres)
 
 
@@ -57,13 +68,15 @@ def _polar(r, a):
 
 
 def _moons(k, t):
-    a, sign = math.pi * t, 1.0 - 2 * k                      # the second is the first, turned and shifted
+    a, sign = math.pi * t, 1.0 - 2 * k  # the second is the first, turned and shifted
     return torch.stack((2 * sign * a.cos() + 2 * k - 1, 2 * sign * a.sin() + k - 0.2), -1)
 
 
 def _pinwheel(n, generator=None):
     x = torch.randn(n, 2, generator=generator) * torch.tensor((0.3, 0.1)) + torch.tensor((1.0, 0.0))
-    a = math.pi / 2 * torch.randint(5, (n,), generator=generator) + 0.25 * x[:, 0].exp()     # two of the five arms coincide
+    a = (
+        math.pi / 2 * torch.randint(5, (n,), generator=generator) + 0.25 * x[:, 0].exp()
+    )  # two of the five arms coincide
     c, s = a.cos(), a.sin()
     return 2 * torch.stack((c * x[:, 0] - s * x[:, 1], s * x[:, 0] + c * x[:, 1]), -1)
 
@@ -77,22 +90,38 @@ def _spirals(n, generator=None):
 
 def _checkerboard(n, generator=None):
     x = 4 * torch.rand(n, generator=generator) - 2
-    y = torch.rand(n, generator=generator) - 2 * torch.randint(2, (n,), generator=generator) + x.floor() % 2
+    y = (
+        torch.rand(n, generator=generator)
+        - 2 * torch.randint(2, (n,), generator=generator)
+        + x.floor() % 2
+    )
     return 2 * torch.stack((x, y), -1)
 
 
 def _checkerboard_log_prob(x):
     column, row = (x[:, 0] / 2).floor(), (x[:, 1] / 2).floor()
-    inside = (column.abs() <= 2) & (column < 2) & (row.abs() <= 2) & (row < 2) & ((column + row) % 2 == 0)
+    inside = (
+        (column.abs() <= 2)
+        & (column < 2)
+        & (row.abs() <= 2)
+        & (row < 2)
+        & ((column + row) % 2 == 0)
+    )
     return torch.where(inside, -math.log(32.0), -math.inf)
 
 
 # Entropies are Monte Carlo means of -log p, +- 0.002; FFJORD's toy definitions (Grathwohl et al. 2019) where they exist.
 DENSITIES = {
-    "eight_gaussians": _around(lambda k, t: _polar(torch.tensor(4 / 1.414), k * math.pi / 4), 2.833, 0.5 / 1.414, 8, 1),
-    "nine_gaussians": _around(lambda k, t: 2.0 * torch.stack((k % 3 - 1, k // 3 - 1), -1), 2.627, 0.3, 9, 1),
+    "eight_gaussians": _around(
+        lambda k, t: _polar(torch.tensor(4 / 1.414), k * math.pi / 4), 2.833, 0.5 / 1.414, 8, 1
+    ),
+    "nine_gaussians": _around(
+        lambda k, t: 2.0 * torch.stack((k % 3 - 1, k // 3 - 1), -1), 2.627, 0.3, 9, 1
+    ),
     "two_moons": _around(_moons, 2.396, 0.2, 2),
-    "crescents": _around(lambda k, t: _polar(torch.tensor(2.0), math.pi * (k + (2 * t - 1) / 3)), 2.020, 0.2, 2),
+    "crescents": _around(
+        lambda k, t: _polar(torch.tensor(2.0), math.pi * (k + (2 * t - 1) / 3)), 2.020, 0.2, 2
+    ),
     "circles": _around(lambda k, t: _polar(3.0 / (1 + k), 2 * math.pi * t), 3.268, 0.24, 2),
     "rings": _around(lambda k, t: _polar(0.75 * (1.0 + k), 2 * math.pi * t), 2.622, 0.08, 4),
     "pinwheel": Density(_pinwheel, 2.045),
@@ -103,8 +132,10 @@ DENSITIES = {
 
 # ---------------------------------------------------------------- base densities
 
+
 class Gaussian:
     """N(0, I)."""
+
     def log_prob(self, x):
         return -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1)
 
@@ -115,11 +146,14 @@ class Gaussian:
 class SoftUniform:
     """Uniform on [-a, a] with soft edges, in every coordinate: a product of two sigmoids, which is exactly the density of
     a uniform plus a logistic variable of scale 1 / beta."""
+
     a, beta = 1.7, 10.0
 
     def log_prob(self, x):
         edges = F.logsigmoid(self.beta * (x + self.a)) + F.logsigmoid(self.beta * (self.a - x))
-        return (edges + math.log(-math.expm1(-2 * self.a * self.beta)) - math.log(2 * self.a)).sum(-1)
+        return (edges + math.log(-math.expm1(-2 * self.a * self.beta)) - math.log(2 * self.a)).sum(
+            -1
+        )
 
     def sample(self, *shape, generator=None):
         u, v = torch.rand(2, *shape, generator=generator)
@@ -131,11 +165,15 @@ BASES = {"gaussian": Gaussian, "soft_uniform": SoftUniform}
 
 # ---------------------------------------------------------------- the flow
 
+
 class Flow(nn.Module):
     """What NHF and RealNVP share: the user's units. Inside, data are standardised to (x - shift) / scale."""
+
     def __init__(self, dim, shift, scale):
         super().__init__()
-        self.register_buffer("shift", torch.zeros(dim) + torch.as_tensor(shift, dtype=torch.float32))
+        self.register_buffer(
+            "shift", torch.zeros(dim) + torch.as_tensor(shift, dtype=torch.float32)
+        )
         self.register_buffer("scale", torch.ones(dim) * torch.as_tensor(scale, dtype=torch.float32))
 
     def standard(self, x):
@@ -150,19 +188,40 @@ class NHF(Flow):
     width: of the MLPs. kinetic: "mlp" (the paper) or "quadratic" (Souveton et al. 2023, arXiv 2302.01955). base: "gaussian" or
     "soft_uniform", of q and of p. shift, scale: of the data, to standardise them. Raises: ValueError, with the cure, for a value outside these.
     """
-    def __init__(self, dim=2, hamiltonians=8, steps=1, width=64, kinetic="mlp", base="gaussian", shift=0.0, scale=1.0):
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "shift", "scale")}
+
+    def __init__(
+        self,
+        dim=2,
+        hamiltonians=8,
+        steps=1,
+        width=64,
+        kinetic="mlp",
+        base="gaussian",
+        shift=0.0,
+        scale=1.0,
+    ):
+        self.config = {
+            k: v for k, v in locals().items() if k not in ("self", "__class__", "shift", "scale")
+        }
         super().__init__(dim, shift, scale)
-        for name, value in (("dim", dim), ("hamiltonians", hamiltonians), ("steps", steps), ("width", width)):
+        for name, value in (
+            ("dim", dim),
+            ("hamiltonians", hamiltonians),
+            ("steps", steps),
+            ("width", width),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        for name, value, known in (("kinetic", kinetic, ("mlp", "quadratic")), ("base", base, BASES)):
+        for name, value, known in (
+            ("kinetic", kinetic, ("mlp", "quadratic")),
+            ("base", base, BASES),
+        ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         self.dim, self.steps, self.base = dim, steps, BASES[base]()
         self.H = nn.ModuleList(Separable(dim, width, kinetic=kinetic) for _ in range(hamiltonians))
         self.log_dt = nn.Parameter(torch.full((hamiltonians,), math.log(0.5)))
-        self.encoder = mlp(dim, width, width, 2 * dim)      # f(p | q) = N(mean, exp(log_std)^2)
+        self.encoder = mlp(dim, width, width, 2 * dim)  # f(p | q) = N(mean, exp(log_std)^2)
         he_(self.encoder)
         self.encoder[-1].weight.data.mul_(0.1)
 
@@ -170,8 +229,10 @@ class NHF(Flow):
         """Roll base states (q, p), each (B, dim), to data, or with `reverse` data to base. Returns all states on the way,
         (B, hamiltonians * steps + 1, dim) twice, the start included; in standardised units."""
         qs, ps = [q.unsqueeze(1)], [p.unsqueeze(1)]
-        for H, log_dt in list(zip(self.H, self.log_dt))[::-1 if reverse else 1]:
-            q, p = leapfrog(H, qs[-1][:, -1], ps[-1][:, -1], log_dt.exp() * (-1 if reverse else 1), self.steps)
+        for H, log_dt in list(zip(self.H, self.log_dt))[:: -1 if reverse else 1]:
+            q, p = leapfrog(
+                H, qs[-1][:, -1], ps[-1][:, -1], log_dt.exp() * (-1 if reverse else 1), self.steps
+            )
             qs.append(q[:, 1:])
             ps.append(p[:, 1:])
         return torch.cat(qs, 1), torch.cat(ps, 1)
@@ -183,8 +244,10 @@ class NHF(Flow):
         mean, log_std = self.encoder(q).chunk(2, 1)
         p = mean + log_std.exp() * noise
         log_f = -(0.5 * (noise.square() + math.log(2 * math.pi)) + log_std).sum(-1)
-        q0, p0 = (s[:, -1].unflatten(0, noise.shape[:2])
-                  for s in self.flow(q.expand_as(noise).flatten(0, 1), p.flatten(0, 1), reverse=True))
+        q0, p0 = (
+            s[:, -1].unflatten(0, noise.shape[:2])
+            for s in self.flow(q.expand_as(noise).flatten(0, 1), p.flatten(0, 1), reverse=True)
+        )
         return self.base.log_prob(q0) + self.base.log_prob(p0) - log_f - volume
 
     def elbo(self, x, generator=None):
@@ -206,6 +269,7 @@ class NHF(Flow):
 class RealNVP(Flow):
     """The baseline that the paper compares with (Dinh et al. 2017): affine couplings with alternating masks, two-layer ReLU
     MLPs. log_prob is exact, so `samples` changes nothing."""
+
     def __init__(self, dim=2, layers=8, width=128, shift=0.0, scale=1.0):
         self.config = {"dim": dim, "layers": layers, "width": width}
         super().__init__(dim, shift, scale)
@@ -231,4 +295,7 @@ class RealNVP(Flow):
     elbo = log_prob
 
     def sample(self, n, generator=None):
-        return self.couplings(self.base.sample(n, self.dim, generator=generator)) * self.scale + self.shift
+        return (
+            self.couplings(self.base.sample(n, self.dim, generator=generator)) * self.scale
+            + self.shift
+        )
