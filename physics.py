@@ -327,16 +327,6 @@ def _paint(system, centres, out):
     out.clamp_(max=1)
 
 
-def compile_loops():
-    """From here on `simulate` and `render` run their inner loops through torch.compile, 1.3-2 times as fast on a CPU."""
-    global _compose, _paint
-    plain, fast = _compose, torch.compile(_compose, fullgraph=True, dynamic=True)
-    _compose = lambda system, q, p, h: (fast if len(q) > 1 else plain)(
-        system, q, p, h
-    )  # one clip would be compiled again
-    _paint = torch.compile(_paint, fullgraph=True, dynamic=True)
-
-
 def clips(system, n, frames=30, dt=0.125, noise=0.0, size=32, generator=None, device=None):
     """n random clips. Returns frames (n, frames, 3, size, size) and the true, noise-free states q, p
     (n, frames, bodies, dims).
