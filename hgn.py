@@ -472,7 +472,7 @@ def geodesic(y, dim, near=8):
     (Tenenbaum et al. 2000, "Isomap"), the first of unit variance: a curve comes out straight, where a
     principal component may fold it."""
     d = torch.cdist(y, y)
-    reach = d.kthvalue(near + 1, 1).values
+    reach = d.kthvalue(min(near + 1, len(d)), 1).values
     d = torch.where(d <= torch.maximum(reach, reach[:, None]), d, 10 * d)  # no part is out of reach
     for _ in range(math.ceil(math.log2(len(d)))):
         d = torch.stack([(row + d).amin(1) for row in d])  # by way of one more point

@@ -19,6 +19,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 
 import eval as evaluation
 import train
@@ -534,7 +535,7 @@ def test_faster_is_the_same_motion():
 def test_ten_thousand_frames_in_constant_memory():
     code = (
         "import resource, torch; from hgn import HGN\nm = HGN()\nwith torch.inference_mode():\n"
-        " f = m.decode(m.rollout(torch.randn(1, 8), torch.randn(1, 8), 9999)[0])\n"
+        " f = m.decode(m.rollout(torch.randn(1, 6), torch.randn(1, 6), 9999)[0])\n"
         "print(f.shape[1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     frames, kilobytes = map(
@@ -1082,11 +1083,9 @@ def test_a_run_that_learnt_nothing_says_so(tmp_path, monkeypatch, capsys):
     assert "little was learnt. Try more --steps" in capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("options", ({"latent": 2}, {"latent": 1, "periodic": True, "substeps": 2},
-                                     {"arch": "paper", "latent": 2}), ids=str)  # fmt: skip
-def test_compiled_gradients_are_the_eager_ones(options, monkeypatch, device="cpu"):
+@pytest.mark.parametrize("options", ({"latent": 2}, {"arch": "paper", "latent": 2}), ids=str)
+def test_compiled_gradients_are_the_eager_ones(options, device="cpu"):
     """The whole loss as one region, nested leapfrog steps included."""
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)
     torch.manual_seed(1)
     model = HGN(size=16, **options).to(device)
     z = torch.randn(4, *model.prior.shape).to(device)
@@ -1102,8 +1101,9 @@ def test_compiled_gradients_are_the_eager_ones(options, monkeypatch, device="cpu
     gradients = []
     for loss in (losses[0], train.compiled(losses[0])):
         model.zero_grad()
-        torch.manual_seed(2)  # of what is drawn inside
-        loss(*batch, noise=z)[0].backward()
+        torch.manual_seed(2)  # of what is drawn inside, by torch's own generator in both
+        with torch._inductor.config.patch(fallback_random=True):
+            loss(*batch, noise=z)[0].backward()
         gradients.append({k: w.grad for k, w in model.named_parameters() if w.grad is not None})
     for k, g in gradients[0].items():
         assert (gradients[1][k] - g).norm() <= 1e-4 * g.norm() + 1e-9, k
@@ -1193,9 +1193,9 @@ def test_a_full_disk(tmp_path, monkeypatch, capsys):
 
 
 @needs_cuda
-def test_cuda_gradients_compiled_and_eager(monkeypatch):
+def test_cuda_gradients_compiled_and_eager():
     for options in ({"latent": 2}, {"arch": "paper", "latent": 2}):
-        test_compiled_gradients_are_the_eager_ones(options, monkeypatch, "cuda")
+        test_compiled_gradients_are_the_eager_ones(options, "cuda")
 
 
 @needs_cuda
