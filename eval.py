@@ -162,9 +162,7 @@ def read_checkpoint(path):
         or checkpoint.get("kind") not in [*MODELS]
         or not PARTS <= checkpoint.keys()
         or not usable(checkpoint["config"])
-        or not all(
-            isinstance(checkpoint.get(k, 0), (int, float)) for k in ("step", "seconds", "setbacks")
-        )
+        or not all(isinstance(checkpoint.get(k, 0), (int, float)) for k in ("step", "seconds"))
     ):
         fail(f"{path} is not a checkpoint written by train.py")
     return checkpoint
