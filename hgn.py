@@ -22,13 +22,15 @@ from torch import nn
 # ------------------------------------------------------------------ integrators (section 2.1)
 
 
-@torch.compiler.nested_compile_region  # torch.compile translates it once, not once for every step
+once = torch.compiler.nested_compile_region  # what torch.compile translates once, not every step
+
+
+@once
 def leapfrog_step(H, q, p, here, h):
-    """One step of `leapfrog`; here = H.at(q). Returns q, p and H.at(q) after it."""
     half = p
     for _ in range(1 + H.rounds):
         half = p - h / 2 * H.kick(here, half)
-    drift = H.dp(q, half)
+    drift = H.drift(here, half)
     new = q + h * drift
     for _ in range(H.rounds):
         new = q + h / 2 * (drift + H.dp(new, half))
@@ -51,48 +53,40 @@ def leapfrog(H, q, p, dt, steps, substeps=1):
     that broadcasts with q; negative runs backward. substeps: leapfrog steps from one returned state
     to the next. Returns: q, p of shape (B, steps + 1, ...), the start included.
     """
-    h = dt / substeps
-    q, p = q.clone(), p.clone()  # a compiled step takes no two halves of one tensor
-    states, here = [(q, p)], H.at(q)
-    for _ in range(steps):
-        for _ in range(substeps):
-            q, p, here = leapfrog_step(H, q, p, here, h)
-        states.append((q, p))
-    return stack(states)
+    return roll(leapfrog_step, H, q, p, dt, steps, substeps)
 
 
-def stack(states):
-    """[(q, p), ...] -> q, p of shape (B, len(states), ...)."""
-    return tuple(torch.stack(x, 1) for x in zip(*states))
-
-
-@torch.compiler.nested_compile_region
-def explicit_step(H, q, p, h):
+@once
+def explicit_step(H, q, p, here, h):
     p = p - h / 2 * H.dq(q, p)
     q = q + h * H.dp(q, p)
-    return q, p - h / 2 * H.dq(q, p)
+    return q, p - h / 2 * H.dq(q, p), here
 
 
 def explicit_leapfrog(H, q, p, dt, steps, substeps=1):
     """The paper's leapfrog, explicit whatever H is: where H is not separable, as the paper's is not, of
     order 1 and neither symplectic nor reversible. Arguments as for `leapfrog`."""
-    states = [(q.clone(), p.clone())]
-    for _ in range(steps):
-        q, p = states[-1]
-        for _ in range(substeps):
-            q, p = explicit_step(H, q, p, dt / substeps)
-        states.append((q, p))
-    return stack(states)
+    return roll(explicit_step, H, q, p, dt, steps, substeps)
+
+
+@once
+def euler_step(H, q, p, here, h):
+    return q + h * H.dp(q, p), p - h * H.dq(q, p), here
 
 
 def euler(H, q, p, dt, steps, substeps=1):
     """Explicit Euler, the paper's ablation: order 1, not symplectic. Arguments as for `leapfrog`."""
-    h, states = dt / substeps, [(q, p)]
+    return roll(euler_step, H, q, p, dt, steps, substeps)
+
+
+def roll(step, H, q, p, dt, steps, substeps):
+    q, p = q.clone(), p.clone()  # a compiled step takes no two halves of one tensor
+    states, here = [(q, p)], H.at(q)
     for _ in range(steps):
         for _ in range(substeps):
-            q, p = q + h * H.dp(q, p), p - h * H.dq(q, p)
+            q, p, here = step(H, q, p, here, dt / substeps)
         states.append((q, p))
-    return stack(states)
+    return tuple(torch.stack(x, 1) for x in zip(*states))
 
 
 INTEGRATORS = {"leapfrog": leapfrog, "explicit_leapfrog": explicit_leapfrog, "euler": euler}
@@ -116,12 +110,16 @@ class Hamiltonian(nn.Module):
         return torch.func.grad(lambda x: self(q, x).sum())(p)
 
     def at(self, q):
-        """What `kick` needs to know of q, computed once a step: a tuple of tensors."""
+        """What `kick` and `drift` need to know of q, computed once a step: a tuple of tensors."""
         return (q,)
 
     def kick(self, here, p):
         """dH/dq at the q of here = at(q)."""
         return self.dq(*here, p)
+
+    def drift(self, here, p):
+        """dH/dp there."""
+        return self.dp(*here, p)
 
 
 def embed(q):
@@ -202,6 +200,9 @@ class Separable(Hamiltonian):
     def kick(self, here, p):
         return here[0]
 
+    def drift(self, here, p):
+        return self.K.grad(p)
+
 
 class Natural(Hamiltonian):
     """H(q, p) = p^T M(q)^-1 p / 2 + V(q), the form of every mechanical system in every coordinates: for
@@ -227,18 +228,26 @@ class Natural(Hamiltonian):
         return 0.5 * (p * self.dp(q, p)).sum(1) + self.V(q)
 
     def dp(self, q, p):
-        L = self.factor(q)[0]
-        return (L @ (p.unsqueeze(1) @ L).mT).squeeze(2) + self.least * p
+        return self.velocity(self.factor(q)[0], p)
+
+    def velocity(self, L, p):
+        """M^-1 p, (B, dim)."""
+        p = p.unsqueeze(2)
+        return torch.baddbmm(p, L, L.mT @ p, beta=self.least).squeeze(2)
 
     def at(self, q):
         L, h, x = self.factor(q)
         slope = ((1 - h * h).unsqueeze(1) * self.second.weight) @ self.first.weight  # dL/dx
-        return self.V.grad(q), L, of_angles(slope, x.unsqueeze(1)) if self.periodic else slope
+        slope = of_angles(slope, x.unsqueeze(1)) if self.periodic else slope
+        return self.V.grad(q).unsqueeze(1), L, slope  # (B, 1, dim), (B, dim, dim), (B, dim^2, dim)
 
     def kick(self, here, p):
-        force, L, slope = here  # (B, dim), (B, dim, dim), (B, dim dim, dim)
-        p = p.unsqueeze(1)
-        return force + ((p.mT * (p @ L)).flatten(1).unsqueeze(1) @ slope).squeeze(1)
+        force, L, slope = here
+        outer = p.unsqueeze(2) * (p.unsqueeze(1) @ L)
+        return torch.baddbmm(force, outer.flatten(1).unsqueeze(1), slope).squeeze(1)
+
+    def drift(self, here, p):
+        return self.velocity(here[1], p)
 
     def dq(self, q, p):
         return self.kick(self.at(q), p)
@@ -247,9 +256,7 @@ class Natural(Hamiltonian):
         """z = (q, dq/dt), (B, 2 dim) -> q and p = M(q) dq/dt (the Legendre transform)."""
         q, v = z.chunk(2, 1)
         L, one = self.factor(q)[0], torch.eye(self.dim, dtype=z.dtype, device=z.device)
-        p = torch.linalg.solve_ex(L @ L.mT + self.least * one, v.unsqueeze(2))[
-            0
-        ]  # waits for no GPU
+        p = torch.linalg.solve_ex(L @ L.mT + self.least * one, v.unsqueeze(2)).result  # no wait
         return q, p.squeeze(2)
 
 
@@ -436,7 +443,7 @@ class PaperDecoder(nn.Module):
         he_(self)
         self.blocks[-1].weight.data.mul_(0.1)  # at first, paint one colour
 
-    def fit(self, frames):
+    def fit(self, frames, encoder):
         self.blocks[-1].bias.data.copy_(torch.logit(frames.mean((0, 2, 3)), eps=0.01))
 
     def forward(self, q):  # (n, dim) -> (n, C, H, W)
@@ -451,6 +458,7 @@ LEAST = 1e-2  # mass that a filter has to see before its centre counts
 FASTEST = 10  # velocity that a chart may start from: none that is folded sends q to infinity
 JITTER = 0.02  # of charted coordinates before they are painted: what is finer carries nothing
 PRICE = 0.001  # of a nat of a coordinate, over a blank prediction's error
+SCORED = 2  # rows and columns from one that is scored to the next, in training
 TOLERANCE = 0.1  # error over a blank prediction's from which on a frame counts by the logarithm
 
 
@@ -480,6 +488,12 @@ def geodesic(y, dim, near=8):
     d = d - d.mean(0) - d.mean(1, keepdim=True) + d.mean()
     value, axes = torch.linalg.eigh(-0.5 * d.double())
     return (axes * (value.clamp(min=0) / value[-1] * len(d)).sqrt()).flip(1)[:, :dim].to(y)
+
+
+def ridge(x, y, penalty):
+    """The W for which |x W - y|^2 + penalty |W|^2, means over rows, is least."""
+    one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    return torch.linalg.solve(x.T @ x / len(x) + penalty * one, x.T @ y / len(x))
 
 
 class Chart(nn.Module):
@@ -527,8 +541,14 @@ class Chart(nn.Module):
         y = ((y - self.mean) / self.scale)[:CHARTED]
         q = geodesic(y, len(self.linear.weight))
         q = q / q.std(0) if self.periodic else q
-        ridge = y.T @ y / len(y) + 1e-2 * torch.eye(y.shape[1], device=y.device)
-        self.linear.weight.copy_(torch.linalg.solve(ridge, y.T @ q / len(y)).T)
+        self.linear.weight.copy_(ridge(y, q, 1e-2).T)
+
+    def places(self, frames, n):
+        """q of frames, and the centres (len(frames), 2 n), first x, of what n of the filters see."""
+        y = torch.cat([self.features(part) for part in frames.split(256)])
+        q = torch.cat([self(part) for part in frames.split(256)])
+        x, y = (y * self.scale + self.mean).split(self.filters[0].out_channels, 1)[1:3]
+        return q, torch.cat((x[:, :n], y[:, :n]), 1)
 
     def forward(self, frames):  # (n, C, H, W) -> (n, latent)
         y = self.features(frames)
@@ -560,7 +580,9 @@ class ChartEncoder(nn.Module):
         self.register_buffer("poly", fit)  # (2, context)
         seen = (context * (1 + periodic) + 2) * latent
         self.bent = bent(seen, 128, 128, 2 * latent)
-        self.logvar = nn.Parameter(torch.full((2 * latent,), -8.0))  # small: see PaperEncoder
+        self.logvar = nn.Parameter(
+            torch.full((2 * latent,), -1.2)
+        )  # in tens, to move at Adam's rate
 
     def fit(self, frames):
         self.chart.fit(frames)
@@ -580,7 +602,7 @@ class ChartEncoder(nn.Module):
         seen = embed(e) if self.periodic else e
         bent = self.bent(torch.cat((seen.flatten(1), moved[:, -1], velocity), 1))
         mean = torch.cat((e[:, 0] + place, velocity), 1) + bent
-        return mean, self.logvar.expand_as(mean)
+        return mean, (10 * self.logvar).expand_as(mean)
 
 
 class BlobDecoder(nn.Module):
@@ -605,25 +627,36 @@ class BlobDecoder(nn.Module):
         self.last.weight.data.mul_(0.1)  # at first, paint the still picture
         nn.init.zeros_(self.last.bias)
 
-    def fit(self, frames):
+    def fit(self, frames, encoder):
+        """Start from the still picture, and blobs that go with q where the encoder's filters look."""
         self.still.copy_(frames.median(0).values)
+        q, places = encoder.chart.places(frames, len(self.linear.bias) // 6)
+        q = embed(q) if self.periodic else q
+        W = ridge(torch.cat((q, torch.ones_like(q[:, :1])), 1), places, 1e-3)
+        for start, fit in ((self.linear.weight, W[:-1].T), (self.linear.bias, W[-1])):
+            start[: len(fit)] = 0.3 * start[: len(fit)] + fit
 
-    def blobs(self, q):  # (n, dim) -> (n, blobs, H, W), channels_last
+    def blobs(self, q, rows, columns):  # (n, dim) -> (n, blobs, rows, columns), channels_last
         x, y, a, c, b, height = (self.linear(q) + self.bent(q)).unflatten(1, (6, -1)).unbind(1)
-        a, c, height = a.clamp(-2, 4).exp(), c.clamp(-2, 4).exp(), height.clamp(max=2)
+        a, c, height = a.clamp(-2, 3).exp(), c.clamp(-2, 3).exp(), height.clamp(max=2)
         # height - ((a X + b c Y)^2 + (c Y)^2) / 2 at (X, Y) from (x, y), as a polynomial of the place
         xx, xy, yy = -0.5 * a * a, -a * b * c, -0.5 * (b * b + 1) * c * c
         none = height + xx * x * x + xy * x * y + yy * y * y
         terms = torch.stack((xx, xy, yy, -2 * xx * x - xy * y, -2 * yy * y - xy * x, none), 1)
-        one, X, Y = plane(self.size, q)
-        maps = (torch.stack((X * X, X * Y, Y * Y, X, Y, one), 1) @ terms).exp()  # (n, H W, blobs)
-        return maps.unflatten(1, (self.size, self.size)).movedim(3, 1)
+        one, X, Y = (
+            x.unflatten(0, (self.size, -1))[rows][:, columns].flatten() for x in plane(self.size, q)
+        )
+        maps = (torch.stack((X * X, X * Y, Y * Y, X, Y, one), 1) @ terms).exp()
+        return maps.unflatten(1, (len(rows), len(columns))).movedim(3, 1)
 
-    def forward(self, q):  # (n, latent) -> (n, C, H, W)
+    def forward(self, q, rows=None, columns=None):  # (n, latent) -> (n, C, H, W), or a part of it
+        every = torch.arange(self.size, device=q.device)
+        rows, columns = (every, every) if rows is None else (rows, columns)
         q = embed(q) if self.periodic else q
         shift, gain = self.colour(q)[:, :, None, None].chunk(2, 1)
-        x = F.leaky_relu(self.first(self.blobs(q)) + shift, 0.1)
-        return self.still + self.last(F.leaky_relu(self.second(x), 0.1) * (1 + gain))
+        x = F.leaky_relu(self.first(self.blobs(q, rows, columns)) + shift, 0.1)
+        x = self.last(F.leaky_relu(self.second(x), 0.1) * (1 + gain))
+        return self.still[:, rows][:, :, columns] + x
 
 
 # ------------------------------------------------------------------ HGN (section 3)
@@ -705,7 +738,7 @@ class HGN(nn.Module):
         """Before training: take what needs no learning from frames (n, C, size, size), a few hundred of
         any times: the still picture, the scale of features, the first coordinates."""
         self.encoder.fit(frames)
-        self.decoder.fit(frames)
+        self.decoder.fit(frames, self.encoder)
 
     def encode(self, frames):
         """frames (B, T >= context, C, size, size) -> mean and log-variance of q(z|x)."""
@@ -799,29 +832,37 @@ class HGN(nn.Module):
         """Before there is any H: chart and decoder as an autoencoder of frames (B, n, C, size, size).
         Returns the loss, in units of a blank prediction's error, the mse, and zero for the KL."""
         e = self.encoder.read(frames)
-        mse = (self.decode(self.jittered(e)) - frames).square().mean()
+        mse = self.error(self.jittered(e), frames).mean()
         return self.priced(mse / self.encoder.chart.blank, e), mse, mse.new_zeros(())
 
     def charted_loss(self, context, targets, times, reach=None, beta=1e-3, noise=None):
         """The ELBO on `targets` (B, n, C, size, size) at `times` (B, n) from the first frame of context
         (B, context, C, size, size), and what tells the chart of single frames and the dynamics apart:
-        every target is charted by itself, the rolled-out q is pulled there, and the first few targets
-        are painted from there too, which chart and decoder learn from long before H is right. Far
-        frames count by the logarithm of their error. Returns: loss, in units of a blank prediction's
-        error; mse, of all targets, painted from the rolled-out q; kl."""
+        the first few targets are charted by themselves, the rolled-out q is pulled there, and they are
+        painted from there too, which chart and decoder learn from long before H is right. Far frames
+        count by the logarithm of their error. Returns: loss, in units of a blank prediction's error;
+        mse, of all targets, painted from the rolled-out q; kl."""
         z, kl = self.posterior(context, noise)
-        lead, blank = self.encoder.lead, self.encoder.chart.blank
+        lead, blank, few = self.encoder.lead, self.encoder.chart.blank, 1 + targets.shape[1] // 8
         q = self.path(*self.f_psi(z), times - lead, None if reach is None else reach + lead)
-        e = self.encoder.read(targets)  # (B, n, latent)
-        few = 1 + targets.shape[1] // 8
-        painted = self.decode(torch.cat((q, self.jittered(e[:, :few])), 1))
-        error = (painted[:, :-few] - targets).square().mean((2, 3, 4))
-        chart = (painted[:, -few:] - targets[:, :few]).square().mean() / blank
-        off = self.encoder.wrap(q - e).square().mean(2) / e.flatten(0, 1).var(0).mean().detach()
+        e = self.encoder.read(targets[:, :few])  # (B, few, latent)
+        painted = torch.cat((q, self.jittered(e)), 1)
+        error = self.error(painted, torch.cat((targets, targets[:, :few]), 1))
+        error, chart = error[:, :-few], error[:, -few:].mean() / blank
+        off = self.encoder.wrap(q[:, :few] - e).square().mean(2)
+        off = off / e.flatten(0, 1).var(0).mean().detach()
         robust = TOLERANCE * torch.log1p(error / blank / TOLERANCE).mean()
         misfit = 0.01 * torch.log1p(off / 0.01).mean()
-        loss = robust + self.priced(chart, e) + misfit + beta * kl / targets[0, 0].numel() / blank
+        loss = robust + self.priced(chart, e) + misfit + beta * kl / context[0, 0].numel() / blank
         return loss, error.mean(), kl
+
+    def error(self, q, frames):
+        """Mean squared error, (B, n), of frames (B, n, C, size, size) painted from q (B, n, latent), on
+        every second row and column from a random one on: the same mean, a quarter of the work."""
+        first = torch.randint(SCORED, (2, 1), device=q.device)
+        rows, columns = first + torch.arange(0, frames.shape[-1], SCORED, device=q.device)
+        painted = self.decoder(q.flatten(0, 1), rows, columns).unflatten(0, q.shape[:2])
+        return (painted - frames[..., rows, :][..., columns]).square().mean((2, 3, 4))
 
     def jittered(self, e):
         return e + JITTER * torch.randn_like(e)

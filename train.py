@@ -38,7 +38,7 @@ from nhf import BASES, DENSITIES, NHF, RealNVP
 from physics import SYSTEMS, initial_states, jitter, render, simulate
 
 DEFAULTS = {
-    "hgn": {"steps": 2000, "batch_size": 16, "lr": 4e-3},
+    "hgn": {"steps": 3000, "batch_size": 16, "lr": 4e-3},
     "paper": {"steps": 5000, "batch_size": 16, "lr": 1.5e-4},
     "hnn": {"steps": 5000, "batch_size": 16, "lr": 1e-3},
     "nhf": {"steps": 5000, "batch_size": 512, "lr": 2e-2},
@@ -50,10 +50,15 @@ POOL = 64  # batches whose trajectories are simulated together
 HERE = ("device", "compile", "resume", "name", "bench")  # of the command alone, not of the run
 FREE = ("steps", "window", "save_every")  # what --resume may change
 FLOWS = ("nhf", "realnvp")
-CHART = 0.35  # part of a compact run in which chart and decoder learn single frames, without H
+CHART = 0.25  # part of a compact run in which chart and decoder learn single frames, without H
 GROWTH = 0.5  # part of the rest over which the horizon grows to the whole window
 SEEN = 2048  # frames that the chart starts from
 STATES = 32768  # clips whose states the prior is fitted to at the end
+RATES = {  # times --lr, of parts of a compact model: a decoder is small; filters that change fast
+    "decoder": 3.0,  # leave what is made of their features behind
+    "encoder.chart.filters": 0.1,
+    "encoder.chart.shapes": 0.1,
+}
 PATIENCE = 5  # looks at a loss that is not finite before a run stops
 
 
@@ -309,27 +314,51 @@ def build(args):
         fail(str(error))
 
 
-def make_optimisers(model, lr):
-    """Adam; of flows Muon for matrices, which learns small and large directions alike."""
-    matrices = [w for w in model.parameters() if w.dim() == 2 and hasattr(model, "log_weights")]
-    others = [w for w in model.parameters() if w.dim() != 2 or not matrices]
-    cuda = others[0].is_cuda  # where a graph replays steps, the rate is a tensor
-    rate = torch.tensor(lr, device="cuda") if cuda else lr
-    adam = torch.optim.Adam(others, rate, betas=(0.9, 0.99), eps=1e-12, fused=cuda, capturable=cuda)
+def make_optimisers(model, lr, rates={}, muon=False):
+    """Adam, with rates[prefix] times lr for the parameters that the prefix names. With muon, that for
+    matrices elsewhere, which learns small and large directions alike."""
+    named = [(next((p for p in rates if name.startswith(p)), None), w)
+             for name, w in model.named_parameters()]  # fmt: skip
+    matrices = [w for prefix, w in named if muon and not prefix and w.dim() == 2]
+    apart = {id(w) for w in matrices}
+    groups = {prefix: [] for prefix in (None, *rates)}
+    for prefix, w in named:
+        groups[prefix] += [w] if id(w) not in apart else []
+    cuda = named[0][1].is_cuda  # where a graph replays steps, the rate is a tensor
+    rate = lambda: torch.tensor(lr, device="cuda") if cuda else lr
+    groups = [{"params": group, "lr": rate(), "times": rates.get(prefix, 1.0)}
+              for prefix, group in groups.items() if group]  # fmt: skip
+    adam = torch.optim.Adam(groups, lr, betas=(0.9, 0.99), eps=1e-12, fused=cuda, capturable=cuda)
     if not matrices:
         return [adam]
-    muon = {"weight_decay": 0.0, "eps": 1e-12, "adjust_lr_fn": "match_rms_adamw"}
-    return [adam, torch.optim.Muon(matrices, lr, **muon)]
+    options = {"weight_decay": 0.0, "eps": 1e-12, "adjust_lr_fn": "match_rms_adamw"}
+    optimisers = [adam, Muon(matrices, 1.0, **options)]
+    optimisers[1].param_groups[0]["lr"] = rate()
+    return optimisers
+
+
+class Muon(torch.optim.Muon):
+    """torch's, at a rate that may be a tensor: a step that is replayed as a graph needs one."""
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        before, rate, group["lr"] = [w.clone() for w in group["params"]], group["lr"], 1.0
+        super().step()
+        group["lr"] = rate
+        for w, old in zip(group["params"], before):
+            w.copy_(old + rate * (w - old))
 
 
 def set_rate(optimisers, lr, step, steps):
-    """Warm up to lr over 100 steps, then down to zero along a cosine."""
-    lr = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    """Warm up to lr over 50 steps, then down to zero along a cosine."""
+    lr = lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
     for group in (group for optimiser in optimisers for group in optimiser.param_groups):
+        rate = lr * group.get("times", 1.0)
         if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr
+            group["lr"] = rate
 
 
 def descend(model, loss, optimisers, most=1.0):
@@ -388,9 +417,11 @@ class Pixels:
     def __init__(self, args, model, device):
         self.args, self.model, self.device = args, model, device
         self.batches, self.test = Batches(args, device), test_clips(vars(args), 100, device)
-        self.optimisers = make_optimisers(model, args.lr)
-        self.geco = GECO(args.tolerance, beta=args.beta, device=device)
         self.compact = args.model == "hgn" and args.arch == "compact"
+        self.optimisers = make_optimisers(
+            model, args.lr, RATES if self.compact else {}, self.compact
+        )
+        self.geco = GECO(args.tolerance, beta=args.beta, device=device)
         self.fixed, self.reach = args.compile or device.type == "cuda", args.window
         fast = compiled if args.compile else lambda function: function
         graph = Graphed if device.type == "cuda" else lambda function: function
@@ -422,12 +453,17 @@ class Pixels:
 
         return step
 
+    def stage(self, step):
+        """How far the stage of training is that `step` belongs to: (steps done, steps in all)."""
+        charted = int(CHART * self.args.steps) if self.compact else 0
+        return (step, charted) if step < charted else (step - charted, self.args.steps - charted)
+
     def advance(self, step):
         torch.manual_seed(
             (self.args.seed << 20) + step
         )  # of z: a resumed run draws what it would have
         self.reach = self.args.window if self.fixed else self.batches.horizon(step)
-        charting = self.compact and step < CHART * self.args.steps
+        charting = self.compact and step < int(CHART * self.args.steps)
         values = self.steps[0 if charting else 1](*self.batches(step))
         if self.compact and step + 1 == self.args.steps and not self.args.deterministic:
             fit_prior(self.model, self.args, self.device)
@@ -476,11 +512,14 @@ class Densities:
 
     def __init__(self, args, model, device):
         self.args, self.model, self.points = args, model, Points(vars(args))
-        self.optimisers, self.geco = make_optimisers(model, args.lr), GECO()
+        self.optimisers, self.geco = make_optimisers(model, args.lr, muon=True), GECO()
         self.weights = compiled(model.log_weights) if args.compile else model.log_weights
 
     def start(self):
         pass
+
+    def stage(self, step):
+        return step, self.args.steps
 
     def advance(self, step):
         generator = torch.Generator().manual_seed((self.args.seed << 20) + step)
@@ -677,7 +716,7 @@ def loop(run, learner):
         signal.signal(number, heed)
     bar = tqdm(initial=run.done, total=args.steps, unit="step")
     while run.done < args.steps:
-        set_rate(learner.optimisers, args.lr, run.done, args.steps)
+        set_rate(learner.optimisers, args.lr, *learner.stage(run.done))
         values = learner.advance(run.done)
         run.done += 1
         bar.update()
