@@ -1,8 +1,8 @@
 """Hamiltonian Generative Networks in one file that needs only torch.
 
-Toth, Rezende, Jaegle, Racaniere, Botev, Higgins: "Hamiltonian Generative Networks", ICLR 2020 (arXiv
-1909.13789). An encoder infers an abstract state (q, p) from the first frames, a learnt scalar H rolls
-it out with leapfrog, and a decoder paints every frame from q alone:
+Toth, Rezende, Jaegle, Racaniere, Botev, Higgins: "Hamiltonian Generative Networks", ICLR 2020
+(arXiv 1909.13789). An encoder infers an abstract state (q, p) from the first frames, a learnt
+scalar H rolls it out with leapfrog, and a decoder paints every frame from q alone:
 
     model = HGN()                                   # 32x32 RGB, sees 5 frames
     loss, mse, kl = model.loss(frames)              # frames (B, T, 3, 32, 32) in [0, 1]
@@ -49,9 +49,9 @@ def leapfrog(H, q, p, dt, steps, substeps=1):
     Numerical Integration, VI.3). The first two lines are implicit and take `H.rounds` fixed-point
     iterations. A separable H needs none: kick, drift, kick, one gradient of V and one of K a step.
 
-    Args: H: a Hamiltonian. q, p: (B, ...). dt: time between the returned states, a number or a tensor
-    that broadcasts with q; negative runs backward. substeps: leapfrog steps from one returned state
-    to the next. Returns: q, p of shape (B, steps + 1, ...), the start included.
+    Args: H: a Hamiltonian. q, p: (B, ...). dt: time between the returned states, a number or a
+    tensor that broadcasts with q; negative runs backward. substeps: leapfrog steps from one
+    returned state to the next. Returns: q, p of shape (B, steps + 1, ...), the start included.
     """
     return roll(leapfrog_step, H, q, p, dt, steps, substeps)
 
@@ -64,8 +64,8 @@ def explicit_step(H, q, p, here, h):
 
 
 def explicit_leapfrog(H, q, p, dt, steps, substeps=1):
-    """The paper's leapfrog, explicit whatever H is: where H is not separable, as the paper's is not, of
-    order 1 and neither symplectic nor reversible. Arguments as for `leapfrog`."""
+    """The paper's leapfrog, explicit whatever H is: where H is not separable, as the paper's is
+    not, of order 1 and neither symplectic nor reversible. Arguments as for `leapfrog`."""
     return roll(explicit_step, H, q, p, dt, steps, substeps)
 
 
@@ -75,7 +75,8 @@ def euler_step(H, q, p, here, h):
 
 
 def euler(H, q, p, dt, steps, substeps=1):
-    """Explicit Euler, the paper's ablation: order 1, not symplectic. Arguments as for `leapfrog`."""
+    """Explicit Euler, the paper's ablation: order 1, not symplectic. Arguments as for
+    `leapfrog`."""
     return roll(euler_step, H, q, p, dt, steps, substeps)
 
 
@@ -128,7 +129,8 @@ def embed(q):
 
 
 def of_angles(g, x):
-    """A gradient with respect to x = embed(q), (..., 2 dim), as that with respect to q, (..., dim)."""
+    """A gradient with respect to x = embed(q), (..., 2 dim), as that with respect to q, (...,
+    dim)."""
     (sin, cos), (g_sin, g_cos) = x.chunk(2, -1), g.chunk(2, -1)
     return g_sin * cos - g_cos * sin
 
@@ -148,8 +150,8 @@ class Quadratic(nn.Module):
 
 
 class Energy(nn.Module):
-    """A learnt scalar of a vector, V(q) or K(p): |x L|^2 / 2 + MLP(x); of angles, of `embed(q)`. The
-    first term makes latents oscillate from the first training step; the second is bounded."""
+    """A learnt scalar of a vector, V(q) or K(p): |x L|^2 / 2 + MLP(x); of angles, of `embed(q)`.
+    The first term makes latents oscillate from the first training step; the second is bounded."""
 
     def __init__(self, dim, width, periodic=False):
         super().__init__()
@@ -204,10 +206,13 @@ class Separable(Hamiltonian):
         return self.K.grad(p)
 
 
+FAR = 50.0  # beyond it q exerts no force and looks the same: what goes astray stays finite
+
+
 class Natural(Hamiltonian):
-    """H(q, p) = p^T M(q)^-1 p / 2 + V(q), the form of every mechanical system in every coordinates: for
-    Q = f(q), M' = J^-T M J^-1, so a chart may bend. M^-1 = L L^T + a little, with L a constant and a
-    small network of q that starts at zero."""
+    """H(q, p) = p^T M(q)^-1 p / 2 + V(q), the form of every mechanical system in every coordinates:
+    for Q = f(q), M' = J^-T M J^-1, so a chart may bend. M^-1 = L L^T + a little, with L a constant
+    and a small network of q that starts at zero."""
 
     rounds, least = 2, 0.3  # least eigenvalue of M^-1, with which energy bounds p
 
@@ -220,7 +225,7 @@ class Natural(Hamiltonian):
 
     def factor(self, q):
         """L (B, dim, dim), and the hidden layer and the input that it comes from."""
-        x = embed(q) if self.periodic else q
+        x = embed(q) if self.periodic else q.clamp(-FAR, FAR)
         h = torch.tanh(self.first(x))
         return self.second(h).unflatten(1, (self.dim, self.dim)), h, x
 
@@ -239,10 +244,12 @@ class Natural(Hamiltonian):
         L, h, x = self.factor(q)
         slope = ((1 - h * h).unsqueeze(1) * self.second.weight) @ self.first.weight  # dL/dx
         slope = of_angles(slope, x.unsqueeze(1)) if self.periodic else slope
-        return self.V.grad(q).unsqueeze(1), L, slope  # (B, 1, dim), (B, dim, dim), (B, dim^2, dim)
+        force = self.V.grad(q if self.periodic else x).unsqueeze(1)
+        return force, L, slope  # (B, 1, dim), (B, dim, dim), (B, dim^2, dim)
 
     def kick(self, here, p):
         force, L, slope = here
+        p = p.clamp(-FAR, FAR)
         outer = p.unsqueeze(2) * (p.unsqueeze(1) @ L)
         return torch.baddbmm(force, outer.flatten(1).unsqueeze(1), slope).squeeze(1)
 
@@ -337,8 +344,8 @@ def convs(*sizes, stride=1):
 
 
 class PaperEncoder(nn.Module):
-    """Frames, less the still picture, stacked along channels -> eight convolutions -> q(z|x) over 48
-    maps. Without f_psi, whose convolutions are then its last, z is the state."""
+    """Frames, less the still picture, stacked along channels -> eight convolutions -> q(z|x) over
+    48 maps. Without f_psi, whose convolutions are then its last, z is the state."""
 
     lead = 0  # z stands for the state at frame 0
 
@@ -362,7 +369,8 @@ class PaperEncoder(nn.Module):
 
 
 class PaperPsi(nn.Module):
-    """f_psi: z -> the initial state, q and p of `maps` maps of an eighth of the size, here as vectors."""
+    """f_psi: z -> the initial state, q and p of `maps` maps of an eighth of the size, here as
+    vectors."""
 
     def __init__(self, maps):
         super().__init__()
@@ -381,8 +389,8 @@ class NoPsi(nn.Module):
 
 
 class PaperHamiltonian(Hamiltonian):
-    """H(q, p): six 3x3 convolutions on the stacked maps of q and p, summed over space; not separable.
-    Softplus, as the second derivative of a ReLU is zero and such an H never learns."""
+    """H(q, p): six 3x3 convolutions on the stacked maps of q and p, summed over space; not
+    separable. Softplus, as the second derivative of a ReLU is zero and such an H never learns."""
 
     def __init__(self, maps, side, width=64):
         super().__init__()
@@ -458,7 +466,7 @@ LEAST = 1e-2  # mass that a filter has to see before its centre counts
 FASTEST = 10  # velocity that a chart may start from: none that is folded sends q to infinity
 JITTER = 0.02  # of charted coordinates before they are painted: what is finer carries nothing
 PRICE = 0.001  # of a nat of a coordinate, over a blank prediction's error
-SCORED = 2  # rows and columns from one that is scored to the next, in training
+SEEN = 32  # pixels a side that a chart works on: of larger pictures it sees block averages
 TOLERANCE = 0.1  # error over a blank prediction's from which on a frame counts by the logarithm
 
 
@@ -476,9 +484,9 @@ def bent(*sizes):
 
 
 def geodesic(y, dim, near=8):
-    """Coordinates (n, dim) whose distances are those of y (n, features) along the surface they lie on
-    (Tenenbaum et al. 2000, "Isomap"), the first of unit variance: a curve comes out straight, where a
-    principal component may fold it."""
+    """Coordinates (n, dim) whose distances are those of y (n, features) along the surface they lie
+    on (Tenenbaum et al. 2000, "Isomap"), the first of unit variance: a curve comes out straight,
+    where a principal component may fold it."""
     d = torch.cdist(y, y)
     reach = d.kthvalue(min(near + 1, len(d)), 1).values
     d = torch.where(d <= torch.maximum(reach, reach[:, None]), d, 10 * d)  # no part is out of reach
@@ -497,9 +505,10 @@ def ridge(x, y, penalty):
 
 
 class Chart(nn.Module):
-    """One frame -> q. Two kinds of features: the mass, centre and inertia of what each of a few learnt
-    filters sees, which tell to a hundredth of a pixel where things are, and strided convolutions, for
-    what is nowhere. Of their scaled values a linear map plus an MLP; of angles, of points in planes."""
+    """One frame -> q. Two kinds of features: the mass, centre and inertia of what each of a few
+    learnt filters sees, which tell to a hundredth of a pixel where things are, and strided
+    convolutions, for what is nowhere. Of their scaled values a linear map plus an MLP; of angles,
+    of points in planes."""
 
     def __init__(self, size, channels, latent, periodic, filters=24):
         super().__init__()
@@ -513,7 +522,9 @@ class Chart(nn.Module):
             [0.25, 0.5, 0.25]
         )  # blurred things have smoother centres than sharp edges
         first.weight.data = 1.5 * torch.randn(filters, channels, 1, 1) * blur[:, None] * blur
-        features, out = 6 * filters + 32 * (size // 8) ** 2, latent * (1 + periodic)
+        self.pool = max(k for k in (1, 2, 3, 4) if size % k == 0 and size >= k * min(size, SEEN))
+        low, out = math.ceil(size / self.pool / 8), latent * (1 + periodic)
+        features = 6 * filters + 32 * low * low
         self.linear, self.bent = nn.Linear(features, out), bent(features, 128, 128, out)
         self.bent[0].weight.data.mul_(SPREAD)
         self.register_buffer("mean", torch.zeros(features))
@@ -522,17 +533,18 @@ class Chart(nn.Module):
         self.register_buffer("blank", torch.ones(()))  # mean squared error of the mean picture
 
     def features(self, frames):  # (n, C, H, W) -> (n, features)
-        frames = 4 * (frames - self.still)
+        frames = F.avg_pool2d(4 * (frames - self.still), self.pool)
         one, x, y = plane(frames.shape[-1], frames)
-        powers = torch.stack((one, x, y, x * x, x * y, y * y), 1)  # (H W, 6)
-        seen = self.filters(frames).square().flatten(2) @ powers  # (n, filters, 6)
-        mass, x, y, xx, xy, yy = seen.unbind(-1)
+        powers = torch.stack((one, x, y, x * x, x * y, y * y))  # (6, H W)
+        seen = self.filters(frames).square().movedim(1, 3).flatten(1, 2)  # (n, H W, filters)
+        mass, x, y, xx, xy, yy = (powers @ seen).unbind(1)
         x, y, xx, xy, yy = (moment / (mass + LEAST) for moment in (x, y, xx, xy, yy))
         moments = (mass + 1).log(), x, y, xx - x * x, xy - x * y, yy - y * y
         return (torch.cat((*moments, self.shapes(frames)), 1) - self.mean) / self.scale
 
     def fit(self, frames):
-        """Start from frames (n, C, H, W): the still picture, the scale of features, and coordinates."""
+        """Start from frames (n, C, H, W): the still picture, the scale of features, and
+        coordinates."""
         self.still.copy_(frames.median(0).values)
         self.blank.copy_(frames.var(0).mean())
         y = torch.cat([self.features(part) for part in frames.split(256)])
@@ -544,7 +556,8 @@ class Chart(nn.Module):
         self.linear.weight.copy_(ridge(y, q, 1e-2).T)
 
     def places(self, frames, n):
-        """q of frames, and the centres (len(frames), 2 n), first x, of what n of the filters see."""
+        """q of frames, and the centres (len(frames), 2 n), first x, of what n of the filters
+        see."""
         y = torch.cat([self.features(part) for part in frames.split(256)])
         q = torch.cat([self(part) for part in frames.split(256)])
         x, y = (y * self.scale + self.mean).split(self.filters[0].out_channels, 1)[1:3]
@@ -612,6 +625,7 @@ class BlobDecoder(nn.Module):
     def __init__(self, size, channels, latent, periodic, blobs=20, width=24):
         super().__init__()
         self.size, self.periodic, dim = size, periodic, latent * (1 + periodic)
+        self.finest = 3 + math.log(size / 32)  # the narrowest blob is 0.8 pixels wide
         self.still = nn.Parameter(torch.full((channels, size, size), 0.5))
         self.linear, self.bent = nn.Linear(dim, 6 * blobs), bent(dim, 128, 128, 6 * blobs)
         nn.init.normal_(self.linear.weight, std=0.3)
@@ -628,7 +642,8 @@ class BlobDecoder(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def fit(self, frames, encoder):
-        """Start from the still picture, and blobs that go with q where the encoder's filters look."""
+        """Start from the still picture, and blobs that go with q where the encoder's filters
+        look."""
         self.still.copy_(frames.median(0).values)
         q, places = encoder.chart.places(frames, len(self.linear.bias) // 6)
         q = embed(q) if self.periodic else q
@@ -638,8 +653,10 @@ class BlobDecoder(nn.Module):
 
     def blobs(self, q, rows, columns):  # (n, dim) -> (n, blobs, rows, columns), channels_last
         x, y, a, c, b, height = (self.linear(q) + self.bent(q)).unflatten(1, (6, -1)).unbind(1)
-        a, c, height = a.clamp(-2, 3).exp(), c.clamp(-2, 3).exp(), height.clamp(max=2)
-        # height - ((a X + b c Y)^2 + (c Y)^2) / 2 at (X, Y) from (x, y), as a polynomial of the place
+        a, c = a.clamp(-2, self.finest).exp(), c.clamp(-2, self.finest).exp()
+        x, y, b, height = x.clamp(-3, 3), y.clamp(-3, 3), b.clamp(-3, 3), height.clamp(max=2)
+        # height - ((a X + b c Y)^2 + (c Y)^2) / 2 at (X, Y) from (x, y), as a polynomial of the
+        # place
         xx, xy, yy = -0.5 * a * a, -a * b * c, -0.5 * (b * b + 1) * c * c
         none = height + xx * x * x + xy * x * y + yy * y * y
         terms = torch.stack((xx, xy, yy, -2 * xx * x - xy * y, -2 * yy * y - xy * x, none), 1)
@@ -652,7 +669,7 @@ class BlobDecoder(nn.Module):
     def forward(self, q, rows=None, columns=None):  # (n, latent) -> (n, C, H, W), or a part of it
         every = torch.arange(self.size, device=q.device)
         rows, columns = (every, every) if rows is None else (rows, columns)
-        q = embed(q) if self.periodic else q
+        q = embed(q) if self.periodic else q.clamp(-FAR, FAR)
         shift, gain = self.colour(q)[:, :, None, None].chunk(2, 1)
         x = F.leaky_relu(self.first(self.blobs(q, rows, columns)) + shift, 0.1)
         x = self.last(F.leaky_relu(self.second(x), 0.1) * (1 + gain))
@@ -660,6 +677,15 @@ class BlobDecoder(nn.Module):
 
 
 # ------------------------------------------------------------------ HGN (section 3)
+
+
+def check(name, value, known):
+    """ValueError unless value is in known: a range, or names."""
+    if value not in known:
+        every = f" in steps of {known.step}" if getattr(known, "step", 1) > 1 else ""
+        text = (f"from {known[0]} to {known[-1]}{every}" if isinstance(known, range) else
+                f"one of {', '.join(known)}")  # fmt: skip
+        raise ValueError(f"{name} must be {text}, not {value!r}")
 
 
 def paper(size, channels, context, latent, periodic, f_psi, dt):
@@ -690,7 +716,7 @@ class HGN(nn.Module):
     Args:
         size: height and width of a frame, a multiple of 8 from 16 to 128. channels: of a frame.
         context: how many first frames the encoder sees (the paper: all 30; here 5).
-        arch: "compact" (vector latent, H = p^T M(q)^-1 p / 2 + V(q)) or "paper" (the published one).
+        arch: "compact" (vectors, H = p^T M(q)^-1 p / 2 + V(q)) or "paper" (the published one).
         latent: numbers in q (compact, default 6), or feature maps in q (paper, default 16).
         integrator: of INTEGRATORS; default leapfrog (compact), explicit_leapfrog (paper).
         substeps: integrator steps from one frame to the next. periodic: q are angles (compact).
@@ -705,54 +731,41 @@ class HGN(nn.Module):
     ):  # fmt: skip
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        if size % 8 or not 16 <= size <= 128:
-            raise ValueError(f"size must be a multiple of 8 from 16 to 128, not {size}")
-        if arch not in ARCHITECTURES:
-            raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, not {arch!r}")
-        integrator = integrator or ("explicit_leapfrog" if arch == "paper" else "leapfrog")
-        if integrator not in INTEGRATORS:
-            raise ValueError(
-                f"integrator must be one of {', '.join(INTEGRATORS)}, not {integrator!r}"
-            )
-        ranges = {"channels": 4, "context": 1000, "latent": 64, "substeps": 1000}
-        for name, most in ranges.items():
-            if self.config[name] is not None and not 1 <= self.config[name] <= most:
-                raise ValueError(f"{name} must be from 1 to {most}, not {self.config[name]}")
+        integrator = integrator or {"paper": "explicit_leapfrog"}.get(arch, "leapfrog")
+        check("arch", arch, ARCHITECTURES)
+        check("integrator", integrator, INTEGRATORS)
+        check("size", size, range(16, 129, 8))
+        check("channels", channels, range(1, 5))
+        check("context", context, range(1, 1001))
+        check("latent", 1 if latent is None else latent, range(1, 65))
+        check("substeps", substeps, range(1, 1001))
         if not dt > 0:
             raise ValueError(f"dt must be above 0, not {dt}: a negative dt goes to rollout")
-        self.context, self.dt, self.substeps, self.deterministic = (
-            context,
-            dt,
-            substeps,
-            deterministic,
-        )
-        self.encoder, self.f_psi, self.H, self.decoder, self.prior = ARCHITECTURES[arch](
-            size, channels, context, latent, periodic, f_psi, dt
-        )
+        self.context, self.dt = context, dt
+        self.substeps, self.deterministic = substeps, deterministic
+        parts = ARCHITECTURES[arch](size, channels, context, latent, periodic, f_psi, dt)
+        self.encoder, self.f_psi, self.H, self.decoder, self.prior = parts
         self.integrate = INTEGRATORS[integrator]
         for module in (self.encoder, self.decoder):
             module.to(memory_format=torch.channels_last)  # 1.3-2x on small convolutions
 
     @torch.no_grad()
     def fit(self, frames):
-        """Before training: take what needs no learning from frames (n, C, size, size), a few hundred of
-        any times: the still picture, the scale of features, the first coordinates."""
+        """Before training: take what needs no learning from frames (n, C, size, size), a few
+        hundred of any times: the still picture, the scale of features, the first coordinates."""
         self.encoder.fit(frames)
         self.decoder.fit(frames, self.encoder)
 
     def encode(self, frames):
         """frames (B, T >= context, C, size, size) -> mean and log-variance of q(z|x)."""
         shape = (self.config["channels"], self.config["size"], self.config["size"])
-        if frames.shape[1] < self.context:
-            raise ValueError(
-                f"the encoder needs {self.context} frames, got {frames.shape[1]}: "
-                "give longer clips, or train with a smaller context"
-            )
         if frames.shape[2:] != shape or not frames.is_floating_point():
-            raise ValueError(
-                f"frames must be floats in [0, 1] of shape (B, T, {', '.join(map(str, shape))}), "
-                f"not {frames.dtype} {tuple(frames.shape)}"
-            )
+            known = ", ".join(map(str, shape))
+            raise ValueError(f"frames must be floats in [0, 1] of shape (B, T, {known}), "
+                             f"not {frames.dtype} {tuple(frames.shape)}")  # fmt: skip
+        if frames.shape[1] < self.context:
+            raise ValueError(f"the encoder needs {self.context} frames, got {frames.shape[1]}: "
+                             "give longer clips, or train with a smaller context")  # fmt: skip
         return self.encoder(frames[:, : self.context])
 
     def posterior(self, frames, noise=None):
@@ -777,27 +790,28 @@ class HGN(nn.Module):
         return self.H(q, p)
 
     def rollout(self, q, p, steps, dt=None):
-        """States at `steps` frames after (q, p), the start included: (B, steps + 1, ...) twice. dt: time
-        from frame to frame, by default that of training; -dt runs backward, 2 dt at double speed, in
-        steps never longer than those of training (a tensor is taken as it is)."""
+        """States at `steps` frames after (q, p), the start included: (B, steps + 1, ...) twice. dt:
+        time from frame to frame, by default that of training; -dt runs backward, 2 dt at double
+        speed, in steps never longer than those of training (a tensor is taken as it is)."""
         dt = self.dt if dt is None else dt
         longer = 1 if torch.is_tensor(dt) else max(1, math.ceil(abs(dt) / self.dt - 1e-6))
         return self.integrate(self.H, q, p, dt, steps, longer * self.substeps)
 
     def path(self, q, p, times, reach=None):
-        """q at integer `times` (B, n) after (q, p), or before: (B, n, ...). reach: the largest |time|
-        there can be; say it, and torch.compile needs one compilation and a GPU never waits."""
+        """q at integer `times` (B, n) after (q, p), or before: (B, n, ...). reach: the largest
+        |time| there can be; say it, and torch.compile needs one compilation and a GPU never
+        waits."""
         reach = int(times.abs().max()) if reach is None else reach
         row = torch.arange(2 * len(q), device=q.device)
         dt = torch.where(row < len(q), self.dt, -self.dt).unsqueeze(1)
-        q = self.rollout(torch.cat((q, q)), torch.cat((p, p)), reach, dt)[
-            0
-        ]  # (2 B, reach + 1, ...)
-        return q[row[: len(times), None] + len(times) * (times < 0), times.abs()]
+        path, _ = self.rollout(
+            torch.cat((q, q)), torch.cat((p, p)), reach, dt
+        )  # (2 B, reach + 1, ...)
+        return path[row[: len(times), None] + len(times) * (times < 0), times.abs()]
 
     def decode(self, q, block=256):
-        """Paint q (B, T, ...) -> frames (B, T, C, size, size). Without gradients they are cut to [0, 1],
-        and painted in blocks, so that memory beside the output stays constant."""
+        """Paint q (B, T, ...) -> frames (B, T, C, size, size). Without gradients they are cut to
+        [0, 1], and painted in blocks, so that memory beside the output stays constant."""
         flat = q.flatten(0, 1)
         if torch.is_grad_enabled():
             return self.decoder(flat).unflatten(0, q.shape[:2])
@@ -807,9 +821,8 @@ class HGN(nn.Module):
     @torch.no_grad()
     def sample(self, n, steps, dt=None, generator=None):
         """n rollouts from the prior: frames (n, steps + 1, C, size, size) in [0, 1]."""
-        u = torch.randn(
-            n, *self.prior.shape, generator=generator, device=getattr(generator, "device", None)
-        )
+        where = getattr(generator, "device", None)
+        u = torch.randn(n, *self.prior.shape, generator=generator, device=where)
         z = self.prior(u.to(next(self.parameters()).device))
         return self.decode(self.rollout(*self.state(z), steps, dt)[0])
 
@@ -829,19 +842,20 @@ class HGN(nn.Module):
     # ---- the compact model's recipe: what its training adds to the ELBO
 
     def chart_loss(self, frames):
-        """Before there is any H: chart and decoder as an autoencoder of frames (B, n, C, size, size).
-        Returns the loss, in units of a blank prediction's error, the mse, and zero for the KL."""
+        """Before there is any H: chart and decoder as an autoencoder of frames (B, n, C, size,
+        size). Returns the loss, in units of a blank prediction's error, the mse, and zero for the
+        KL."""
         e = self.encoder.read(frames)
         mse = self.error(self.jittered(e), frames).mean()
         return self.priced(mse / self.encoder.chart.blank, e), mse, mse.new_zeros(())
 
     def charted_loss(self, context, targets, times, reach=None, beta=1e-3, noise=None):
-        """The ELBO on `targets` (B, n, C, size, size) at `times` (B, n) from the first frame of context
-        (B, context, C, size, size), and what tells the chart of single frames and the dynamics apart:
-        the first few targets are charted by themselves, the rolled-out q is pulled there, and they are
-        painted from there too, which chart and decoder learn from long before H is right. Far frames
-        count by the logarithm of their error. Returns: loss, in units of a blank prediction's error;
-        mse, of all targets, painted from the rolled-out q; kl."""
+        """The ELBO on `targets` (B, n, C, size, size) at `times` (B, n) from the first frame of
+        context (B, context, C, size, size), and what tells the chart of single frames and the
+        dynamics apart: the first few targets are charted by themselves, the rolled-out q is pulled
+        there, and they are painted from there too, which chart and decoder learn from long before H
+        is right. Far frames count by the logarithm of their error. Returns: loss, in units of a
+        blank prediction's error; mse, of all targets, painted from the rolled-out q; kl."""
         z, kl = self.posterior(context, noise)
         lead, blank, few = self.encoder.lead, self.encoder.chart.blank, 1 + targets.shape[1] // 8
         q = self.path(*self.f_psi(z), times - lead, None if reach is None else reach + lead)
@@ -857,10 +871,14 @@ class HGN(nn.Module):
         return loss, error.mean(), kl
 
     def error(self, q, frames):
-        """Mean squared error, (B, n), of frames (B, n, C, size, size) painted from q (B, n, latent), on
-        every second row and column from a random one on: the same mean, a quarter of the work."""
-        first = torch.randint(SCORED, (2, 1), device=q.device)
-        rows, columns = first + torch.arange(0, frames.shape[-1], SCORED, device=q.device)
+        """Mean squared error, (B, n), of frames (B, n, C, size, size) painted from q (B, n,
+        latent), on a lattice of their pixels that starts anywhere: of 32 pixels, at every second
+        row and column."""
+        size = frames.shape[-1]
+        stride = min(4, size // 16)
+        rows, columns = torch.randint(stride, (2, 1), device=q.device) + torch.arange(
+            0, size - stride + 1, stride, device=q.device
+        )
         painted = self.decoder(q.flatten(0, 1), rows, columns).unflatten(0, q.shape[:2])
         return (painted - frames[..., rows, :][..., columns]).square().mean((2, 3, 4))
 
@@ -868,8 +886,9 @@ class HGN(nn.Module):
         return e + JITTER * torch.randn_like(e)
 
     def priced(self, error, e):
-        """An autoencoder's error plus a price on the nats that coordinates e (B, n, latent) carry beside
-        their jitter, so that what is not needed falls still; none while nothing is painted."""
+        """An autoencoder's error plus a price on the nats that coordinates e (B, n, latent) carry
+        beside their jitter, so that what is not needed falls still; none while nothing is
+        painted."""
         nats = 0.5 * torch.log1p(e.flatten(0, 1).var(0) / JITTER**2).sum()
         return error + PRICE * (1 - error.detach()).clamp(min=0) * nats
 
@@ -877,10 +896,10 @@ class HGN(nn.Module):
 class GECO:
     """Rezende & Viola 2018, "Taming VAEs": minimise the KL subject to mse <= tolerance.
 
-    Their Lagrange multiplier is 1 / beta here, which leaves the scale of the loss alone: beta shrinks
-    while the moving average of the error is above the tolerance and grows while it is below. Both are
-    bounded, so that a tolerance below the noise ends as a small beta instead of diverging. Tensors
-    all, so that no GPU is waited for."""
+    Their Lagrange multiplier is 1 / beta here, which leaves the scale of the loss alone: beta
+    shrinks while the moving average of the error is above the tolerance and grows while it is
+    below. Both are bounded, so that a tolerance below the noise ends as a small beta instead of
+    diverging. Tensors all, so that no GPU is waited for."""
 
     def __init__(self, tolerance=2e-4, rate=0.01, beta=1e-3, bounds=(1e-5, 1.0), device=None):
         self.tolerance, self.rate, self.bounds = tolerance, rate, bounds
@@ -895,33 +914,30 @@ class GECO:
 
 
 class HNN(nn.Module):
-    """The baseline from pixels of Greydanus et al. 2019, "Hamiltonian Neural Networks": an autoencoder
-    of two stacked frames whose latent z is read as (q, p), and an H of it whose symplectic gradient is
-    asked to be the change of z. Used like HGN, but a state is (z, nothing), z has no prior, and the
-    decoder sees p too. latent: numbers in q. conv: the convolutional twin. The others as for HGN."""
+    """The baseline from pixels of Greydanus et al. 2019, "Hamiltonian Neural Networks": an
+    autoencoder of two stacked frames whose latent z is read as (q, p), and an H of it whose
+    symplectic gradient is asked to be the change of z. Used like HGN, but a state is (z, nothing),
+    z has no prior, and the decoder sees p too. latent: numbers in q. conv: the convolutional twin.
+    The others as for HGN."""
 
     def __init__(self, size=32, channels=3, latent=2, conv=False, dt=0.125):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        if size % 8 or not 16 <= size <= 128:
-            raise ValueError(f"size must be a multiple of 8 from 16 to 128, not {size}")
+        check("size", size, range(16, 129, 8))
         self.context, self.dt, low, z = 2, dt, size // 8, 2 * latent
+        shape = (2 * channels, size, size)
         if conv:
-            self.encoder = nn.Sequential(
-                convs(2 * channels, 32, 64, 64, stride=2), nn.Flatten(), nn.Linear(64 * low**2, z)
-            )
-            sizes, shuffle = ((32, 64), (16, 64), (16, 32)), nn.PixelShuffle(2)
-            grow = [m for a, b in sizes for m in (nn.Conv2d(a, b, 3, 1, 1), nn.SiLU(), shuffle)]
-            last = nn.Conv2d(8, 2 * channels, 3, 1, 1)
-            first = mlp(z, 128, 32 * low**2), nn.SiLU(), nn.Unflatten(1, (32, low, low))
-            self.decoder = nn.Sequential(*first, *grow, last)
+            down = convs(2 * channels, 32, 64, 64, stride=2)
+            self.encoder = nn.Sequential(down, nn.Flatten(), nn.Linear(64 * low * low, z))
+            first = nn.Linear(z, 64 * low * low), nn.Unflatten(1, (64, low, low))
+            up = ResidualUp(64, 64), ResidualUp(64, 32), ResidualUp(32, 16)
+            self.decoder = nn.Sequential(*first, *up, nn.Conv2d(16, 2 * channels, 3, 1, 1))
         else:
-            pixels, shape = 2 * channels * size * size, (2 * channels, size, size)
-            self.encoder = nn.Sequential(nn.Flatten(), mlp(pixels, 200, 200, z))
-            self.decoder = nn.Sequential(mlp(z, 200, 200, pixels), nn.Unflatten(1, shape))
+            self.encoder = nn.Sequential(nn.Flatten(), mlp(math.prod(shape), 200, 200, z))
+            self.decoder = nn.Sequential(mlp(z, 200, 200, math.prod(shape)), nn.Unflatten(1, shape))
         self.H = Energy(z, 200)
         he_(self.encoder, self.decoder)
-        self.register_buffer("still", torch.full((2 * channels, size, size), 0.5))
+        self.register_buffer("still", torch.full(shape, 0.5))
 
     @torch.no_grad()
     def fit(self, frames):
@@ -963,7 +979,8 @@ class HNN(nn.Module):
         return torch.cat(frames).unflatten(0, z.shape[:2])
 
     def loss(self, frames):
-        """frames: (B, n, C, size, size), consecutive. Returns loss, mse and, in the KL's place, zero."""
+        """frames: (B, n, C, size, size), consecutive. Returns loss, mse and, in the KL's place,
+        zero."""
         z, pairs = self.encode(frames)
         mse = F.mse_loss(self.paint(z.flatten(0, 1)), pairs.flatten(0, 1))
         change = z.diff(dim=1) / self.dt

@@ -1,11 +1,12 @@
 """Neural Hamiltonian Flow: a normalising flow made of Hamiltonian dynamics. Needs torch and hgn.py.
 
-Toth et al., "Hamiltonian Generative Networks", ICLR 2020, section 4. Draw a state (q, p) from a simple base density, roll it
-through a few learnt Hamiltonians with leapfrog, keep q. Leapfrog preserves volume, so no log-determinant appears anywhere:
+Toth et al., "Hamiltonian Generative Networks", ICLR 2020, section 4. Draw a state (q, p) from a
+simple base density, roll it through a few learnt Hamiltonians with leapfrog, keep q. Leapfrog
+preserves volume, so no log-determinant appears anywhere:
 
     model = NHF(dim=2)
     loss = -model.elbo(x).mean()                    # x (B, 2)
-    model.log_prob(x, samples=256)                  # (B,) nats, a lower bound that tightens with `samples`
+    model.log_prob(x, samples=256)                  # (B,) nats, a tighter bound
     model.sample(1000)                              # (1000, 2)
 """
 
@@ -25,9 +26,9 @@ from hgn import Couplings, Separable, he_, leapfrog, mlp
 
 @dataclass(frozen=True)
 class Density:
-    """A density in the plane. sample(n, generator) -> (n, 2). entropy: nats, the lowest test NLL there is.
-    log_prob(x): (B, 2) -> (B,), where it has a closed form. parts: how many equal modes, points or curves, it has;
-    centres: (parts * nodes, 2), where they lie."""
+    """A density in the plane. sample(n, generator) -> (n, 2). entropy: nats, the lowest test NLL
+    there is. log_prob(x): (B, 2) -> (B,), where it has a closed form. parts: how many equal modes,
+    points or curves, it has; centres: (parts * nodes, 2), where they lie."""
 
     sample: Callable
     entropy: float
@@ -41,8 +42,9 @@ class Density:
 
 
 def _around(curves, entropy, sigma, parts=1, nodes=400):
-    """Gaussian noise of width sigma round curves: curves(k, t), with part k and t in [0, 1], are points (n, 2). The density is
-    the integral over t by the midpoint rule, exact to 1e-6; for single points (nodes 1) it is a Gaussian mixture."""
+    """Gaussian noise of width sigma round curves: curves(k, t), with part k and t in [0, 1], are
+    points (n, 2). The density is the integral over t by the midpoint rule, exact to 1e-6; for
+    single points (nodes 1) it is a Gaussian mixture."""
 
     def sample(n, generator=None):
         k, t = torch.randint(parts, (n,), generator=generator), torch.rand(n, generator=generator)
@@ -110,7 +112,8 @@ def _checkerboard_log_prob(x):
     return torch.where(inside, -math.log(32.0), -math.inf)
 
 
-# Entropies are Monte Carlo means of -log p, +- 0.002; FFJORD's toy definitions (Grathwohl et al. 2019) where they exist.
+# Entropies are Monte Carlo means of -log p, +- 0.002; FFJORD's toy definitions (Grathwohl et al.
+# 2019) where they exist.
 DENSITIES = {
     "eight_gaussians": _around(
         lambda k, t: _polar(torch.tensor(4 / 1.414), k * math.pi / 4), 2.833, 0.5 / 1.414, 8, 1
@@ -144,8 +147,8 @@ class Gaussian:
 
 
 class SoftUniform:
-    """Uniform on [-a, a] with soft edges, in every coordinate: a product of two sigmoids, which is exactly the density of
-    a uniform plus a logistic variable of scale 1 / beta."""
+    """Uniform on [-a, a] with soft edges, in every coordinate: a product of two sigmoids, which is
+    exactly the density of a uniform plus a logistic variable of scale 1 / beta."""
 
     a, beta = 1.7, 10.0
 
@@ -167,7 +170,8 @@ BASES = {"gaussian": Gaussian, "soft_uniform": SoftUniform}
 
 
 class Flow(nn.Module):
-    """What NHF and RealNVP share: the user's units. Inside, data are standardised to (x - shift) / scale."""
+    """What NHF and RealNVP share: the user's units. Inside, data are standardised to (x - shift) /
+    scale."""
 
     def __init__(self, dim, shift, scale):
         super().__init__()
@@ -184,9 +188,10 @@ class Flow(nn.Module):
 class NHF(Flow):
     """Neural Hamiltonian Flow (Toth et al. 2020, section 4).
 
-    Args: dim: of the data. hamiltonians: how many, each H = K(p) + V(q), rolled `steps` leapfrog steps of learnt length.
-    width: of the MLPs. kinetic: "mlp" (the paper) or "quadratic" (Souveton et al. 2023, arXiv 2302.01955). base: "gaussian" or
-    "soft_uniform", of q and of p. shift, scale: of the data, to standardise them. Raises: ValueError, with the cure, for a value outside these.
+    Args: dim: of the data. hamiltonians: how many, each H = K(p) + V(q), rolled `steps` leapfrog
+    steps of learnt length. width: of the MLPs. kinetic: "mlp" (the paper) or "quadratic" (Souveton
+    et al. 2023, arXiv 2302.01955). base: "gaussian" or "soft_uniform", of q and of p. shift, scale:
+    of the data, to standardise them. Raises: ValueError, with the cure, for a value outside these.
     """
 
     def __init__(
@@ -226,8 +231,9 @@ class NHF(Flow):
         self.encoder[-1].weight.data.mul_(0.1)
 
     def flow(self, q, p, reverse=False):
-        """Roll base states (q, p), each (B, dim), to data, or with `reverse` data to base. Returns all states on the way,
-        (B, hamiltonians * steps + 1, dim) twice, the start included; in standardised units."""
+        """Roll base states (q, p), each (B, dim), to data, or with `reverse` data to base. Returns
+        all states on the way, (B, hamiltonians * steps + 1, dim) twice, the start included; in
+        standardised units."""
         qs, ps = [q.unsqueeze(1)], [p.unsqueeze(1)]
         for H, log_dt in list(zip(self.H, self.log_dt))[:: -1 if reverse else 1]:
             q, p = leapfrog(
@@ -238,8 +244,9 @@ class NHF(Flow):
         return torch.cat(qs, 1), torch.cat(ps, 1)
 
     def log_weights(self, x, noise):
-        """log pi(flow^-1(q, p)) - log f(p|q) for every draw p ~ f(p|q) made of noise N(0, I) (samples, B, dim):
-        (samples, B), nats in the units of x. Its mean over samples is the ELBO."""
+        """log pi(flow^-1(q, p)) - log f(p|q) for every draw p ~ f(p|q) made of noise N(0, I)
+        (samples, B, dim): (samples, B), nats in the units of x. Its mean over samples is the
+        ELBO."""
         q, volume = self.standard(x)
         mean, log_std = self.encoder(q).chunk(2, 1)
         p = mean + log_std.exp() * noise
@@ -255,8 +262,9 @@ class NHF(Flow):
         return self.log_weights(x, torch.randn(1, *x.shape, generator=generator))[0]
 
     def log_prob(self, x, samples=16, generator=None):
-        """log p(x) by importance weighting with `samples` draws of p (IWAE, Burda et al. 2016): (B,) nats. On average a
-        lower bound, the ELBO at samples = 1, that tightens towards log p(x) as samples grow."""
+        """log p(x) by importance weighting with `samples` draws of p (IWAE, Burda et al. 2016):
+        (B,) nats. On average a lower bound, the ELBO at samples = 1, that tightens towards log p(x)
+        as samples grow."""
         noise = torch.randn(samples, *x.shape, generator=generator)
         return self.log_weights(x, noise).logsumexp(0) - math.log(samples)
 
@@ -267,8 +275,8 @@ class NHF(Flow):
 
 
 class RealNVP(Flow):
-    """The baseline that the paper compares with (Dinh et al. 2017): affine couplings with alternating masks, two-layer ReLU
-    MLPs. log_prob is exact, so `samples` changes nothing."""
+    """The baseline that the paper compares with (Dinh et al. 2017): affine couplings with
+    alternating masks, two-layer ReLU MLPs. log_prob is exact, so `samples` changes nothing."""
 
     def __init__(self, dim=2, layers=8, width=128, shift=0.0, scale=1.0):
         self.config = {"dim": dim, "layers": layers, "width": width}

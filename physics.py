@@ -1,9 +1,10 @@
 """The four systems of Hamiltonian Generative Networks and two more: exact simulation and rendering.
 
-Stands alone on torch and numpy. A system is one entry of `SYSTEMS`: its constants, its energy, how its initial
-states are drawn and how it looks. Constants, initial states and colours follow Toth et al., "Hamiltonian
-Generative Networks", ICLR 2020 (arXiv 1909.13789), section 4 and appendix, as published with its
-reproduction (Balsells Rodas et al., ReScience 2021); spring_pendulum and double_pendulum are our own.
+Stands alone on torch and numpy. A system is one entry of `SYSTEMS`: its constants, its energy, how
+its initial states are drawn and how it looks. Constants, initial states and colours follow Toth et
+al., "Hamiltonian Generative Networks", ICLR 2020 (arXiv 1909.13789), section 4 and appendix, as
+published with its reproduction (Balsells Rodas et al., ReScience 2021); spring_pendulum and
+double_pendulum are our own.
 
     frames, q, p = clips(SYSTEMS["three_body"], n=16)   # (16, 30, 3, 32, 32), (16, 30, 3, 2) twice
 """
@@ -18,8 +19,9 @@ import torch
 BACKGROUND = (81 / 255, 88 / 255, 93 / 255)
 YELLOW, RED, GREEN = (173 / 255, 146 / 255, 0.0), (173 / 255, 0.0, 0.0), (0.0, 146 / 255, 0.0)
 
-# Symmetric composition of 17 leapfrog steps, of order 8: Kahan & Li, "Composition constants for raising the
-# orders of unconventional schemes", Math. Comp. 66 (1997), method s17odr8a. The first nine of seventeen.
+# Symmetric composition of 17 leapfrog steps, of order 8: Kahan & Li, "Composition constants for
+# raising the orders of unconventional schemes", Math. Comp. 66 (1997), method s17odr8a. The first
+# nine of seventeen.
 _HALF = (
     0.13020248308889008,
     0.56116298177510838,
@@ -36,9 +38,11 @@ KAHAN_LI = _HALF + _HALF[-2::-1]
 
 @dataclass(frozen=True)
 class System:
-    """One physical system with H(q, p) = sum p^2 / (2 inertia) + V(q), or any other H, and how it is drawn.
+    """One physical system with H(q, p) = sum p^2 / (2 inertia) + V(q), or any other H, and how it
+    is drawn.
 
-    States q and p have shape (..., bodies, dims). Units are those of the paper: dt = 0.125 between frames.
+    States q and p have shape (..., bodies, dims). Units are those of the paper: dt = 0.125 between
+    frames.
     """
 
     colours: tuple  # RGB that each body adds to the background, in [0, 1]
@@ -75,8 +79,9 @@ def _polar(low, high):
 
 
 def _orbit(bodies, low, high, speed, jitter=0.1):
-    """Bodies evenly spaced on a circle of radius r ~ U(low, high), turning either way at the circular speed
-    `speed` / sqrt(r); then every velocity component is scaled by 1 +- jitter. Unit masses, so p = v."""
+    """Bodies evenly spaced on a circle of radius r ~ U(low, high), turning either way at the
+    circular speed `speed` / sqrt(r); then every velocity component is scaled by 1 +- jitter. Unit
+    masses, so p = v."""
 
     def initial(n, uniform):
         r, direction = uniform(low, high, n, 1, 1), uniform(-1, 1, n, 1, 1).sign()
@@ -91,7 +96,8 @@ def _orbit(bodies, low, high, speed, jitter=0.1):
 
 
 def _separations(q):
-    """For every cyclic shift: the vector from each body to another, and 1 / distance. Covers all ordered pairs."""
+    """For every cyclic shift: the vector from each body to another, and 1 / distance. Covers all
+    ordered pairs."""
     for shift in range(1, q.shape[-2]):
         d = q.roll(-shift, -2) - q  # (..., bodies, 2)
         x, y = d.unbind(-1)
@@ -111,7 +117,8 @@ def _spring_force(q):
     return -4 * (1 - 1 / r) * q - torch.tensor((0.0, 1.5), dtype=q.dtype, device=q.device)
 
 
-# The double pendulum, m 0.5 and l 1 both, g 3. With a = q_1 - q_2 its mass matrix is 0.5 [[2, cos a], [cos a, 1]].
+# The double pendulum, m 0.5 and l 1 both, g 3. With a = q_1 - q_2 its mass matrix is 0.5 [[2, cos
+# a], [cos a, 1]].
 
 
 def _double_hamiltonian(q, p):
@@ -221,8 +228,9 @@ SYSTEMS = {
 
 
 def initial_states(system, n, generator=None, device=None):
-    """n random initial states q, p of shape (n, bodies, dims), float64. Drawn on the generator's device (so that
-    a CPU generator gives the same states whatever the device), returned on `device`."""
+    """n random initial states q, p of shape (n, bodies, dims), float64. Drawn on the generator's
+    device (so that a CPU generator gives the same states whatever the device), returned on
+    `device`."""
     source = generator.device if generator is not None else "cpu"
 
     def uniform(low, high, *shape):
@@ -235,10 +243,12 @@ def initial_states(system, n, generator=None, device=None):
 
 
 def simulate(system, q, p, frames, dt=0.125):
-    """True trajectories by symplectic methods of order 8 or more (compositions of leapfrog, or Gauss-Legendre), in float64.
+    """True trajectories by symplectic methods of order 8 or more (compositions of leapfrog, or
+    Gauss-Legendre), in float64.
 
-    Args: q, p: initial states (B, bodies, dims). frames: how many states to return, the initial one included.
-    dt: time between frames; negative runs backward. Returns: q, p of shape (B, frames, bodies, dims), float64.
+    Args: q, p: initial states (B, bodies, dims). frames: how many states to return, the initial one
+    included. dt: time between frames; negative runs backward. Returns: q, p of shape (B, frames,
+    bodies, dims), float64.
     Raises: ValueError if frames < 1.
     """
     if frames < 1:
@@ -253,7 +263,8 @@ def simulate(system, q, p, frames, dt=0.125):
 
 
 def _compose(system, q, p, h):
-    """One step of length h: 17 leapfrog steps, drift first. A half drift opens and closes each; neighbours are merged."""
+    """One step of length h: 17 leapfrog steps, drift first. A half drift opens and closes each;
+    neighbours are merged."""
     drift = [(a + b) / 2 * h / system.inertia for a, b in zip((0.0,) + KAHAN_LI, KAHAN_LI + (0.0,))]
     for c, d in zip(drift, KAHAN_LI):
         q = torch.add(q, p, alpha=c)
@@ -269,7 +280,8 @@ def _gauss_legendre(stages=6):
 
 
 def _implicit(system, q, p, h, rounds=16):
-    """One step of length h for any H: Gauss-Legendre collocation, its equations solved by fixed-point iteration."""
+    """One step of length h for any H: Gauss-Legendre collocation, its equations solved by
+    fixed-point iteration."""
     A, b = (x.to(q.device) for x in _gauss_legendre())
 
     def field(q, p):
@@ -287,7 +299,8 @@ def _implicit(system, q, p, h, rounds=16):
 
 
 def _advance(system, q, p, dt, substeps, tolerance=1e-9, most=256):
-    """One frame. Clips whose energy changed, as in a close encounter, are done again with shorter steps."""
+    """One frame. Clips whose energy changed, as in a close encounter, are done again with shorter
+    steps."""
     start, h = (q, p), dt / substeps
     for _ in range(substeps):
         q, p = (_implicit if system.gradient else _compose)(system, q, p, h)
@@ -299,10 +312,13 @@ def _advance(system, q, p, dt, substeps, tolerance=1e-9, most=256):
 
 
 def render(system, q, size=32):
-    """Paint states as pictures: anti-aliased discs at sub-pixel positions, adding colour to the background.
+    """Paint states as pictures: anti-aliased discs at sub-pixel positions, adding colour to the
+    background.
 
-    A pixel's share of a disc is 1 inside, 0 outside and linear in its distance across the one-pixel edge.
-    Args: q: (B, T, bodies, dims), any device. Returns: (B, T, 3, size, size) float32 in [0, 1], row 0 on top.
+    A pixel's share of a disc is 1 inside, 0 outside and linear in its distance across the one-pixel
+    edge.
+    Args: q: (B, T, bodies, dims), any device. Returns: (B, T, 3, size, size) float32 in [0, 1], row
+    0 on top.
     """
     centres = system.position(q).flatten(0, 1).float()  # (B*T, bodies, 2)
     frames = torch.empty(len(centres), 3, size, size, device=q.device)
@@ -328,18 +344,20 @@ def _paint(system, centres, out):
 
 
 def clips(system, n, frames=30, dt=0.125, noise=0.0, size=32, generator=None, device=None):
-    """n random clips. Returns frames (n, frames, 3, size, size) and the true, noise-free states q, p
-    (n, frames, bodies, dims).
+    """n random clips. Returns frames (n, frames, 3, size, size) and the true, noise-free states q,
+    p (n, frames, bodies, dims).
 
-    noise: sigma of the Gaussian added to every coordinate of every frame before it is painted, world units;
-    "paper" takes the paper's sigma for this system. The same generator seed gives the same clips.
+    noise: sigma of the Gaussian added to every coordinate of every frame before it is painted,
+    world units; "paper" takes the paper's sigma for this system. The same generator seed gives the
+    same clips.
     """
     q, p = simulate(system, *initial_states(system, n, generator, device), frames, dt)
     return render(system, jitter(system, q, noise, generator), size), q, p
 
 
 def jitter(system, q, noise=0.0, generator=None):
-    """The paper's observation noise: q plus a Gaussian of sigma `noise` (or "paper") on every coordinate."""
+    """The paper's observation noise: q plus a Gaussian of sigma `noise` (or "paper") on every
+    coordinate."""
     sigma = system.noise if noise == "paper" else noise
     if sigma == 0:
         return q
@@ -350,8 +368,8 @@ def jitter(system, q, noise=0.0, generator=None):
 
 
 def noise_floor(system, noise="paper", size=32, n=2000, draws=32, generator=None):
-    """Smallest pixel MSE any model can reach under `noise`: the mean variance of a pixel given the true state,
-    by Monte Carlo over n random states with `draws` noisy pictures each."""
+    """Smallest pixel MSE any model can reach under `noise`: the mean variance of a pixel given the
+    true state, by Monte Carlo over n random states with `draws` noisy pictures each."""
     q = simulate(system, *initial_states(system, n, generator), 8, dt=0.5)[0][
         :, -1:
     ]  # away from the start

@@ -69,9 +69,7 @@ def parse(**defaults):
     data = parser.add_argument_group("data")
     data.add_argument("--system", choices=SYSTEMS, help="what to learn (default: mass_spring)")
     data.add_argument("--density", choices=DENSITIES, help="learn this with a flow instead")
-    data.add_argument(
-        "--data", metavar="PATH", help="clips (N, T, H, W, C) or points (N, D), README"
-    )
+    data.add_argument("--data", metavar="PATH", help="clips (N, T, H, W, C) or points (N, D)")
     data.add_argument("--size", type=int, default=32, help="pixels a side, 16 to 128")
     data.add_argument("--noise", type=noise, default=0.0, help="on every coordinate; or 'paper'")
     data.add_argument("--dt", type=positive, default=0.125, help="time between frames")
@@ -86,7 +84,7 @@ def parse(**defaults):
     model.add_argument("--substeps", type=whole, default=1, help="integrator steps a frame")
     model.add_argument("--periodic", action=argparse.BooleanOptionalAction, help="q are angles")
     model.add_argument(
-        "--no-f-psi", dest="f_psi", action="store_false", help="the paper's ablation"
+        "--no-f-psi", dest="f_psi", action="store_false", help="without f_psi (paper)"
     )
     model.add_argument("--deterministic", action="store_true", help="no sampling of z, no KL")
     flow = parser.add_argument_group("flow")
@@ -100,9 +98,7 @@ def parse(**defaults):
         values = ", ".join(f"{k} {v[name.replace('-', '_')]}" for k, v in DEFAULTS.items())
         train.add_argument(f"--{name}", type=kind, help=f"default: {values}")
     train.add_argument("--beta", type=at_least(0, float), default=1e-3, help="weight of the KL")
-    train.add_argument(
-        "--geco", action="store_true", help="the paper's constraint, not a fixed beta"
-    )
+    train.add_argument("--geco", action="store_true", help="the paper's constraint, no fixed beta")
     train.add_argument("--tolerance", type=positive, default=2e-4, help="pixel MSE of --geco")
     train.add_argument("--seed", type=at_least(0), default=0, help="of weights, data and samples")
     run = parser.add_argument_group("run")
@@ -126,7 +122,8 @@ def noise(text):
 
 
 def settle(args):
-    """Fill in what depends on the data and on other options, and refuse what does not go together."""
+    """Fill in what depends on the data and on other options, and refuse what does not go
+    together."""
     given = [f"--{k} {getattr(args, k)}" for k in ("system", "density", "data") if getattr(args, k)]
     if len(given) > 1:
         fail(f"{given[0]} and {given[1]} exclude each other: give one")
@@ -153,15 +150,8 @@ def settle(args):
         latent, periodic = initial_states(system, 1)[0].numel(), system.periodic
     args.latent = args.latent or (None if kind == "paper" else latent)
     args.periodic = periodic if args.periodic is None else args.periodic
-    if (
-        kind == "hgn"
-        and args.context > args.window + 1
-        or kind == "paper"
-        and args.context > args.window
-    ):
-        fail(
-            f"--context {args.context} is longer than a training clip: raise --window or lower --context"
-        )
+    if args.context > args.window + (kind == "hgn") and kind in ("hgn", "paper"):
+        fail(f"--context {args.context} is longer than a training clip: raise --window or lower it")
     if kind == "paper" and args.window > length:
         args.window = length
     if kind.startswith("hnn") and not 3 <= args.targets <= length:
@@ -174,9 +164,8 @@ def resumed(args):
     model, checkpoint = load(path)
     config = {k: v for k, v in checkpoint["config"].items() if k in vars(args) and k not in HERE}
     # As text, which the parser reads like a command line's: a stranger's file gets no further.
-    args = parse(
-        **{k: v if v is None or v is True or v is False else str(v) for k, v in config.items()}
-    )
+    kept = (None, True, False)
+    args = parse(**{k: v if any(v is x for x in kept) else str(v) for k, v in config.items()})
     for k, v in config.items():
         if k not in FREE and getattr(args, k) != v:
             fail(f"--{k.replace('_', '-')} cannot change in a resumed run: start another")
@@ -208,20 +197,18 @@ def new_folder(args):
 
 
 class Batches:
-    """Batch number `step` of a run, the same whenever it is asked for: a resumed run sees what it would
-    have seen. A system's is drawn, simulated and painted on the device; clips of one's own are read by
-    threads, some batches ahead.
+    """Batch number `step` of a run, the same whenever it is asked for: a resumed run sees what it
+    would have seen. A system's is drawn, simulated and painted on the device; clips of one's own
+    are read by threads, some batches ahead.
 
-    A batch of the compact model is the frames that the encoder sees (B, context, C, S, S), frames to
-    score (B, targets, C, S, S) and their times (B, targets), counted from the first that it sees. The
-    paper's model and HNN take whole clips (B, T, C, S, S)."""
+    A batch of the compact model is the frames that the encoder sees (B, context, C, S, S), frames
+    to score (B, targets, C, S, S) and their times (B, targets), counted from the first that it
+    sees. The paper's model and HNN take whole clips (B, T, C, S, S)."""
 
     def __init__(self, args, device):
         self.args, self.device, self.pool, self.ahead = args, device, None, {}
-        self.data, self.reader = (
-            Clips(vars(args)) if args.data else None,
-            ThreadPoolExecutor(READERS),
-        )
+        self.data = Clips(vars(args)) if args.data else None
+        self.reader = ThreadPoolExecutor(READERS)
         self.whole = {"paper": args.window, "compact": 0}[args.arch]
         self.whole = args.targets if args.model != "hgn" else self.whole
         self.length = self.data.length if self.data else args.window * (1 if self.whole else 2) + 1
@@ -256,23 +243,21 @@ class Batches:
         else:
             q = self.trajectories(step)
             q = q[torch.arange(len(q), device=device).unsqueeze(1), at]
-            frames = render(
-                SYSTEMS[args.system],
-                jitter(SYSTEMS[args.system], q, args.noise, generator),
-                args.size,
-            )
+            system = SYSTEMS[args.system]
+            frames = render(system, jitter(system, q, args.noise, generator), args.size)
         batch = [frames] if self.whole else [*frames.split([len(seen), args.targets], 1), times]
-        return (
-            [x.pin_memory() for x in batch] if self.data and self.device.type == "cuda" else batch
-        )
+        pinned = self.data and self.device.type == "cuda"
+        return [x.pin_memory() for x in batch] if pinned else batch
 
     def horizon(self, step):
-        """How far from the first frame a compact model is scored at this step: it grows from 3 frames."""
+        """How far from the first frame a compact model is scored at this step: it grows from 3
+        frames."""
         share = (step / self.args.steps - CHART) / ((1 - CHART) * GROWTH)
         return min(self.args.window, 3 + int(self.args.window * max(0, share)))
 
     def trajectories(self, step):
-        """True q of the batch's clips (B, length, bodies, dims), simulated for POOL batches at once."""
+        """True q of the batch's clips (B, length, bodies, dims), simulated for POOL batches at
+        once."""
         args, system, number = self.args, SYSTEMS[self.args.system], step // POOL
         if self.pool != number:
             generator = torch.Generator(self.device).manual_seed((args.seed << 20) + number)
@@ -290,8 +275,8 @@ def build(args):
     if args.model in FLOWS:
         points = Points(vars(args))
         flow = NHF(
-            points.dim, args.hamiltonians, args.leapfrog_steps, kinetic=args.kinetic, base=args.base,
-            shift=points.shift, scale=points.scale,
+            points.dim, args.hamiltonians, args.leapfrog_steps, kinetic=args.kinetic,
+            base=args.base, shift=points.shift, scale=points.scale,
         )  # fmt: skip
         return flow if args.model == "nhf" else RealNVP.like(flow)
     channels = Clips(vars(args)).channels if args.data else 3
@@ -299,24 +284,15 @@ def build(args):
     try:
         if args.model != "hgn":
             return HNN(**frame, latent=args.latent or 4, conv=args.model == "hnn_conv")
-        options = (
-            "context",
-            "arch",
-            "latent",
-            "integrator",
-            "substeps",
-            "periodic",
-            "f_psi",
-            "deterministic",
-        )
+        options = "context arch latent integrator substeps periodic f_psi deterministic".split()
         return HGN(**frame, **{k: getattr(args, k) for k in options})
     except ValueError as error:
         fail(str(error))
 
 
 def make_optimisers(model, lr, rates={}, muon=False):
-    """Adam, with rates[prefix] times lr for the parameters that the prefix names. With muon, that for
-    matrices elsewhere, which learns small and large directions alike."""
+    """Adam, with rates[prefix] times lr for the parameters that the prefix names. With muon, that
+    for matrices elsewhere, which learns small and large directions alike."""
     named = [(next((p for p in rates if name.startswith(p)), None), w)
              for name, w in model.named_parameters()]  # fmt: skip
     matrices = [w for prefix, w in named if muon and not prefix and w.dim() == 2]
@@ -362,21 +338,25 @@ def set_rate(optimisers, lr, step, steps):
 
 
 def descend(model, loss, optimisers, most=1.0):
-    """One step of the optimisers down the gradient of loss, clipped to the norm `most`; a gradient that
-    is not finite counts as zero. Nothing in it waits for a GPU."""
+    """One step of the optimisers down the gradient of loss, clipped to the norm `most`; where that
+    is not finite the weights stay as they are. Nothing in it waits for a GPU."""
     model.zero_grad()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
-    for w in model.parameters():
-        if w.grad is not None:
-            w.grad.masked_fill_(~norm.isfinite(), 0.0)
+    weights = [w for w in model.parameters() if w.grad is not None]
+    good = torch.nn.utils.clip_grad_norm_(weights, most).isfinite()
+    before = [w.detach().clone() for w in weights]
+    for w in weights:
+        w.grad.masked_fill_(~good, 0.0)
     for optimiser in optimisers:
         optimiser.step()
+    with torch.no_grad():
+        for w, old in zip(weights, before):
+            w.copy_(torch.where(good, w, old))
 
 
 class Graphed:
-    """step(*tensors) -> tensors on a GPU: three times as it is, from then on replayed as one CUDA graph,
-    so that thousands of small kernels cost one launch."""
+    """step(*tensors) -> tensors on a GPU: three times as it is, from then on replayed as one CUDA
+    graph, so that thousands of small kernels cost one launch."""
 
     def __init__(self, step):
         self.step, self.calls, self.stream = step, 0, torch.cuda.Stream()
@@ -405,14 +385,16 @@ def compiled(function):
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     warnings.filterwarnings("ignore", message="invoke_subgraph traced multiple backward graphs")
     # Inductor may not choose memory layouts: torch 2.13 gets the strides of convolutions inside a
-    # nested region wrong. Nor may it use a buffer again: a state that a nested region both returns and
-    # keeps for the way back is one buffer to it and two to its caller, who overwrites what is kept.
+    # nested region wrong. Nor may it use a buffer again: a state that a nested region both returns
+    # and keeps for the way back is one buffer to it and two to its caller, who overwrites what is
+    # kept.
     options = {"layout_optimization": False, "allow_buffer_reuse": False, "inplace_buffers": False}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 class Pixels:
-    """A run on clips: advance(step) makes a training step, look(folder) measures and writes a movie."""
+    """A run on clips: advance(step) makes a training step, look(folder) measures and writes a
+    movie."""
 
     def __init__(self, args, model, device):
         self.args, self.model, self.device = args, model, device
@@ -459,9 +441,7 @@ class Pixels:
         return (step, charted) if step < charted else (step - charted, self.args.steps - charted)
 
     def advance(self, step):
-        torch.manual_seed(
-            (self.args.seed << 20) + step
-        )  # of z: a resumed run draws what it would have
+        torch.manual_seed((self.args.seed << 20) + step)  # of z: a resumed run draws the same
         self.reach = self.args.window if self.fixed else self.batches.horizon(step)
         charting = self.compact and step < int(CHART * self.args.steps)
         values = self.steps[0 if charting else 1](*self.batches(step))
@@ -476,23 +456,20 @@ class Pixels:
 
 def fit_prior(model, args, device):
     """The learnt prior alone and anew, at a run's end, on the states of many clips: in batches of
-    hundreds it learns what sixteen states a step leave blurred. Anew, as one that followed the states
-    while they moved stays folded as they were then."""
+    hundreds it learns what sixteen states a step leave blurred. Anew, as one that followed the
+    states while they moved stays folded as they were then."""
     torch.manual_seed(args.seed)
     model.prior.load_state_dict(Couplings(*model.prior.shape).state_dict())
     rounds = min(10000, 1 + args.steps // 2)
     size = min(512, rounds)
-    batches = Batches(
-        argparse.Namespace(**vars(args) | {"targets": 1, "window": args.context}), device
-    )
+    few = argparse.Namespace(**vars(args) | {"targets": 1, "window": args.context})
+    batches = Batches(few, device)
     with torch.no_grad():  # on batches of after the last step
         n = max(1, STATES * size // 512 // args.batch_size)
         states = [model.encode(batches(args.steps + i)[0]) for i in range(n)]
     mean, logvar = (torch.cat(x) for x in zip(*states))
-    optimisers, generator = (
-        make_optimisers(model.prior, 5e-3),
-        torch.Generator(device).manual_seed(args.seed),
-    )
+    optimisers = make_optimisers(model.prior, 5e-3)
+    generator = torch.Generator(device).manual_seed(args.seed)
 
     def step(z, mean, logvar):
         loss = model.prior.kl(z, mean, logvar).mean()
@@ -534,7 +511,8 @@ class Densities:
 
 
 class Run:
-    """The folder of a run: its checkpoint and its log, and what is needed to go on as if uninterrupted."""
+    """The folder of a run: its checkpoint and its log, and what is needed to go on as if
+    uninterrupted."""
 
     def __init__(self, args, learner, folder, checkpoint):
         self.args, self.learner, self.folder = args, learner, folder
@@ -551,16 +529,14 @@ class Run:
     def restore(self, checkpoint):
         """Weights, optimisers and beta of a checkpoint; what was logged after it is dropped."""
         try:
-            for optimiser, state in zip(
-                self.learner.optimisers, checkpoint["optimisers"], strict=True
-            ):
+            pairs = zip(self.learner.optimisers, checkpoint["optimisers"], strict=True)
+            for optimiser, state in pairs:
                 optimiser.load_state_dict({**optimiser.state_dict(), "state": state["state"]})
-                pairs = ((w, x) for w, kept in optimiser.state.items() for x in kept.values())
-                if any(x.shape not in ((), w.shape) for w, x in pairs):
+                kept = ((w, x) for w, values in optimiser.state.items() for x in values.values())
+                if any(x.shape not in ((), w.shape) for w, x in kept):
                     raise ValueError
-            for mine, kept in zip(
-                (self.learner.geco.beta, self.learner.geco.mse), checkpoint["geco"]
-            ):
+            geco = self.learner.geco
+            for mine, kept in zip((geco.beta, geco.mse), checkpoint["geco"]):
                 mine.fill_(float(kept))
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
             fail(f"{self.folder} was trained by another version of this code: train again")
@@ -573,7 +549,8 @@ class Run:
         self.write("metrics.jsonl", "".join(lines).encode())
 
     def write(self, name, packed):
-        """All or nothing, and on the disk before it gets its name: a crash leaves the last one whole."""
+        """All or nothing, and on the disk before it gets its name: a crash leaves the last one
+        whole."""
         try:
             with open(self.folder / f"{name}.new", "wb") as file:
                 file.write(packed)
@@ -584,25 +561,19 @@ class Run:
             self.cannot(error)
 
     def cannot(self, error):
-        fail(f"cannot write into {self.folder} ({error.strerror}), where the last checkpoint stays as it "
-             f"was: make room, then --resume {self.folder}/checkpoint.pt")  # fmt: skip
+        fail(f"cannot write into {self.folder} ({error.strerror}), where the last checkpoint stays "
+             f"as it was: make room, then --resume {self.folder}/checkpoint.pt")  # fmt: skip
 
     def save(self):
         learner, file = self.learner, io.BytesIO()
-        torch.save(
-            {
-                "kind": self.args.model,
-                "model": learner.model.state_dict(),
-                "model_config": learner.model.config,
-                "optimisers": [optimiser.state_dict() for optimiser in learner.optimisers],
-                "geco": (learner.geco.beta.item(), learner.geco.mse.item()),
-                "step": self.done,
-                "config": self.config,
-                "seconds": self.seconds,
-                **provenance(),
-            },
-            file,
-        )
+        state = {
+            "kind": self.args.model, "model": learner.model.state_dict(),
+            "model_config": learner.model.config, "config": self.config, "step": self.done,
+            "optimisers": [optimiser.state_dict() for optimiser in learner.optimisers],
+            "geco": (learner.geco.beta.item(), learner.geco.mse.item()), "seconds": self.seconds,
+            **provenance(),
+        }  # fmt: skip
+        torch.save(state, file)
         self.write("checkpoint.pt", file.getvalue())
 
     def log(self, **values):
@@ -645,19 +616,13 @@ def bench(args, device):
     def row(what, how, clips, call, flops):
         first, median = timed(call)
         share = flops / median / 1e9 / peak
-        cell = {
-            "what": what,
-            "how": how,
-            "first_s": first,
-            "ms": 1e3 * median,
-            "clips_s": clips / median,
-        }
-        rows.append(cell | {"share_of_peak": share})
+        cell = {"what": what, "how": how, "first_s": first, "ms": 1e3 * median}
+        rows.append(cell | {"clips_s": clips / median, "share_of_peak": share})
         if cuda:
             rows[-1]["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
             torch.cuda.reset_peak_memory_stats()
-        print(f"{what:<44}{how:<10}{first:7.1f} s{1e3 * median:10.2f} ms{clips / median:10.0f} clips/s"
-              f"{share:7.1%} of peak", flush=True)  # fmt: skip
+        print(f"{what:<44}{how:<10}{first:7.1f} s{1e3 * median:10.2f} ms"
+              f"{clips / median:10.0f} clips/s{share:7.1%} of peak", flush=True)  # fmt: skip
 
     def steps(what, **changes):
         """Rows of a training step: as it is, compiled, and on a GPU both as one graph."""
@@ -725,8 +690,8 @@ def loop(run, learner):
             bad = 0 if math.isfinite(values["loss"]) else bad + 1
             if bad == PATIENCE:
                 bar.close()
-                fail(f"the loss is not finite at step {run.done}: try --lr {args.lr / 4:g}, and look for "
-                     f"wrong values in --data; {run.folder}/checkpoint.pt is from before")  # fmt: skip
+                fail(f"the loss is not finite at step {run.done}: try --lr {args.lr / 4:g}, and "
+                     f"look for wrong values in --data; {run.folder}/checkpoint.pt is whole")  # fmt: skip
             bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()})
             run.log(**values)
         if not bad and (run.done % args.save_every == 0 or run.done == args.steps or stopped):
@@ -780,8 +745,8 @@ def main():
           "python eval.py --reverse --speed 2 --sample 4")  # fmt: skip
     error = next(v for k, v in result.items() if k.startswith("mse_0_"))
     if not error <= 0.5 * result["blank_mse"]:
-        print("The error is above half of a blank prediction's: little was learnt. Try more --steps, "
-              "more --latent, a lower --lr, and check --dt.")  # fmt: skip
+        print("The error is above half of a blank prediction's: little was learnt. Try more "
+              "--steps, more --latent, a lower --lr, and check --dt.")  # fmt: skip
 
 
 if __name__ == "__main__":
