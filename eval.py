@@ -212,8 +212,8 @@ def read_data(path):
             return file[file.files[0]]
     except Exception as error:  # numpy, zlib and imageio raise many kinds
         fail(f"--data {path} cannot be read ({type(error).__name__}): give an .npy file that "
-             "numpy.save wrote, an .npz file, or a folder of GIFs or of folders of pictures (videos "
-             "need pip install av)")  # fmt: skip
+             "numpy.save wrote, an .npz file, or a folder of GIFs or of folders of pictures "
+             "(videos need pip install av)")  # fmt: skip
 
 
 def free_memory():

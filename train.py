@@ -691,7 +691,7 @@ def loop(run, learner):
             if bad == PATIENCE:
                 bar.close()
                 fail(f"the loss is not finite at step {run.done}: try --lr {args.lr / 4:g}, and "
-                     f"look for wrong values in --data; {run.folder}/checkpoint.pt is whole")  # fmt: skip
+                     f"look for wrong values in --data; the last checkpoint is whole")  # fmt: skip
             bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()})
             run.log(**values)
         if not bad and (run.done % args.save_every == 0 or run.done == args.steps or stopped):
