@@ -1140,8 +1140,12 @@ def batches(monkeypatch, *words):
     return train.Batches(args, torch.device("cpu"))
 
 
-KINDS = {"own": (), "two_body": ("--system", "two_body", "--noise", "paper"),
-         "hnn": ("--model", "hnn"), "paper": ("--arch", "paper", "--system", "pendulum")}  # fmt: skip
+KINDS = {
+    "own": (),
+    "two_body": ("--system", "two_body", "--noise", "paper"),
+    "hnn": ("--model", "hnn"),
+    "paper": ("--arch", "paper", "--system", "pendulum"),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
