@@ -22,7 +22,7 @@ from torch import nn
 # ------------------------------------------------------------------ integrators (section 2.1)
 
 
-once = torch.compiler.nested_compile_region  # what torch.compile translates once, not every step
+once = torch.compiler.nested_compile_region  # torch.compile translates it once, not every step
 
 
 @once
@@ -202,11 +202,8 @@ class Separable(Hamiltonian):
     def kick(self, here, p):
         return here[0]
 
-    def drift(self, here, p):
-        return self.K.grad(p)
 
-
-FAR = 50.0  # beyond it q exerts no force and looks the same: what goes astray stays finite
+FAR = 50.0  # beyond it forces grow no further and q looks the same: what goes astray stays finite
 
 
 class Natural(Hamiltonian):
@@ -222,6 +219,10 @@ class Natural(Hamiltonian):
         self.first, self.second = nn.Linear(dim * (1 + periodic), bend), nn.Linear(bend, dim * dim)
         nn.init.zeros_(self.second.weight)
         self.second.bias.data.copy_(torch.eye(dim).flatten())
+
+    def train(self, mode=True):
+        self.rounds = 2 if mode else 6  # cheap while it learns, afterwards to rounding errors
+        return super().train(mode)
 
     def factor(self, q):
         """L (B, dim, dim), and the hidden layer and the input that it comes from."""
@@ -263,7 +264,7 @@ class Natural(Hamiltonian):
         """z = (q, dq/dt), (B, 2 dim) -> q and p = M(q) dq/dt (the Legendre transform)."""
         q, v = z.chunk(2, 1)
         L, one = self.factor(q)[0], torch.eye(self.dim, dtype=z.dtype, device=z.device)
-        p = torch.linalg.solve_ex(L @ L.mT + self.least * one, v.unsqueeze(2)).result  # no wait
+        p = torch.linalg.solve_ex(L @ L.mT + self.least * one, v.unsqueeze(2)).result
         return q, p.squeeze(2)
 
 
@@ -381,11 +382,9 @@ class PaperPsi(nn.Module):
         return self.convs(z).flatten(1).chunk(2, 1)
 
 
-class NoPsi(nn.Module):
-    """The paper's ablation of f_psi: z is the state."""
-
-    def forward(self, z):  # (B, 2 dim) -> (B, dim) twice
-        return z.chunk(2, 1)
+def no_psi(z):
+    """The paper's ablation of f_psi: z (B, 2 dim) is the state."""
+    return z.chunk(2, 1)
 
 
 class PaperHamiltonian(Hamiltonian):
@@ -495,7 +494,8 @@ def geodesic(y, dim, near=8):
     d = d.square()
     d = d - d.mean(0) - d.mean(1, keepdim=True) + d.mean()
     value, axes = torch.linalg.eigh(-0.5 * d.double())
-    return (axes * (value.clamp(min=0) / value[-1] * len(d)).sqrt()).flip(1)[:, :dim].to(y)
+    q = axes * (value.clamp(min=0) / value[-1].clamp(min=1e-12) * len(d)).sqrt()
+    return F.pad(q.flip(1)[:, :dim], (0, max(0, dim - len(d)))).to(y)
 
 
 def ridge(x, y, penalty):
@@ -522,7 +522,8 @@ class Chart(nn.Module):
             [0.25, 0.5, 0.25]
         )  # blurred things have smoother centres than sharp edges
         first.weight.data = 1.5 * torch.randn(filters, channels, 1, 1) * blur[:, None] * blur
-        self.pool = max(k for k in (1, 2, 3, 4) if size % k == 0 and size >= k * min(size, SEEN))
+        whole = (k for k in (2, 3, 4) if size % k == 0 and size >= k * SEEN)
+        self.pool = max(whole, default=1)
         low, out = math.ceil(size / self.pool / 8), latent * (1 + periodic)
         features = 6 * filters + 32 * low * low
         self.linear, self.bent = nn.Linear(features, out), bent(features, 128, 128, out)
@@ -543,30 +544,29 @@ class Chart(nn.Module):
         return (torch.cat((*moments, self.shapes(frames)), 1) - self.mean) / self.scale
 
     def fit(self, frames):
-        """Start from frames (n, C, H, W): the still picture, the scale of features, and
-        coordinates."""
+        """Start from frames (n, C, H, W): the still picture, the scale of features, coordinates."""
         self.still.copy_(frames.median(0).values)
-        self.blank.copy_(frames.var(0).mean())
+        self.blank.copy_(frames.var(0, correction=0).mean() + 1e-12)
         y = torch.cat([self.features(part) for part in frames.split(256)])
         self.mean.copy_(y.mean(0))
-        self.scale.copy_(SPREAD * y.std(0) + 1e-2)
+        self.scale.copy_(SPREAD * y.std(0, correction=0) + 1e-2)
         y = ((y - self.mean) / self.scale)[:CHARTED]
         q = geodesic(y, len(self.linear.weight))
-        q = q / q.std(0) if self.periodic else q
+        q = q / q.std(0).clamp(min=1e-3) if self.periodic else q
         self.linear.weight.copy_(ridge(y, q, 1e-2).T)
 
     def places(self, frames, n):
-        """q of frames, and the centres (len(frames), 2 n), first x, of what n of the filters
-        see."""
+        """q of frames, and the centres (len(frames), 2 n), x first, of what n filters see."""
         y = torch.cat([self.features(part) for part in frames.split(256)])
-        q = torch.cat([self(part) for part in frames.split(256)])
-        x, y = (y * self.scale + self.mean).split(self.filters[0].out_channels, 1)[1:3]
-        return q, torch.cat((x[:, :n], y[:, :n]), 1)
+        centres = (y * self.scale + self.mean).split(self.filters[0].out_channels, 1)[1:3]
+        return self.of_features(y), torch.cat([x[:, :n] for x in centres], 1)
 
-    def forward(self, frames):  # (n, C, H, W) -> (n, latent)
-        y = self.features(frames)
+    def of_features(self, y):
         q = self.linear(y) + self.bent(y)
         return torch.atan2(*q.chunk(2, 1)) if self.periodic else q
+
+    def forward(self, frames):  # (n, C, H, W) -> (n, latent)
+        return self.of_features(self.features(frames))
 
 
 def plane(size, like):
@@ -679,13 +679,13 @@ class BlobDecoder(nn.Module):
 # ------------------------------------------------------------------ HGN (section 3)
 
 
-def check(name, value, known):
-    """ValueError unless value is in known: a range, or names."""
-    if value not in known:
-        every = f" in steps of {known.step}" if getattr(known, "step", 1) > 1 else ""
-        text = (f"from {known[0]} to {known[-1]}{every}" if isinstance(known, range) else
-                f"one of {', '.join(known)}")  # fmt: skip
-        raise ValueError(f"{name} must be {text}, not {value!r}")
+def check(config, known):
+    """ValueError, with the cure, where an option is not among its known values."""
+    for name, values in known.items():
+        if config[name] not in values:
+            every = [str(v) for v in values if v is not None]
+            text = ", ".join(every[:3] + ["..."] + every[-1:] if len(every) > 4 else every)
+            raise ValueError(f"{name} must be one of {text}, not {config[name]!r}")
 
 
 def paper(size, channels, context, latent, periodic, f_psi, dt):
@@ -694,7 +694,7 @@ def paper(size, channels, context, latent, periodic, f_psi, dt):
     encoder = PaperEncoder(size, channels, context, maps, f_psi)
     H, decoder = PaperHamiltonian(maps, low), PaperDecoder(size, channels, maps)
     if not f_psi:
-        return encoder, NoPsi(), H, decoder, StandardNormal(2 * maps * low * low)
+        return encoder, no_psi, H, decoder, StandardNormal(2 * maps * low * low)
     return encoder, PaperPsi(maps), H, decoder, StandardNormal(48, size, size)
 
 
@@ -731,21 +731,18 @@ class HGN(nn.Module):
     ):  # fmt: skip
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        integrator = integrator or {"paper": "explicit_leapfrog"}.get(arch, "leapfrog")
-        check("arch", arch, ARCHITECTURES)
-        check("integrator", integrator, INTEGRATORS)
-        check("size", size, range(16, 129, 8))
-        check("channels", channels, range(1, 5))
-        check("context", context, range(1, 1001))
-        check("latent", 1 if latent is None else latent, range(1, 65))
-        check("substeps", substeps, range(1, 1001))
+        known = {"arch": ARCHITECTURES, "size": range(16, 129, 8), "channels": range(1, 5),
+                 "context": range(1, 1001), "latent": (None, *range(1, 65)),
+                 "integrator": (None, *INTEGRATORS), "substeps": range(1, 1001)}  # fmt: skip
+        check(self.config, known)
         if not dt > 0:
             raise ValueError(f"dt must be above 0, not {dt}: a negative dt goes to rollout")
         self.context, self.dt = context, dt
         self.substeps, self.deterministic = substeps, deterministic
         parts = ARCHITECTURES[arch](size, channels, context, latent, periodic, f_psi, dt)
         self.encoder, self.f_psi, self.H, self.decoder, self.prior = parts
-        self.integrate = INTEGRATORS[integrator]
+        usual = {"compact": "leapfrog", "paper": "explicit_leapfrog"}
+        self.integrate = INTEGRATORS[integrator or usual[arch]]
         for module in (self.encoder, self.decoder):
             module.to(memory_format=torch.channels_last)  # 1.3-2x on small convolutions
 
@@ -753,6 +750,8 @@ class HGN(nn.Module):
     def fit(self, frames):
         """Before training: take what needs no learning from frames (n, C, size, size), a few
         hundred of any times: the still picture, the scale of features, the first coordinates."""
+        if len(frames) < 2:
+            raise ValueError(f"fit needs at least two frames, not {len(frames)}")
         self.encoder.fit(frames)
         self.decoder.fit(frames, self.encoder)
 
@@ -792,22 +791,10 @@ class HGN(nn.Module):
     def rollout(self, q, p, steps, dt=None):
         """States at `steps` frames after (q, p), the start included: (B, steps + 1, ...) twice. dt:
         time from frame to frame, by default that of training; -dt runs backward, 2 dt at double
-        speed, in steps never longer than those of training (a tensor is taken as it is)."""
+        speed, in steps never longer than those of training."""
         dt = self.dt if dt is None else dt
-        longer = 1 if torch.is_tensor(dt) else max(1, math.ceil(abs(dt) / self.dt - 1e-6))
+        longer = max(1, math.ceil(abs(dt) / self.dt - 1e-6))
         return self.integrate(self.H, q, p, dt, steps, longer * self.substeps)
-
-    def path(self, q, p, times, reach=None):
-        """q at integer `times` (B, n) after (q, p), or before: (B, n, ...). reach: the largest
-        |time| there can be; say it, and torch.compile needs one compilation and a GPU never
-        waits."""
-        reach = int(times.abs().max()) if reach is None else reach
-        row = torch.arange(2 * len(q), device=q.device)
-        dt = torch.where(row < len(q), self.dt, -self.dt).unsqueeze(1)
-        path, _ = self.rollout(
-            torch.cat((q, q)), torch.cat((p, p)), reach, dt
-        )  # (2 B, reach + 1, ...)
-        return path[row[: len(times), None] + len(times) * (times < 0), times.abs()]
 
     def decode(self, q, block=256):
         """Paint q (B, T, ...) -> frames (B, T, C, size, size). Without gradients they are cut to
@@ -850,35 +837,41 @@ class HGN(nn.Module):
         return self.priced(mse / self.encoder.chart.blank, e), mse, mse.new_zeros(())
 
     def charted_loss(self, context, targets, times, reach=None, beta=1e-3, noise=None):
-        """The ELBO on `targets` (B, n, C, size, size) at `times` (B, n) from the first frame of
-        context (B, context, C, size, size), and what tells the chart of single frames and the
-        dynamics apart: the first few targets are charted by themselves, the rolled-out q is pulled
-        there, and they are painted from there too, which chart and decoder learn from long before H
-        is right. Far frames count by the logarithm of their error. Returns: loss, in units of a
-        blank prediction's error; mse, of all targets, painted from the rolled-out q; kl."""
+        """The ELBO on some of a clip's frames, plus what ties the chart of single frames to it:
+
+            robust  error of all targets, painted from the rolled-out q; far ones by its logarithm
+            chart   error of the first few targets, painted from their own charts, and the price
+            misfit  distance of the rolled-out q from these charts
+            kl      as in `loss`
+
+        context: (B, context, C, size, size). targets: (B, n, C, size, size), at integer times
+        (B, n) counted from the first frame of context. reach: the last time there can be; with it
+        torch.compile needs one compilation and a GPU never waits. Returns: the sum, in units of a
+        blank prediction's error; the mse of all targets; the kl."""
         z, kl = self.posterior(context, noise)
-        lead, blank, few = self.encoder.lead, self.encoder.chart.blank, 1 + targets.shape[1] // 8
-        q = self.path(*self.f_psi(z), times - lead, None if reach is None else reach + lead)
+        reach = int(times.max()) if reach is None else reach
+        q, _ = self.rollout(*self.state(z), reach)  # (B, reach + 1, latent)
+        q = q[torch.arange(len(q), device=q.device).unsqueeze(1), times]  # (B, n, latent)
+        blank, few = self.encoder.chart.blank, 1 + targets.shape[1] // 8
         e = self.encoder.read(targets[:, :few])  # (B, few, latent)
         painted = torch.cat((q, self.jittered(e)), 1)
-        error = self.error(painted, torch.cat((targets, targets[:, :few]), 1))
-        error, chart = error[:, :-few], error[:, -few:].mean() / blank
-        off = self.encoder.wrap(q[:, :few] - e).square().mean(2)
-        off = off / e.flatten(0, 1).var(0).mean().detach()
-        robust = TOLERANCE * torch.log1p(error / blank / TOLERANCE).mean()
+        error = self.error(painted, torch.cat((targets, targets[:, :few]), 1)) / blank
+        error, chart = error[:, :-few], error[:, -few:].mean()
+        robust = TOLERANCE * torch.log1p(error / TOLERANCE).mean()
+        off = self.encoder.wrap(q[:, :few] - e).square().mean(2) / spread(e).mean().detach()
         misfit = 0.01 * torch.log1p(off / 0.01).mean()
-        loss = robust + self.priced(chart, e) + misfit + beta * kl / context[0, 0].numel() / blank
-        return loss, error.mean(), kl
+        kl_weight = beta / context[0, 0].numel() / blank
+        loss = robust + self.priced(chart, e) + misfit + kl_weight * kl
+        return loss, error.mean() * blank, kl
 
     def error(self, q, frames):
         """Mean squared error, (B, n), of frames (B, n, C, size, size) painted from q (B, n,
         latent), on a lattice of their pixels that starts anywhere: of 32 pixels, at every second
         row and column."""
         size = frames.shape[-1]
-        stride = min(4, size // 16)
-        rows, columns = torch.randint(stride, (2, 1), device=q.device) + torch.arange(
-            0, size - stride + 1, stride, device=q.device
-        )
+        stride = 1 if size < 32 else 2 if size < 64 else 4
+        first = torch.randint(stride, (2, 1), device=q.device)
+        rows, columns = first + torch.arange(0, size, stride, device=q.device)
         painted = self.decoder(q.flatten(0, 1), rows, columns).unflatten(0, q.shape[:2])
         return (painted - frames[..., rows, :][..., columns]).square().mean((2, 3, 4))
 
@@ -889,8 +882,13 @@ class HGN(nn.Module):
         """An autoencoder's error plus a price on the nats that coordinates e (B, n, latent) carry
         beside their jitter, so that what is not needed falls still; none while nothing is
         painted."""
-        nats = 0.5 * torch.log1p(e.flatten(0, 1).var(0) / JITTER**2).sum()
+        nats = 0.5 * torch.log1p(spread(e) / JITTER**2).sum()
         return error + PRICE * (1 - error.detach()).clamp(min=0) * nats
+
+
+def spread(e):
+    """Variance of each coordinate over e (B, n, latent)."""
+    return e.flatten(0, 1).var(0, correction=0) + 1e-12
 
 
 class GECO:
@@ -906,10 +904,10 @@ class GECO:
         self.beta, self.mse = torch.tensor([beta, math.nan], device=device).unbind()
 
     def update(self, mse):
-        """Take one batch's mse, a tensor; changes beta, in place."""
-        mse = mse.detach()
+        """Take one batch's mse, a tensor, after the step: changes beta, in place."""
+        mse = torch.where(mse.isfinite(), mse.detach(), self.mse)
         self.mse.copy_(torch.where(self.mse.isnan(), mse, 0.95 * self.mse + 0.05 * mse))
-        push = (self.tolerance / self.mse.clamp(min=1e-12)).log().clamp(-1, 1)
+        push = (self.tolerance / self.mse.clamp(min=1e-12)).log().clamp(-1, 1).nan_to_num(0)
         self.beta.mul_((self.rate * push).exp()).clamp_(*self.bounds)
 
 
@@ -923,7 +921,8 @@ class HNN(nn.Module):
     def __init__(self, size=32, channels=3, latent=2, conv=False, dt=0.125):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        check("size", size, range(16, 129, 8))
+        known = {"size": range(16, 129, 8), "channels": range(1, 5), "latent": range(1, 65)}
+        check(self.config, known)
         self.context, self.dt, low, z = 2, dt, size // 8, 2 * latent
         shape = (2 * channels, size, size)
         if conv:

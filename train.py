@@ -150,7 +150,7 @@ def settle(args):
         latent, periodic = initial_states(system, 1)[0].numel(), system.periodic
     args.latent = args.latent or (None if kind == "paper" else latent)
     args.periodic = periodic if args.periodic is None else args.periodic
-    if args.context > args.window + (kind == "hgn") and kind in ("hgn", "paper"):
+    if args.context > args.window and kind in ("hgn", "paper"):
         fail(f"--context {args.context} is longer than a training clip: raise --window or lower it")
     if kind == "paper" and args.window > length:
         args.window = length
@@ -211,7 +211,8 @@ class Batches:
         self.reader = ThreadPoolExecutor(READERS)
         self.whole = {"paper": args.window, "compact": 0}[args.arch]
         self.whole = args.targets if args.model != "hgn" else self.whole
-        self.length = self.data.length if self.data else args.window * (1 if self.whole else 2) + 1
+        self.length = self.data.length if self.data else args.window
+        self.most = min(args.window, self.length) - 1  # the farthest time that is scored
 
     def __call__(self, step):
         if not self.data:
@@ -227,15 +228,17 @@ class Batches:
         generator = torch.Generator(device).manual_seed((args.seed << 20) + step + 2**19)
         uniform = lambda *shape: torch.rand(shape, generator=generator, device=device)
         seen = torch.arange(self.whole or args.context, device=device)
-        room = self.length - len(seen) + 1  # places where the frames that are seen can begin
+        reach = 0 if self.whole else self.horizon(step)
+        ahead = (
+            min(reach, self.length // 2) if self.data else reach
+        )  # of short clips, half is enough
+        room = self.length - max(len(seen) - 1, ahead)  # places where what is read can begin
         first = (uniform(*shape) * room).long()
         if self.whole:
             at, times = first + seen, None
         else:
-            first = first if self.data else torch.full_like(first, args.window)
-            reach = self.horizon(step)
-            low, high = (-first).clamp(min=-reach), (self.length - 1 - first).clamp(max=reach)
-            times = low + (uniform(len(first), args.targets) * (high - low + 1)).long()
+            far = (self.length - 1 - first).clamp(max=reach)
+            times = (uniform(len(first), args.targets) * (far + 1)).long()
             at = torch.cat((first + seen, first + times), 1)
         if self.data:
             clips = (uniform(len(first)) * len(self.data.train)).long()
@@ -253,7 +256,7 @@ class Batches:
         """How far from the first frame a compact model is scored at this step: it grows from 3
         frames."""
         share = (step / self.args.steps - CHART) / ((1 - CHART) * GROWTH)
-        return min(self.args.window, 3 + int(self.args.window * max(0, share)))
+        return min(self.most, 3 + int(self.args.window * max(0, share)))
 
     def trajectories(self, step):
         """True q of the batch's clips (B, length, bodies, dims), simulated for POOL batches at
@@ -262,10 +265,7 @@ class Batches:
         if self.pool != number:
             generator = torch.Generator(self.device).manual_seed((args.seed << 20) + number)
             start = initial_states(system, args.batch_size * POOL, generator, self.device)
-            q = simulate(system, *start, args.window + 1, args.dt)[0]
-            if not self.whole:
-                before = simulate(system, *start, args.window + 1, -args.dt)[0]
-                q = torch.cat((before.flip(1)[:, :-1], q), 1)
+            q = simulate(system, *start, args.window, args.dt)[0]
             self.pool, self.q = number, q.unflatten(0, (POOL, -1))
         return self.q[step % POOL]
 
@@ -404,7 +404,7 @@ class Pixels:
             model, args.lr, RATES if self.compact else {}, self.compact
         )
         self.geco = GECO(args.tolerance, beta=args.beta, device=device)
-        self.fixed, self.reach = args.compile or device.type == "cuda", args.window
+        self.fixed, self.reach = args.compile or device.type == "cuda", self.batches.most
         fast = compiled if args.compile else lambda function: function
         graph = Graphed if device.type == "cuda" else lambda function: function
         losses = (self.chart_loss, self.loss)
@@ -442,7 +442,7 @@ class Pixels:
 
     def advance(self, step):
         torch.manual_seed((self.args.seed << 20) + step)  # of z: a resumed run draws the same
-        self.reach = self.args.window if self.fixed else self.batches.horizon(step)
+        self.reach = self.batches.most if self.fixed else self.batches.horizon(step)
         charting = self.compact and step < int(CHART * self.args.steps)
         values = self.steps[0 if charting else 1](*self.batches(step))
         if self.compact and step + 1 == self.args.steps and not self.args.deterministic:
