@@ -459,14 +459,14 @@ class PaperDecoder(nn.Module):
 
 # ------------------------------------------------------------------ the compact networks
 
-SPREAD = 3  # features are a third as large as standardised: no step of Adam's on so many is a leap
+SPREAD = 3  # features have a spread of 1/3: a step of Adam's, on hundreds of them, stays small
 CHARTED = 600  # frames whose geodesic distances start the chart: a second's work
 LEAST = 1e-2  # mass that a filter has to see before its centre counts
-FASTEST = 10  # velocity that a chart may start from: none that is folded sends q to infinity
-JITTER = 0.02  # of charted coordinates before they are painted: what is finer carries nothing
-PRICE = 0.001  # of a nat of a coordinate, over a blank prediction's error
+FASTEST = 10  # initial velocities are cut to this: a chart that is bad yet sends no q far away
+JITTER = 0.02  # noise on charted coordinates before they are painted: finer detail carries nothing
+PRICE = 0.001  # of one nat of coordinates, in units of a blank prediction's error
 SEEN = 32  # pixels a side that a chart works on: of larger pictures it sees block averages
-TOLERANCE = 0.1  # error over a blank prediction's from which on a frame counts by the logarithm
+TOLERANCE = 0.1  # error, in the same units, above which a frame counts by its logarithm
 
 
 def mlp(*sizes):
@@ -507,8 +507,8 @@ def ridge(x, y, penalty):
 class Chart(nn.Module):
     """One frame -> q. Two kinds of features: the mass, centre and inertia of what each of a few
     learnt filters sees, which tell to a hundredth of a pixel where things are, and strided
-    convolutions, for what is nowhere. Of their scaled values a linear map plus an MLP; of angles,
-    of points in planes."""
+    convolutions, for shapes and colours. q is a linear map of them plus an MLP; of angles, that
+    gives (sin, cos)."""
 
     def __init__(self, size, channels, latent, periodic, filters=24):
         super().__init__()
@@ -518,9 +518,7 @@ class Chart(nn.Module):
         down = [nn.Conv2d(a, b, 3, 2, 1) for a, b in ((channels, 16), (16, 32), (32, 32))]
         self.shapes = nn.Sequential(down[0], silu, down[1], silu, down[2], silu, nn.Flatten())
         he_(self)
-        blur = torch.tensor(
-            [0.25, 0.5, 0.25]
-        )  # blurred things have smoother centres than sharp edges
+        blur = torch.tensor([0.25, 0.5, 0.25])  # centres of blurred things move more smoothly
         first.weight.data = 1.5 * torch.randn(filters, channels, 1, 1) * blur[:, None] * blur
         whole = (k for k in (2, 3, 4) if size % k == 0 and size >= k * SEEN)
         self.pool = max(whole, default=1)
@@ -578,8 +576,8 @@ def plane(size, like):
 
 class ChartEncoder(nn.Module):
     """Context frames -> q(z|x) of z = (q, dq/dt) at the middle one, where both are known best. Each
-    frame is charted by itself; q and its velocity start as the polynomial of order four that fits
-    best (six, of many frames), and an MLP corrects them."""
+    frame is charted by itself; q and its velocity start as a polynomial's that fits the charts, of
+    degree four (of more than five frames six), and an MLP corrects them."""
 
     def __init__(self, size, channels, context, latent, periodic, dt):
         super().__init__()
@@ -593,9 +591,7 @@ class ChartEncoder(nn.Module):
         self.register_buffer("poly", fit)  # (2, context)
         seen = (context * (1 + periodic) + 2) * latent
         self.bent = bent(seen, 128, 128, 2 * latent)
-        self.logvar = nn.Parameter(
-            torch.full((2 * latent,), -1.2)
-        )  # in tens, to move at Adam's rate
+        self.logvar = nn.Parameter(torch.full((2 * latent,), -1.2))
 
     def fit(self, frames):
         self.chart.fit(frames)
@@ -615,7 +611,7 @@ class ChartEncoder(nn.Module):
         seen = embed(e) if self.periodic else e
         bent = self.bent(torch.cat((seen.flatten(1), moved[:, -1], velocity), 1))
         mean = torch.cat((e[:, 0] + place, velocity), 1) + bent
-        return mean, (10 * self.logvar).expand_as(mean)
+        return mean, (10 * self.logvar).expand_as(mean)  # Adam moves it ten times as fast
 
 
 class BlobDecoder(nn.Module):
@@ -642,8 +638,7 @@ class BlobDecoder(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def fit(self, frames, encoder):
-        """Start from the still picture, and blobs that go with q where the encoder's filters
-        look."""
+        """Start from the still picture and from blobs that go with what the filters see."""
         self.still.copy_(frames.median(0).values)
         q, places = encoder.chart.places(frames, len(self.linear.bias) // 6)
         q = embed(q) if self.periodic else q
@@ -655,14 +650,12 @@ class BlobDecoder(nn.Module):
         x, y, a, c, b, height = (self.linear(q) + self.bent(q)).unflatten(1, (6, -1)).unbind(1)
         a, c = a.clamp(-2, self.finest).exp(), c.clamp(-2, self.finest).exp()
         x, y, b, height = x.clamp(-3, 3), y.clamp(-3, 3), b.clamp(-3, 3), height.clamp(max=2)
-        # height - ((a X + b c Y)^2 + (c Y)^2) / 2 at (X, Y) from (x, y), as a polynomial of the
-        # place
+        # height - ((a X + b c Y)^2 + (c Y)^2) / 2 at (X, Y) from (x, y), as a polynomial of these
         xx, xy, yy = -0.5 * a * a, -a * b * c, -0.5 * (b * b + 1) * c * c
         none = height + xx * x * x + xy * x * y + yy * y * y
         terms = torch.stack((xx, xy, yy, -2 * xx * x - xy * y, -2 * yy * y - xy * x, none), 1)
-        one, X, Y = (
-            x.unflatten(0, (self.size, -1))[rows][:, columns].flatten() for x in plane(self.size, q)
-        )
+        at = (rows.unsqueeze(1) * self.size + columns).flatten()
+        one, X, Y = (x[at] for x in plane(self.size, q))
         maps = (torch.stack((X * X, X * Y, Y * Y, X, Y, one), 1) @ terms).exp()
         return maps.unflatten(1, (len(rows), len(columns))).movedim(3, 1)
 
