@@ -53,41 +53,42 @@ def leapfrog(H, q, p, dt, steps, substeps=1):
     tensor that broadcasts with q; negative runs backward. substeps: leapfrog steps from one
     returned state to the next. Returns: q, p of shape (B, steps + 1, ...), the start included.
     """
-    return roll(leapfrog_step, H, q, p, dt, steps, substeps)
+    q, p = q.clone(), p.clone()  # a compiled step takes no two halves of one tensor
+    return roll(leapfrog_step, H, (q, p, H.at(q)), dt / substeps, steps, substeps)
 
 
 @once
-def explicit_step(H, q, p, here, h):
+def explicit_step(H, q, p, h):
     p = p - h / 2 * H.dq(q, p)
     q = q + h * H.dp(q, p)
-    return q, p - h / 2 * H.dq(q, p), here
+    return q, p - h / 2 * H.dq(q, p)
 
 
 def explicit_leapfrog(H, q, p, dt, steps, substeps=1):
     """The paper's leapfrog, explicit whatever H is: where H is not separable, as the paper's is
     not, of order 1 and neither symplectic nor reversible. Arguments as for `leapfrog`."""
-    return roll(explicit_step, H, q, p, dt, steps, substeps)
+    return roll(explicit_step, H, (q.clone(), p.clone()), dt / substeps, steps, substeps)
 
 
 @once
-def euler_step(H, q, p, here, h):
-    return q + h * H.dp(q, p), p - h * H.dq(q, p), here
+def euler_step(H, q, p, h):
+    return q + h * H.dp(q, p), p - h * H.dq(q, p)
 
 
 def euler(H, q, p, dt, steps, substeps=1):
     """Explicit Euler, the paper's ablation: order 1, not symplectic. Arguments as for
     `leapfrog`."""
-    return roll(euler_step, H, q, p, dt, steps, substeps)
+    return roll(euler_step, H, (q.clone(), p.clone()), dt / substeps, steps, substeps)
 
 
-def roll(step, H, q, p, dt, steps, substeps):
-    q, p = q.clone(), p.clone()  # a compiled step takes no two halves of one tensor
-    states, here = [(q, p)], H.at(q)
+def roll(step, H, state, h, steps, substeps):
+    """The start of `state`, q and p, and what follows `substeps` times step(H, *state, h) each."""
+    states = [state]
     for _ in range(steps):
         for _ in range(substeps):
-            q, p, here = step(H, q, p, here, dt / substeps)
-        states.append((q, p))
-    return tuple(torch.stack(x, 1) for x in zip(*states))
+            state = step(H, *state, h)
+        states.append(state)
+    return tuple(torch.stack([state[i] for state in states], 1) for i in range(2))
 
 
 INTEGRATORS = {"leapfrog": leapfrog, "explicit_leapfrog": explicit_leapfrog, "euler": euler}
@@ -239,7 +240,7 @@ class Natural(Hamiltonian):
     def velocity(self, L, p):
         """M^-1 p, (B, dim)."""
         p = p.unsqueeze(2)
-        return torch.baddbmm(p, L, L.mT @ p, beta=self.least).squeeze(2)
+        return torch.baddbmm(p, L, L.transpose(1, 2) @ p, beta=self.least).squeeze(2)
 
     def at(self, q):
         L, h, x = self.factor(q)
