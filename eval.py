@@ -641,9 +641,11 @@ def gather(out, *folders):
             **report["training"],
         }
         pictures.append(iio.imread(folder / "rollout.png"))
-    wide = max(picture.shape[1] for picture in pictures)
-    pad = [np.pad(x, ((0, 0), (0, wide - x.shape[1]), (0, 0))) for x in pictures]
-    iio.imwrite(f"{out}.png", np.concatenate(pad))
+    high, wide = (max(x.shape[i] for x in pictures) + 8 for i in (0, 1))
+    pictures += [np.zeros((0, 0, 3), "uint8")] * (-len(pictures) % 3)  # in rows of three
+    pad = [np.pad(x, ((0, high - len(x)), (0, wide - x.shape[1]), (0, 0))) for x in pictures]
+    rows_of = [np.concatenate(pad[i : i + 3], 1) for i in range(0, len(pad), 3)]
+    iio.imwrite(f"{out}.png", np.concatenate(rows_of))
     Path(f"{out}.json").write_text(json.dumps({**provenance(), "runs": rows}, indent=1))
 
 
