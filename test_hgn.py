@@ -1213,6 +1213,21 @@ def test_compiled_gradients_are_the_eager_ones(options, device="cpu"):
         assert (gradients[1][k] - g).norm() <= 1e-4 * g.norm() + 1e-9, k
 
 
+@pytest.mark.parametrize("shape", ((64, 32), (32, 64), (7, 7)))
+def test_muon_is_torchs(shape):
+    """But for its rounding to bfloat16."""
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    options = {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+    optimisers = train.Muon([ours], 1e-2), torch.optim.Muon([theirs], 1e-2, **options)
+    for _ in range(5):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for optimiser in optimisers:
+            optimiser.step()
+    assert (ours - theirs).norm() < 0.03 * theirs.norm()
+
+
 def test_too_many_recompilations_are_an_error():
     with (
         torch._dynamo.config.patch(recompile_limit=1),

@@ -307,23 +307,30 @@ def make_optimisers(model, lr, rates={}, muon=False):
     adam = torch.optim.Adam(groups, lr, betas=(0.9, 0.99), eps=1e-12, fused=cuda, capturable=cuda)
     if not matrices:
         return [adam]
-    options = {"weight_decay": 0.0, "eps": 1e-12, "adjust_lr_fn": "match_rms_adamw"}
-    optimisers = [adam, Muon(matrices, 1.0, **options)]
-    optimisers[1].param_groups[0]["lr"] = rate()
-    return optimisers
+    return [adam, Muon(matrices, rate())]
 
 
-class Muon(torch.optim.Muon):
-    """torch's, at a rate that may be a tensor: a step that is replayed as a graph needs one."""
+class Muon(torch.optim.Optimizer):
+    """Jordan et al. 2024: momentum, made orthogonal by five Newton-Schulz iterations. As
+    torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in float32, as most CPUs are slow at
+    bfloat16, and at a rate that may be a tensor, which a step that is replayed as a graph needs."""
+
+    def __init__(self, matrices, lr):
+        super().__init__(matrices, {"lr": lr})
 
     @torch.no_grad()
     def step(self):
-        (group,) = self.param_groups
-        before, rate, group["lr"] = [w.clone() for w in group["params"]], group["lr"], 1.0
-        super().step()
-        group["lr"] = rate
-        for w, old in zip(group["params"], before):
-            w.copy_(old + rate * (w - old))
+        for w in (group := self.param_groups[0])["params"]:
+            momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
+            momentum.lerp_(w.grad, 0.05)
+            x = torch.lerp(w.grad, momentum, 0.95)  # Nesterov's
+            x = x.mT if len(x) > x.shape[1] else x
+            x = x / (x.norm() + 1e-12)
+            for _ in range(5):
+                a = x @ x.mT
+                x = 3.4445 * x + (2.0315 * (a @ a) - 4.775 * a) @ x
+            x = x.mT if x.shape != w.shape else x
+            w.sub_(group["lr"] * 0.2 * max(w.shape) ** 0.5 * x)
 
 
 def set_rate(optimisers, lr, step, steps):
