@@ -320,7 +320,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for w in (group := self.param_groups[0])["params"]:
+        group = self.param_groups[0]
+        for w in (w for w in group["params"] if w.grad is not None):
             momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
             momentum.lerp_(w.grad, 0.05)
             x = torch.lerp(w.grad, momentum, 0.95)  # Nesterov's
