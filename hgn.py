@@ -534,8 +534,9 @@ class Chart(nn.Module):
 
     def features(self, frames):  # (n, C, H, W) -> (n, features)
         frames = F.avg_pool2d(4 * (frames - self.still), self.pool)
-        one, x, y = plane(frames.shape[-1], frames)
-        powers = torch.stack((one, x, y, x * x, x * y, y * y))  # (6, H W)
+        side = torch.linspace(-1, 1, frames.shape[-1], dtype=frames.dtype, device=frames.device)
+        x, y = (x.flatten() for x in torch.meshgrid(side, side, indexing="xy"))  # (H W,)
+        powers = torch.stack((torch.ones_like(x), x, y, x * x, x * y, y * y))
         seen = self.filters(frames).square().movedim(1, 3).flatten(1, 2)  # (n, H W, filters)
         mass, x, y, xx, xy, yy = (powers @ seen).unbind(1)
         x, y, xx, xy, yy = (moment / (mass + LEAST) for moment in (x, y, xx, xy, yy))
@@ -566,13 +567,6 @@ class Chart(nn.Module):
 
     def forward(self, frames):  # (n, C, H, W) -> (n, latent)
         return self.of_features(self.features(frames))
-
-
-def plane(size, like):
-    """1, x and y of the pixels of a picture that is [-1, 1] squared, (H W,) each."""
-    side = torch.linspace(-1, 1, size, dtype=like.dtype, device=like.device)
-    x, y = side.expand(size, -1).flatten(), side.unsqueeze(1).expand(-1, size).flatten()
-    return torch.ones_like(x), x, y
 
 
 class ChartEncoder(nn.Module):
@@ -616,8 +610,8 @@ class ChartEncoder(nn.Module):
 
 
 class BlobDecoder(nn.Module):
-    """A still picture plus what 1x1 convolutions make, pixel by pixel, of q and of Gaussians whose
-    centres, shapes and heights follow q, by a linear map plus an MLP."""
+    """A still picture, moved and lit as q says, plus what 1x1 convolutions make, pixel by pixel, of
+    q and of Gaussians whose centres, shapes and heights follow q, by a linear map plus an MLP."""
 
     def __init__(self, size, channels, latent, periodic, blobs=20, width=24):
         super().__init__()
@@ -630,6 +624,7 @@ class BlobDecoder(nn.Module):
         narrow = -torch.linspace(math.log(0.1), math.log(0.6), blobs)
         start = *(0.3 * torch.randn(2, blobs)), narrow, narrow, torch.zeros(2 * blobs)
         self.linear.bias.data = torch.cat(start)
+        self.camera = bent(dim, 64, 2 + channels)  # at first, the still picture stays as it is
         self.first = nn.Conv2d(blobs, width, 1, bias=False)
         self.colour = nn.Linear(dim, 2 * width)
         self.second, self.last = nn.Conv2d(width, width, 1), nn.Conv2d(width, channels, 1)
@@ -647,7 +642,7 @@ class BlobDecoder(nn.Module):
         for start, fit in ((self.linear.weight, W[:-1].T), (self.linear.bias, W[-1])):
             start[: len(fit)] = 0.3 * start[: len(fit)] + fit
 
-    def blobs(self, q, rows, columns):  # (n, dim) -> (n, blobs, rows, columns), channels_last
+    def blobs(self, q, X, Y):  # (n, dim), (h, w) twice -> (n, blobs, h, w), channels_last
         x, y, a, c, b, height = (self.linear(q) + self.bent(q)).unflatten(1, (6, -1)).unbind(1)
         a, c = a.clamp(-2, self.finest).exp(), c.clamp(-2, self.finest).exp()
         x, y, b, height = x.clamp(-3, 3), y.clamp(-3, 3), b.clamp(-3, 3), height.clamp(max=2)
@@ -655,19 +650,26 @@ class BlobDecoder(nn.Module):
         xx, xy, yy = -0.5 * a * a, -a * b * c, -0.5 * (b * b + 1) * c * c
         none = height + xx * x * x + xy * x * y + yy * y * y
         terms = torch.stack((xx, xy, yy, -2 * xx * x - xy * y, -2 * yy * y - xy * x, none), 1)
-        at = (rows.unsqueeze(1) * self.size + columns).flatten()
-        one, X, Y = (x[at] for x in plane(self.size, q))
-        maps = (torch.stack((X * X, X * Y, Y * Y, X, Y, one), 1) @ terms).exp()
-        return maps.unflatten(1, (len(rows), len(columns))).movedim(3, 1)
+        powers = torch.stack((X * X, X * Y, Y * Y, X, Y, torch.ones_like(X)), 2)  # (h, w, 6)
+        maps = (powers.flatten(0, 1) @ terms).exp()  # (n, h w, blobs)
+        return maps.unflatten(1, X.shape).movedim(3, 1)
+
+    def ground(self, q, X, Y):  # -> (n, C, h, w)
+        move, light = self.camera(q).split((2, len(self.still)), 1)
+        at = torch.stack((X, Y), 2) + move[:, None, None]  # (n, h, w, 2)
+        still = self.still.expand(len(q), -1, -1, -1)
+        still = F.grid_sample(still, at, padding_mode="border", align_corners=True)
+        return still * (1 + light[:, :, None, None])
 
     def forward(self, q, rows=None, columns=None):  # (n, latent) -> (n, C, H, W), or a part of it
-        every = torch.arange(self.size, device=q.device)
-        rows, columns = (every, every) if rows is None else (rows, columns)
+        side = torch.linspace(-1, 1, self.size, dtype=q.dtype, device=q.device)
+        x, y = (side, side) if rows is None else (side[columns], side[rows])
+        X, Y = torch.meshgrid(x, y, indexing="xy")  # (h, w)
         q = embed(q) if self.periodic else q.clamp(-FAR, FAR)
         shift, gain = self.colour(q)[:, :, None, None].chunk(2, 1)
-        x = F.leaky_relu(self.first(self.blobs(q, rows, columns)) + shift, 0.1)
+        x = F.leaky_relu(self.first(self.blobs(q, X, Y)) + shift, 0.1)
         x = self.last(F.leaky_relu(self.second(x), 0.1) * (1 + gain))
-        return self.still[:, rows][:, :, columns] + x
+        return self.ground(q, X, Y) + x
 
 
 # ------------------------------------------------------------------ HGN (section 3)
