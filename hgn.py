@@ -14,6 +14,7 @@ In order: integrators, Hamiltonians, priors, the paper's networks, the compact o
 """
 
 import math
+from functools import partialmethod
 
 import torch
 import torch.nn.functional as F
@@ -272,6 +273,13 @@ class Natural(Hamiltonian):
 # ------------------------------------------------------------------ priors p(z)
 
 
+def chain(layer, activation, sizes):
+    """layer(sizes[0], sizes[1]), activation(), layer(sizes[1], sizes[2]), ... and last a layer."""
+    pairs = zip(sizes, sizes[1:])
+    layers = [m for a, b in pairs for m in (layer(a, b), activation())]
+    return nn.Sequential(*layers[:-1])
+
+
 class StandardNormal(nn.Module):
     """The paper's prior, N(0, I) over z of shape (B, *shape)."""
 
@@ -294,13 +302,9 @@ class Couplings(nn.Module):
 
     def __init__(self, dim, layers=8, width=64):
         super().__init__()
-        self.shape, relu = (dim,), nn.ReLU()
+        self.shape, sizes = (dim,), (dim, width, width, 2 * dim)
         self.register_buffer("masks", (torch.arange(dim) + torch.arange(layers)[:, None]) % 2.0)
-        a, b, c = (dim, width), (width, width), (width, 2 * dim)
-        self.nets = nn.ModuleList(
-            nn.Sequential(nn.Linear(*a), relu, nn.Linear(*b), relu, nn.Linear(*c))
-            for _ in range(layers)
-        )
+        self.nets = nn.ModuleList(chain(nn.Linear, nn.ReLU, sizes) for _ in range(layers))
 
     def coupling(self, net, mask, x):
         log_s, t = (net(mask * x) * (1 - mask).repeat(2)).chunk(2, -1)
@@ -339,10 +343,7 @@ def he_(*modules):
 
 
 def convs(*sizes, stride=1):
-    """3x3 convolutions with leaky ReLU between them."""
-    pairs = zip(sizes, sizes[1:])
-    layers = [m for a, b in pairs for m in (nn.Conv2d(a, b, 3, stride, 1), nn.LeakyReLU())]
-    return nn.Sequential(*layers[:-1])
+    return chain(lambda a, b: nn.Conv2d(a, b, 3, stride, 1), nn.LeakyReLU, sizes)
 
 
 class PaperEncoder(nn.Module):
@@ -405,7 +406,7 @@ class PaperHamiltonian(Hamiltonian):
         return self.convs[-1](x).sum((1, 2, 3))
 
     def grad(self, q, p, half):
-        """dH/dq (half 0) or dH/dp (half 1), written out."""
+        """dH/dq (half 0) or dH/dp (half 1), written out: see `dq`, `dp`."""
         x, slopes = torch.cat((q, p), 1).unflatten(1, self.shape), []
         for conv in self.convs[:-1]:
             x = conv(x)
@@ -417,11 +418,7 @@ class PaperHamiltonian(Hamiltonian):
         weight = self.convs[0].weight.chunk(2, 1)[half]
         return F.conv_transpose2d(g, weight, padding=1).flatten(1)
 
-    def dq(self, q, p):
-        return self.grad(q, p, 0)
-
-    def dp(self, q, p):
-        return self.grad(q, p, 1)
+    dq, dp = partialmethod(grad, half=0), partialmethod(grad, half=1)
 
 
 class ResidualUp(nn.Module):
@@ -471,8 +468,7 @@ TOLERANCE = 0.1  # error, in the same units, above which a frame counts by its l
 
 
 def mlp(*sizes):
-    layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.SiLU())]
-    return nn.Sequential(*layers[:-1])
+    return chain(nn.Linear, nn.SiLU, sizes)
 
 
 def bent(*sizes):
@@ -513,11 +509,11 @@ class Chart(nn.Module):
 
     def __init__(self, size, channels, latent, periodic, filters=24):
         super().__init__()
-        self.periodic, silu = periodic, nn.SiLU()
+        self.periodic = periodic
         first, last = nn.Conv2d(channels, filters, 3, padding=1), nn.Conv2d(filters, filters, 1)
-        self.filters = nn.Sequential(first, silu, last)
-        down = [nn.Conv2d(a, b, 3, 2, 1) for a, b in ((channels, 16), (16, 32), (32, 32))]
-        self.shapes = nn.Sequential(down[0], silu, down[1], silu, down[2], silu, nn.Flatten())
+        self.filters = nn.Sequential(first, nn.SiLU(), last)
+        down = chain(lambda a, b: nn.Conv2d(a, b, 3, 2, 1), nn.SiLU, (channels, 16, 32, 32))
+        self.shapes = nn.Sequential(*down, nn.SiLU(), nn.Flatten())
         he_(self)
         blur = torch.tensor([0.25, 0.5, 0.25])  # centres of blurred things move more smoothly
         first.weight.data = 1.5 * torch.randn(filters, channels, 1, 1) * blur[:, None] * blur
