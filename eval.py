@@ -574,7 +574,7 @@ def strip(title, frames, scale):
     """Frames (n, C, H, W) side by side under a title: an array (h, w, 3) of bytes."""
     frames = frames.clamp(0, 1).mul(255).round().byte().cpu()
     frames = frames.repeat(1, 3 // frames.shape[1], 1, 1).permute(0, 2, 3, 1).numpy()
-    frames = np.pad(frames, ((0, 0), (0, 1), (0, 1), (0, 0)))
+    frames = np.pad(frames, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=96)
     picture = np.concatenate(frames, 1).repeat(scale, 0).repeat(scale, 1)
     bar = Image.new("RGB", (picture.shape[1], 28))
     font = ImageFont.load_default(20)
