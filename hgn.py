@@ -14,7 +14,6 @@ In order: integrators, Hamiltonians, priors, the paper's networks, the compact o
 """
 
 import math
-from functools import partialmethod
 
 import torch
 import torch.nn.functional as F
@@ -406,7 +405,7 @@ class PaperHamiltonian(Hamiltonian):
         return self.convs[-1](x).sum((1, 2, 3))
 
     def grad(self, q, p, half):
-        """dH/dq (half 0) or dH/dp (half 1), written out: see `dq`, `dp`."""
+        """dH/dq (half 0) or dH/dp (half 1), written out."""
         x, slopes = torch.cat((q, p), 1).unflatten(1, self.shape), []
         for conv in self.convs[:-1]:
             x = conv(x)
@@ -418,7 +417,11 @@ class PaperHamiltonian(Hamiltonian):
         weight = self.convs[0].weight.chunk(2, 1)[half]
         return F.conv_transpose2d(g, weight, padding=1).flatten(1)
 
-    dq, dp = partialmethod(grad, half=0), partialmethod(grad, half=1)
+    def dq(self, q, p):
+        return self.grad(q, p, 0)
+
+    def dp(self, q, p):
+        return self.grad(q, p, 1)
 
 
 class ResidualUp(nn.Module):
@@ -652,6 +655,7 @@ class BlobDecoder(nn.Module):
 
     def ground(self, q, X, Y):  # -> (n, C, h, w)
         move, light = self.camera(q).split((2, len(self.still)), 1)
+        move = move.clamp(-2, 2).nan_to_num()  # grid_sample reads any memory where a place is nan
         at = torch.stack((X, Y), 2) + move[:, None, None]  # (n, h, w, 2)
         still = self.still.expand(len(q), -1, -1, -1)
         still = F.grid_sample(still, at, padding_mode="border", align_corners=True)
