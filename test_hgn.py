@@ -1064,7 +1064,6 @@ def test_any_picture_is_learnt(name, tmp_path, monkeypatch):
     with torch.no_grad():
         seen = learner.model.decode(learner.model.encoder.read(frames))
     blank = frames.var((0, 1)).mean()
-    print(name, ((seen - frames).square().mean() / blank).item())
     assert (seen - frames).square().mean() < 0.5 * blank
 
 

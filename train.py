@@ -229,9 +229,8 @@ class Batches:
         uniform = lambda *shape: torch.rand(shape, generator=generator, device=device)
         seen = torch.arange(self.whole or args.context, device=device)
         reach = 0 if self.whole else self.horizon(step)
-        ahead = (
-            min(reach, self.length // 2) if self.data else reach
-        )  # of short clips, half is enough
+        half = self.length // 2 if self.data else reach  # of one's own, where every frame counts
+        ahead = min(reach, half)
         room = self.length - max(len(seen) - 1, ahead)  # places where what is read can begin
         first = (uniform(*shape) * room).long()
         if self.whole:
@@ -412,6 +411,7 @@ class Pixels:
             model, args.lr, RATES if self.compact else {}, self.compact
         )
         self.geco = GECO(args.tolerance, beta=args.beta, device=device)
+        self.charted = int(CHART * args.steps) if self.compact else 0  # steps of the first stage
         self.fixed, self.reach = args.compile or device.type == "cuda", self.batches.most
         fast = compiled if args.compile else lambda function: function
         graph = Graphed if device.type == "cuda" else lambda function: function
@@ -445,14 +445,14 @@ class Pixels:
 
     def stage(self, step):
         """How far the stage of training is that `step` belongs to: (steps done, steps in all)."""
-        charted = int(CHART * self.args.steps) if self.compact else 0
-        return (step, charted) if step < charted else (step - charted, self.args.steps - charted)
+        if step < self.charted:
+            return step, self.charted
+        return step - self.charted, self.args.steps - self.charted
 
     def advance(self, step):
         torch.manual_seed((self.args.seed << 20) + step)  # of z: a resumed run draws the same
         self.reach = self.batches.most if self.fixed else self.batches.horizon(step)
-        charting = self.compact and step < int(CHART * self.args.steps)
-        values = self.steps[0 if charting else 1](*self.batches(step))
+        values = self.steps[0 if step < self.charted else 1](*self.batches(step))
         if self.compact and step + 1 == self.args.steps and not self.args.deterministic:
             fit_prior(self.model, self.args, self.device)
         return dict(zip(("loss", "mse", "kl"), values)) | {"beta": self.geco.beta}
