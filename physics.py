@@ -1,16 +1,21 @@
-"""The four systems of Hamiltonian Generative Networks and two more: exact simulation and rendering.
+"""Every source of clips: simulated systems, exact and rendered, and the user's own recordings.
 
-Stands alone on torch and numpy. A system is one entry of `SYSTEMS`: its constants, its energy, how
-its initial states are drawn and how it looks. Constants, initial states and colours follow Toth et
-al., "Hamiltonian Generative Networks", ICLR 2020 (arXiv 1909.13789), section 4 and appendix, as
-published with its reproduction (Balsells Rodas et al., ReScience 2021); spring_pendulum and
-double_pendulum are our own.
+Stands alone on torch and numpy; films and pictures need imageio and Pillow. A system is one entry
+of `SYSTEMS`: constants, initial states and colours follow Toth et al., "Hamiltonian Generative
+Networks", ICLR 2020 (arXiv 1909.13789), section 4 and appendix, as published with its reproduction
+(Balsells Rodas et al., ReScience 2021); from spring_pendulum on they are our own.
 
     frames, q, p = clips(SYSTEMS["three_body"], n=16)   # (16, 30, 3, 32, 32), (16, 30, 3, 2) twice
+    own = Recordings("pendulum.mp4")                    # own.read(clips (B,), times (B, n))
 """
 
 import math
-from dataclasses import dataclass
+import re
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
@@ -19,252 +24,159 @@ import torch
 BACKGROUND = (81 / 255, 88 / 255, 93 / 255)
 YELLOW, RED, GREEN = (173 / 255, 146 / 255, 0.0), (173 / 255, 0.0, 0.0), (0.0, 146 / 255, 0.0)
 
-# Symmetric composition of 17 leapfrog steps, of order 8: Kahan & Li, "Composition constants for
-# raising the orders of unconventional schemes", Math. Comp. 66 (1997), method s17odr8a. The first
-# nine of seventeen.
+# Kahan & Li, Math. Comp. 66 (1997), s17odr8a: 17 leapfrog steps, of order 8. The first nine.
 _HALF = (
-    0.13020248308889008,
-    0.56116298177510838,
-    -0.38947496264484729,
-    0.15884190655515560,
-    -0.39590389413323758,
-    0.18453964097831571,
-    0.25837438768632205,
-    0.29501172360931030,
+    0.13020248308889008, 0.56116298177510838, -0.38947496264484729, 0.15884190655515560,
+    -0.39590389413323758, 0.18453964097831571, 0.25837438768632205, 0.29501172360931030,
     -0.60550853383003451,
-)
+)  # fmt: skip
 KAHAN_LI = _HALF + _HALF[-2::-1]
+LONGEST = 0.125  # step of the simulator, the paper's time between frames
+
+ARRAYS, FILMS = (".npy", ".npz"), (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".wmv")
+KNOWN = FILMS + (".gif", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 
 
 @dataclass(frozen=True)
 class System:
-    """One physical system with H(q, p) = sum p^2 / (2 inertia) + V(q), or any other H, and how it
-    is drawn.
-
-    States q and p have shape (..., bodies, dims). Units are those of the paper: dt = 0.125 between
-    frames.
-    """
+    """A physical system, H(q, p) = sum p^2 / (2 inertia) + V(q) or any other H, and how it looks.
+    States q and p have shape (..., bodies, dims). Units are the paper's: dt = 0.125 a frame."""
 
     colours: tuple  # RGB that each body adds to the background, in [0, 1]
     radius: float  # of a disc, world units
     half_width: float  # the picture shows [-half_width, half_width] squared, world units
-    noise: float  # sigma of the paper's observation noise on every coordinate
-    inertia: float  # m, or m l^2 for an angle
     initial: Callable  # (n, uniform) -> q, p, where uniform(low, high, *shape) draws numbers
-    potential: Callable  # V(q): (..., bodies, dims) -> (...)
-    force: Callable  # -dV/dq, same shape as q; written out because it is the simulator's hot loop
-    position: Callable  # q -> where the discs are, (..., bodies, 2), world units, y upward
-    locate: Callable  # the inverse of position
+    noise: float = 0.1  # sigma of the paper's observation noise on every coordinate
+    inertia: float = 0.5  # m, or m l^2 for an angle
+    potential: Callable = None  # V(q): (..., bodies, dims) -> (...)
+    force: Callable = None  # -dV/dq, same shape as q; written out: it is the simulator's hot loop
+    position: Callable = lambda q: q  # where the discs are, (..., bodies, 2), world units, y upward
+    locate: Callable = lambda x: x  # the inverse of position
     periodic: bool = False  # q are angles
-    # Only where the kinetic energy depends on q; `force` is not used then.
-    hamiltonian: Callable = None  # (q, p) -> H
-    gradient: Callable = None  # (q, p) -> dH/dq, dH/dp
-    momentum: Callable = None  # (q, dq/dt) -> p
+    friction: float = 0.0  # gamma of dp/dt = -dH/dq - gamma p
+    gradient: Callable = None  # (q, p) -> dH/dq, dH/dp, in place of force where K depends on q;
+    momentum: Callable = None  # then also (q, dq/dt) -> p
 
     def energy(self, q, p):
         """H(q, p) of states (..., bodies, dims), shape (...)."""
-        if self.hamiltonian:
-            return self.hamiltonian(q, p)
-        return p.square().sum((-2, -1)) / (2 * self.inertia) + self.potential(q)
+        v = self.gradient(q, p)[1] if self.gradient else p / self.inertia
+        return (p * v).sum((-2, -1)) / 2 + self.potential(q)
 
 
-def _polar(low, high):
+def _polar(low, high, n, uniform):
     """(q, p) = r (cos a, sin a) with r ~ U(low, high) and an exactly uniform angle."""
-
-    def initial(n, uniform):
-        r, a = uniform(low, high, n, 1, 1), uniform(0, 2 * math.pi, n, 1, 1)
-        return r * a.cos(), r * a.sin()
-
-    return initial
+    r, a = uniform(low, high, n, 1, 1), uniform(0, 2 * math.pi, n, 1, 1)
+    return r * a.cos(), r * a.sin()
 
 
-def _orbit(bodies, low, high, speed, jitter=0.1):
-    """Bodies evenly spaced on a circle of radius r ~ U(low, high), turning either way at the
-    circular speed `speed` / sqrt(r); then every velocity component is scaled by 1 +- jitter. Unit
-    masses, so p = v."""
-
-    def initial(n, uniform):
-        r, direction = uniform(low, high, n, 1, 1), uniform(-1, 1, n, 1, 1).sign()
-        a = uniform(0, 2 * math.pi, n, 1) + torch.arange(bodies) * (
-            2 * math.pi / bodies
-        )  # (n, bodies)
-        q = r * torch.stack((a.cos(), a.sin()), -1)  # (n, bodies, 2)
-        p = direction * speed / r.sqrt() * torch.stack((-a.sin(), a.cos()), -1)
-        return q, p * (1 + jitter * uniform(-1, 1, n, bodies, 2))
-
-    return initial
+def _orbit(bodies, low, high, speed, n, uniform):
+    """Bodies evenly spaced on a circle of radius r ~ U(low, high), turning either way at the speed
+    `speed` / sqrt(r), of a circle; then every component is scaled by 1 +- 0.1. Unit masses."""
+    r, direction = uniform(low, high, n, 1, 1), uniform(-1, 1, n, 1, 1).sign()
+    a = uniform(0, 2 * math.pi, n, 1) + torch.arange(bodies) * (2 * math.pi / bodies)
+    q = r * torch.stack((a.cos(), a.sin()), -1)  # (n, bodies, 2)
+    p = direction * speed / r.sqrt() * torch.stack((-a.sin(), a.cos()), -1)
+    return q, p * (1 + 0.1 * uniform(-1, 1, n, bodies, 2))
 
 
-def _separations(q):
-    """For every cyclic shift: the vector from each body to another, and 1 / distance. Covers all
-    ordered pairs."""
+def _pairs(q):
+    """For every cyclic shift: the vector from each body to another, and 1 / distance."""
     for shift in range(1, q.shape[-2]):
         d = q.roll(-shift, -2) - q  # (..., bodies, 2)
         x, y = d.unbind(-1)
         yield d, torch.addcmul(x * x, y, y).rsqrt_().unsqueeze(-1)
 
 
-def _gravity(q):
-    return -0.5 * sum(inverse.sum((-2, -1)) for _, inverse in _separations(q))
+def _angles(x):
+    x, y = x.diff(dim=-2, prepend=torch.zeros_like(x[..., :1, :])).split(1, -1)
+    return torch.atan2(x, -y)
 
 
-def _gravity_force(q):
-    return sum(d * (inverse * inverse * inverse) for d, inverse in _separations(q))
-
-
-def _spring_force(q):
-    r = q.norm(dim=-1, keepdim=True)
-    return -4 * (1 - 1 / r) * q - torch.tensor((0.0, 1.5), dtype=q.dtype, device=q.device)
-
-
-# The double pendulum, m 0.5 and l 1 both, g 3. With a = q_1 - q_2 its mass matrix is 0.5 [[2, cos
-# a], [cos a, 1]].
-
-
-def _double_hamiltonian(q, p):
-    (p1, p2), a = p[..., 0].unbind(-1), q[..., 0, 0] - q[..., 1, 0]
-    K = (p1 * p1 + 2 * p2 * p2 - 2 * p1 * p2 * a.cos()) / (1 + a.sin().square())
-    return K + 3 * (1 - q[..., 0, 0].cos()) + 1.5 * (1 - q[..., 1, 0].cos())
+_gravity = lambda q: -0.5 * sum(inverse.sum((-2, -1)) for _, inverse in _pairs(q))
+_pull = lambda q: sum(d * (inverse * inverse * inverse) for d, inverse in _pairs(q))
+_rods = lambda q: torch.cat((q.sin(), -q.cos()), -1).cumsum(-2)  # ends of a chain of rods
 
 
 def _double_gradient(q, p):
+    """Of the double pendulum, m 0.5 and l 1 both, g 3; see its momentum for the masses."""
     (p1, p2), a = p[..., 0].unbind(-1), q[..., 0, 0] - q[..., 1, 0]
     s, c = a.sin(), a.cos()
     d = 1 + s * s
     twist = 2 * s * (p1 * p2 - (p1 * p1 + 2 * p2 * p2 - 2 * p1 * p2 * c) * c / d) / d
     dq = torch.stack((twist + 3 * q[..., 0, 0].sin(), 1.5 * q[..., 1, 0].sin() - twist), -1)
-    return dq.unsqueeze(-1), 2 * torch.stack((p1 - c * p2, 2 * p2 - c * p1), -1).div(
-        d.unsqueeze(-1)
-    ).unsqueeze(-1)
+    dp = 2 * torch.stack((p1 - c * p2, 2 * p2 - c * p1), -1) / d.unsqueeze(-1)
+    return dq.unsqueeze(-1), dp.unsqueeze(-1)
 
 
 SYSTEMS = {
     "mass_spring": System(  # m 0.5, k 2
-        colours=(YELLOW,),
-        radius=0.5,
-        half_width=2.0,
-        noise=0.1,
-        inertia=0.5,
-        initial=_polar(0.1, 1.0),
-        potential=lambda q: q.square().sum((-2, -1)),
-        force=lambda q: -2 * q,
-        position=lambda q: torch.cat((q, torch.zeros_like(q)), -1),
-        locate=lambda x: x[..., :1],
+        colours=(YELLOW,), radius=0.5, half_width=2.0, initial=partial(_polar, 0.1, 1.0),
+        potential=lambda q: q.square().sum((-2, -1)), force=lambda q: -2 * q,
+        position=lambda q: torch.cat((q, torch.zeros_like(q)), -1), locate=lambda x: x[..., :1],
     ),
-    "pendulum": System(  # m 0.5, l 1, g 3; angle 0 hangs down
-        colours=(YELLOW,),
-        radius=0.5,
-        half_width=2.0,
-        noise=0.1,
-        inertia=0.5,
-        initial=_polar(1.3, 2.3),
-        potential=lambda q: 1.5 * (1 - q.cos()).sum((-2, -1)),
-        force=lambda q: -1.5 * q.sin(),
-        position=lambda q: torch.cat((q.sin(), -q.cos()), -1),
-        locate=lambda x: torch.atan2(x[..., :1], -x[..., 1:]),
-        periodic=True,
+    "pendulum": System(  # m 0.5, l 1, g 3
+        colours=(YELLOW,), radius=0.5, half_width=2.0, initial=partial(_polar, 1.3, 2.3),
+        potential=lambda q: 1.5 * (1 - q.cos()).sum((-2, -1)), force=lambda q: -1.5 * q.sin(),
+        position=_rods, locate=_angles, periodic=True,
     ),
     "two_body": System(  # m 1, G 1
-        colours=(YELLOW, RED),
-        radius=0.375,
-        half_width=3.0,
-        noise=0.05,
-        inertia=1.0,
-        initial=_orbit(2, 0.5, 1.5, speed=0.5),
-        potential=_gravity,
-        force=_gravity_force,
-        position=lambda q: q,
-        locate=lambda x: x,
+        colours=(YELLOW, RED), radius=0.375, half_width=3.0, noise=0.05, inertia=1.0,
+        initial=partial(_orbit, 2, 0.5, 1.5, 0.5), potential=_gravity, force=_pull,
     ),
     "three_body": System(  # m 1, G 1
-        colours=(YELLOW, RED, GREEN),
-        radius=0.28125,
-        half_width=3.0,
-        noise=0.2,
-        inertia=1.0,
-        initial=_orbit(3, 0.9, 1.2, speed=3**-0.25),
-        potential=_gravity,
-        force=_gravity_force,
-        position=lambda q: q,
-        locate=lambda x: x,
+        colours=(YELLOW, RED, GREEN), radius=0.28125, half_width=3.0, noise=0.2, inertia=1.0,
+        initial=partial(_orbit, 3, 0.9, 1.2, 3**-0.25), potential=_gravity, force=_pull,
     ),
     "spring_pendulum": System(  # m 0.5, k 4, rest length 1, g 3
-        colours=(GREEN,),
-        radius=0.4,
-        half_width=2.5,
-        noise=0.1,
-        inertia=0.5,
-        initial=lambda n, uniform: (
-            torch.tensor((0.0, -1.375)) + uniform(-0.5, 0.5, n, 1, 2),
-            uniform(-0.5, 0.5, n, 1, 2),
-        ),
+        colours=(GREEN,), radius=0.4, half_width=2.5,
+        initial=lambda n, uniform: (torch.tensor((0.0, -1.375)) + uniform(-0.5, 0.5, n, 1, 2),
+                                    uniform(-0.5, 0.5, n, 1, 2)),
         potential=lambda q: (2 * (q.norm(dim=-1) - 1).square() + 1.5 * q[..., 1]).sum(-1),
-        force=_spring_force,
-        position=lambda q: q,
-        locate=lambda x: x,
+        force=lambda q: -4 * (1 - 1 / q.norm(dim=-1, keepdim=True)) * q - q.new_tensor((0.0, 1.5)),
     ),
     "double_pendulum": System(  # chaotic, and K depends on q
-        colours=(YELLOW, RED),
-        radius=0.4,
-        half_width=2.5,
-        noise=0.1,
-        inertia=0.5,
+        colours=(YELLOW, RED), radius=0.4, half_width=2.5,
         initial=lambda n, uniform: (uniform(-1.5, 1.5, n, 2, 1), uniform(-0.5, 0.5, n, 2, 1)),
-        potential=None,
-        force=None,
-        position=lambda q: torch.cat((q.sin(), -q.cos()), -1).cumsum(-2),
-        locate=lambda x: (lambda d: torch.atan2(d[..., :1], -d[..., 1:]))(
-            torch.cat((x[..., :1, :], x.diff(dim=-2)), -2)
-        ),
-        periodic=True,
-        hamiltonian=_double_hamiltonian,
-        gradient=_double_gradient,
-        momentum=lambda q, v: (
-            0.5 * torch.tensor(((2.0, 0.0), (0.0, 1.0)), dtype=v.dtype) @ v
-            + 0.5 * (q[..., :1, :] - q[..., 1:, :]).cos() * v.flip(-2)
-        ),
+        potential=lambda q: (q.new_tensor((3.0, 1.5)) * (1 - q[..., 0].cos())).sum(-1),
+        gradient=_double_gradient, position=_rods, locate=_angles, periodic=True,
+        momentum=lambda q, v: v * v.new_tensor([[1.0], [0.5]])
+        + 0.5 * v.flip(-2) * q.diff(dim=-2).cos(),
     ),
-}
+}  # fmt: skip
+SYSTEMS["damped_spring"] = replace(SYSTEMS["mass_spring"], friction=0.1)
+SYSTEMS["damped_pendulum"] = replace(SYSTEMS["pendulum"], friction=0.1)
 
 
 def initial_states(system, n, generator=None, device=None):
-    """n random initial states q, p of shape (n, bodies, dims), float64. Drawn on the generator's
-    device (so that a CPU generator gives the same states whatever the device), returned on
-    `device`."""
+    """n random initial states q, p of shape (n, bodies, dims), float64, on `device`. Drawn on the
+    generator's device: a CPU generator gives the same states on every device."""
     source = generator.device if generator is not None else "cpu"
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(
-            shape, generator=generator, device=source, dtype=torch.float64
-        )
-
+    kind = {"generator": generator, "device": source, "dtype": torch.float64}
+    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(shape, **kind)
     with torch.device(source):
         return tuple(x.to(device or source) for x in system.initial(n, uniform))
 
 
-def simulate(system, q, p, frames, dt=0.125):
+def simulate(system, q, p, frames, dt=LONGEST):
     """True trajectories by symplectic methods of order 8 or more (compositions of leapfrog, or
-    Gauss-Legendre), in float64.
-
-    Args: q, p: initial states (B, bodies, dims). frames: how many states to return, the initial one
-    included. dt: time between frames; negative runs backward. Returns: q, p of shape (B, frames,
-    bodies, dims), float64.
-    Raises: ValueError if frames < 1.
-    """
+    Gauss-Legendre), in float64; with friction in a symmetric splitting. q, p: initial states (B,
+    bodies, dims). frames: to return, the initial one included. dt: between frames; negative runs
+    backward. Returns: q, p of shape (B, frames, bodies, dims). Raises: ValueError if frames < 1."""
     if frames < 1:
         raise ValueError(f"frames must be at least 1, not {frames}")
-    states = [(q.double(), p.double())]
+    q, p = q.double(), p.double()
+    states, parts = [(q, p)], 16 if system.friction else 1  # which comes to 1e-6 of the exact
+    damp = math.exp(-system.friction * dt / parts / 2)
     for _ in range(frames - 1):
-        states.append(
-            _advance(system, *states[-1], dt, substeps=max(1, math.ceil(abs(dt) / 0.125)))
-        )
-    q, p = zip(*states)
-    return torch.stack(q, 1), torch.stack(p, 1)
+        for _ in range(parts):
+            q, p = _advance(system, q, damp * p, dt / parts)
+            p = damp * p
+        states.append((q, p))
+    return tuple(torch.stack(x, 1) for x in zip(*states))
 
 
 def _compose(system, q, p, h):
-    """One step of length h: 17 leapfrog steps, drift first. A half drift opens and closes each;
-    neighbours are merged."""
+    """One step of length h: 17 leapfrog steps, drift first, with half drifts merged."""
     drift = [(a + b) / 2 * h / system.inertia for a, b in zip((0.0,) + KAHAN_LI, KAHAN_LI + (0.0,))]
     for c, d in zip(drift, KAHAN_LI):
         q = torch.add(q, p, alpha=c)
@@ -272,110 +184,237 @@ def _compose(system, q, p, h):
     return torch.add(q, p, alpha=drift[-1]), p
 
 
-def _gauss_legendre(stages=6):
+def _implicit(system, q, p, h, stages=6, rounds=16):
+    """The same for any H: Gauss-Legendre collocation, solved by fixed-point iteration."""
     c = torch.from_numpy(np.polynomial.legendre.leggauss(stages)[0] + 1) / 2
     powers, k = c.unsqueeze(1) ** torch.arange(stages), torch.arange(1, stages + 1)
     inverse = torch.linalg.inv(powers)
-    return powers * c.unsqueeze(1) / k @ inverse, 1 / k.double() @ inverse
-
-
-def _implicit(system, q, p, h, rounds=16):
-    """One step of length h for any H: Gauss-Legendre collocation, its equations solved by
-    fixed-point iteration."""
-    A, b = (x.to(q.device) for x in _gauss_legendre())
-
-    def field(q, p):
-        dq, dp = system.gradient(q, p)
-        return torch.stack((dp, -dq))
-
-    k = field(q, p).unsqueeze(1).expand(-1, len(b), *q.shape)
-    for _ in range(rounds):  # k: (2, stages, B, bodies, dims)
+    A, b = (powers * c.unsqueeze(1) / k @ inverse).to(q), (1 / k.double() @ inverse).to(q)
+    k = torch.stack(system.gradient(q, p)).unsqueeze(1).expand(-1, stages, *q.shape)
+    for _ in range(rounds):  # k: (2, stages, B, bodies, dims), of dH/dq and dH/dp
         last, (dq, dp) = k, torch.einsum("ij,sj...->si...", A, k)
-        k = field(q + h * dq, p + h * dp)
+        k = torch.stack(system.gradient(q + h * dp, p - h * dq))
         if (k - last).abs().max() < 1e-13:
             break
     dq, dp = torch.einsum("j,sj...->s...", b, k)
-    return q + h * dq, p + h * dp
+    return q + h * dp, p - h * dq
 
 
-def _advance(system, q, p, dt, substeps, tolerance=1e-9, most=256):
-    """One frame. Clips whose energy changed, as in a close encounter, are done again with shorter
-    steps."""
-    start, h = (q, p), dt / substeps
+def _advance(system, q, p, dt, refined=1, tolerance=1e-9, most=256):
+    """The flow of H for dt; where energy changed, as when bodies meet, again in shorter steps."""
+    start, step = (q, p), _implicit if system.gradient else _compose
+    substeps = refined * max(1, math.ceil(abs(dt) / LONGEST))
     for _ in range(substeps):
-        q, p = (_implicit if system.gradient else _compose)(system, q, p, h)
+        q, p = step(system, q, p, dt / substeps)
     before, after = system.energy(*start), system.energy(q, p)
     bad = ~((after - before).abs() <= tolerance * (1 + before.abs()))  # true for NaN as well
     if substeps < most and bad.any():
-        q[bad], p[bad] = _advance(system, start[0][bad], start[1][bad], dt, 4 * substeps)
+        q[bad], p[bad] = _advance(system, start[0][bad], start[1][bad], dt, 4 * refined)
     return q, p
 
 
 def render(system, q, size=32):
-    """Paint states as pictures: anti-aliased discs at sub-pixel positions, adding colour to the
-    background.
-
-    A pixel's share of a disc is 1 inside, 0 outside and linear in its distance across the one-pixel
-    edge.
-    Args: q: (B, T, bodies, dims), any device. Returns: (B, T, 3, size, size) float32 in [0, 1], row
-    0 on top.
-    """
+    """Paint states q (B, T, bodies, dims) as pictures (B, T, 3, size, size), float32 in [0, 1], row
+    0 on top: discs at sub-pixel positions add colour to the background, by a pixel's share, which
+    is linear in its distance across the one-pixel edge."""
     centres = system.position(q).flatten(0, 1).float()  # (B*T, bodies, 2)
     frames = torch.empty(len(centres), 3, size, size, device=q.device)
+    colours = torch.tensor((BACKGROUND, *system.colours), device=q.device).view(-1, 3, 1, 1)
+    pixels = size / (2 * system.half_width)  # per world unit
+    grid = torch.arange(size, device=q.device, dtype=torch.float32) - (size - 1) / 2
     block = 256 if q.device.type == "cpu" else len(centres)  # stays in a processor's cache
     for c, out in zip(centres.split(block), frames.split(block)):
-        _paint(system, c, out)
+        dx = (grid - pixels * c[..., 0:1]).square()  # (n, bodies, size)
+        dy = (-grid - pixels * c[..., 1:2]).square()  # row 0 is the top
+        distance = (dy.unsqueeze(-1) + dx.unsqueeze(-2)).sqrt_()  # (n, bodies, size, size)
+        share = distance.neg_().add_(system.radius * pixels + 0.5).clamp_(0, 1)
+        out.copy_(colours[0])
+        for disc, colour in zip(share.split(1, 1), colours[1:]):
+            out.addcmul_(disc, colour)
+        out.clamp_(max=1)
     return frames.view(*q.shape[:2], 3, size, size)
 
 
-def _paint(system, centres, out):
-    """Paint discs at centres (n, bodies, 2) into out (n, 3, size, size)."""
-    size, device = out.shape[-1], out.device
-    pixels = size / (2 * system.half_width)  # per world unit
-    grid = torch.arange(size, device=device, dtype=torch.float32) - (size - 1) / 2  # pixel centres
-    dx = (grid - pixels * centres[..., 0:1]).square()  # (n, bodies, size)
-    dy = (-grid - pixels * centres[..., 1:2]).square()  # row 0 is the top
-    distance = (dy.unsqueeze(-1) + dx.unsqueeze(-2)).sqrt_()  # (n, bodies, size, size)
-    share = distance.neg_().add_(system.radius * pixels + 0.5).clamp_(0, 1)
-    out.copy_(torch.tensor(BACKGROUND, device=device).view(3, 1, 1))
-    for i, colour in enumerate(torch.tensor(system.colours, device=device).view(-1, 3, 1, 1)):
-        out.addcmul_(share[:, i, None], colour)
-    out.clamp_(max=1)
-
-
-def clips(system, n, frames=30, dt=0.125, noise=0.0, size=32, generator=None, device=None):
-    """n random clips. Returns frames (n, frames, 3, size, size) and the true, noise-free states q,
-    p (n, frames, bodies, dims).
-
-    noise: sigma of the Gaussian added to every coordinate of every frame before it is painted,
-    world units; "paper" takes the paper's sigma for this system. The same generator seed gives the
-    same clips.
-    """
+def clips(system, n, frames=30, dt=LONGEST, noise=0.0, size=32, generator=None, device=None):
+    """n random clips: frames (n, frames, 3, size, size) and the true, noise-free states q, p (n,
+    frames, bodies, dims). noise: as for `jitter`. The same generator seed gives the same clips."""
     q, p = simulate(system, *initial_states(system, n, generator, device), frames, dt)
     return render(system, jitter(system, q, noise, generator), size), q, p
 
 
 def jitter(system, q, noise=0.0, generator=None):
-    """The paper's observation noise: q plus a Gaussian of sigma `noise` (or "paper") on every
-    coordinate."""
+    """q plus observation noise: a Gaussian of sigma `noise`, world units, or "paper" for its."""
     sigma = system.noise if noise == "paper" else noise
     if sigma == 0:
         return q
     source = generator.device if generator is not None else q.device
-    return q + sigma * torch.randn(q.shape, generator=generator, device=source, dtype=q.dtype).to(
-        q.device
-    )
+    noise = torch.randn(q.shape, generator=generator, device=source, dtype=q.dtype)
+    return q + sigma * noise.to(q.device)
 
 
 def noise_floor(system, noise="paper", size=32, n=2000, draws=32, generator=None):
     """Smallest pixel MSE any model can reach under `noise`: the mean variance of a pixel given the
     true state, by Monte Carlo over n random states with `draws` noisy pictures each."""
-    q = simulate(system, *initial_states(system, n, generator), 8, dt=0.5)[0][
-        :, -1:
-    ]  # away from the start
-    return (
-        render(system, jitter(system, q.expand(-1, draws, -1, -1), noise, generator), size)
-        .var(1)
-        .mean()
-        .item()
-    )
+    q, _ = simulate(system, *initial_states(system, n, generator), 8, dt=0.5)
+    q = q[:, -1:].expand(-1, draws, -1, -1)  # away from the start
+    return render(system, jitter(system, q, noise, generator), size).var(1).mean().item()
+
+
+@contextmanager
+def _reading(path):
+    """One kind of error, in one line, of the many that files which cannot be read cause."""
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no regular file" if path.exists() else "there is no such file")
+        yield
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} cannot be read: {why}") from error
+
+
+def _array(path):
+    """What an .npy file holds, left on disk; of an .npz file the clips or, without any, points."""
+    with _reading(path):
+        if path.suffix == ".npy":
+            found = [np.load(path, mmap_mode="r", allow_pickle=False)]
+        else:
+            size = sum(x.file_size for x in zipfile.ZipFile(path).infolist())
+            if size > min(2**31, max(2**28, 100 * path.stat().st_size)):
+                raise ValueError(f"it unpacks to {size / 1e9:.1f} GB: save it as an .npy file")
+            found = [*np.load(path, allow_pickle=False).values()]
+            found = [x for x in found if x.ndim > 2] or [x for x in found if x.ndim == 2]
+        if len(found) != 1 or found[0].dtype.kind not in "buif":
+            raise ValueError("save one array of numbers in it, and only one of clips or points")
+        return np.asarray(found[0])
+
+
+def read_points(path):
+    """Points (N, D), float64, of an array file; None where path holds clips. Raises ValueError."""
+    array = _array(Path(path)) if Path(path).suffix in ARRAYS else np.empty(0)
+    return array.astype("float64") if array.ndim == 2 else None
+
+
+def _unit(x):
+    """Pixels of any kind -> float32 in [0, 1]. Raises ValueError for values beyond."""
+    white = {"b": 1, "f": 1}.get(x.dtype.kind, 65535 if x.dtype.str[1:] == "u2" else 255)
+    x = np.asarray(x, "float32") / np.float32(white)
+    if not (0 <= x.min() and x.max() <= 1):  # nor NaN
+        raise ValueError(f"values {white * x.min():.3g} to {white * x.max():.3g}: scale to 0 to 1")
+    return x
+
+
+def _frames(path):
+    """Frames of a film or picture, (H, W, 3), and the milliseconds each lasts, 0 if unknown."""
+    if path.suffix.lower() in FILMS:
+        import imageio.v3 as iio
+
+        with iio.imopen(path, "r", plugin="pyav") as film:
+            yield from ((frame, 1000 / film.metadata()["fps"]) for frame in film.iter())
+        return
+    from PIL import Image, ImageOps
+
+    Image.MAX_IMAGE_PIXELS = 2**26  # a picture of twice as many is refused
+    with Image.open(path) as file:
+        for i in range(1 if file.format == "MPO" else getattr(file, "n_frames", 1)):
+            file.seek(i)
+            x = ImageOps.exif_transpose(file)  # as the phone was held
+            if x.mode[0] in "IF":  # grey, of 16 bits or floats
+                x = np.dstack([np.asarray(x, "uint16" if x.mode[0] == "I" else "float32")] * 3)
+            else:  # what is transparent shows white
+                white = Image.new("RGBA", x.size, "white")
+                x = np.asarray(Image.alpha_composite(white, x.convert("RGBA")))[..., :3]
+            yield x, file.info.get("duration", 0)
+
+
+class Recordings:
+    """Clips of the user's own: squared, resized, and split into those to train on and a tenth held
+    out: of one recording, which is cut, the last in time; of several, whole ones.
+
+    path: an array file, a film or GIF, or a folder of films, of pictures or of folders of pictures.
+    size: of a frame; by default the pictures' own if HGN takes it, else 32. clip: frames of a clip
+    cut. stride: take every stride-th frame. dt: seconds from one to the next as recorded; default
+    1 / fps, the files', 0.125. seed: of what is held out. least: of frames. Raises: ValueError."""
+
+    def __init__(self, path, size=None, clip=60, stride=1, dt=None, fps=None, seed=0, least=6):
+        self.path, self.size, self.passed = Path(path), size, []
+        read = self._of_array if self.path.suffix in ARRAYS else self._of_files
+        films = [(film[::stride], rate) for film, rate in read()]
+        long, rates = [*zip(*(x for x in films if len(x[0]) >= least))] or [(), ()]
+        if not long or len(long) == 1 and len(long[0]) < 2 * least:
+            raise ValueError(f"{path} holds {len(films)} recordings, none of {2 * least} frames: "
+                             "record longer ones, or lower --stride or --context")  # fmt: skip
+        if not (dt or fps) and max(rates) > 1.1 * min(rates):
+            raise ValueError(f"{path} holds recordings of different rates: give one with --fps")
+        self.dt = stride * (dt or (1 / fps if fps else rates[0] or 0.125))
+        clip = max(least, min(clip, len(long[0]) // 2) if len(long) == 1 else clip)
+        groups = [np.split(x, range(clip, len(x) - clip + 1, clip)) for x in long]
+        order = torch.randperm(len(long), generator=torch.Generator().manual_seed(seed))
+        if len(long) == 1:
+            groups = [[x] for x in groups[0]]
+            order = torch.arange(len(groups)).flip(0)  # the last first
+        which = torch.tensor([i for i, group in enumerate(groups) for _ in group])
+        held = torch.isin(which, order[: max(1, len(order) // 10)])
+        self.held_out, self.train = held.nonzero().flatten(), (~held).nonzero().flatten()
+        self.clips = [x for group in groups for x in group]
+        self.lengths, self.channels = torch.tensor([*map(len, self.clips)]), long[0].shape[3]
+        self.summary = (
+            f"{path}: {len(films)} recordings, {len(films) - len(long)} too short; {len(held)} "
+            f"clips of {self.lengths.min()} to {self.lengths.max()} frames, {self.lengths.sum()} "
+            f"in all, {self.before} -> {self.size} x {self.size}, {1 / self.dt:.4g} a second; "
+            f"passed over: {len(self.passed)} files {', '.join(self.passed[:3])}"
+        )
+
+    def read(self, clips, times):
+        """Frames (B, n, C, size, size) in [0, 1] of clips (B,) at times (B, n)."""
+        x = [_unit(self.clips[i][t]) for i, t in zip(clips.tolist(), times.numpy())]
+        return torch.from_numpy(np.stack(x)).movedim(4, 2)
+
+    def _fit(self, frame):
+        """Middle square of (H, W, C), (size, size, C) bytes; each pixel is the mean of its area."""
+        from PIL import Image, ImageOps
+
+        high, wide = frame.shape[:2]
+        usual = high == wide and high in range(16, 129, 8)
+        self.size, self.before = self.size or (high if usual else 32), f"{wide} x {high}"
+        fit = lambda x: ImageOps.fit(Image.fromarray(x), (self.size,) * 2, Image.Resampling.BOX)
+        x = np.stack([fit(plane) for plane in np.moveaxis(_unit(frame), 2, 0)], 2)
+        return np.rint(255 * x).astype("uint8")
+
+    def _of_array(self):
+        """Recordings (T, H, W, C), and the seconds between their frames, 0 if unknown."""
+        x = _array(self.path)
+        if x.ndim == 4:  # one film in colour, or clips in grey
+            x = x[None] if x.shape[3] in (1, 3) else x[..., None]
+        if x.ndim == 5 and x.shape[4] not in (1, 3):
+            x = np.moveaxis(x, 2, 4)
+        with _reading(self.path):
+            if x.ndim != 5 or x.shape[4] not in (1, 3) or 0 in x.shape:
+                raise ValueError(f"clips are (N, T, H, W), or have C of 1 or 3, not {x.shape}")
+            self._fit(x[0, 0])
+            for film in x:
+                if film.shape[1:3] != (self.size, self.size):
+                    film = np.stack([*map(self._fit, film)])
+                for part in np.array_split(film, 1 + len(film) // 64) if x.dtype != "u1" else ():
+                    _unit(part)  # refuses values beyond
+                yield film, 0.0
+
+    def _of_files(self):
+        """The same, decoded: of each film in a folder, or of the folder's pictures."""
+        natural = lambda x: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", x.name)]
+        shown = lambda x: sorted(x.iterdir(), key=natural) if x.is_dir() else [x]
+        known = lambda x: x == self.path or x.suffix.lower() in KNOWN and x.name[0] != "."
+        recordings, files = [], shown(self.path)
+        for folder in (files, *(shown(x) for x in files if x.is_dir() and x.name[0] != ".")):
+            self.passed += [x.name for x in folder if not known(x) and not x.is_dir()]
+            films = [self._of_file(x) for x in filter(known, folder)]
+            if all(len(film) == 1 for film, _ in films) and films:
+                films = [(np.concatenate([film for film, _ in films]), 0.0)]
+            recordings += films
+        grey = all((film == film[..., :1]).all() for film, _ in recordings)
+        return [(film[..., :1] if grey else film, rate) for film, rate in recordings]
+
+    def _of_file(self, path):
+        with _reading(path):
+            frames, lasts = zip(*((self._fit(x), t) for x, t in _frames(path)))
+        counts = [max(1, int(t // (min(lasts) or math.inf))) for t in lasts]  # merged ones
+        return np.repeat(np.stack(frames), counts, 0), sum(lasts) / sum(counts) / 1000

@@ -1,11 +1,9 @@
 """Train a Hamiltonian Generative Network from pixels, or a Neural Hamiltonian Flow on points.
 
     python train.py --system three_body         # writes runs/three_body/
-    python train.py --data clips.npy            # clips of your own, (N, T, H, W, C), see README
+    python train.py --data film.mp4             # recordings of your own, see README
     python train.py --density two_moons         # a flow; --data points.npy, (N, D), for your own
     python train.py --resume                    # goes on with the newest run
-
-    python train.py --bench                     # how fast all this is here
 
 Batches of a system are simulated and painted afresh: nothing but the run's folder is written.
 """
@@ -13,12 +11,11 @@ Batches of a system are simulated and painted afresh: nothing but the run's fold
 import argparse
 import gc
 import io
-import itertools
 import json
 import math
-import os
 import signal
 import statistics
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -29,198 +26,200 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import physics
-from eval import (
-    MODELS, Clips, Help, Parser, Points, at_least, fail, flow_table, keep_memory, load, measure,
-    measure_flow, movies, newest_run, pick_device, provenance, read_data, table, test_clips, unit,
-)  # fmt: skip
-from hgn import ARCHITECTURES, GECO, HGN, HNN, INTEGRATORS, Couplings
+from eval import measure, measure_flow, movies, number, open_run
+from eval import pick_device, provenance, table, test_set, write
+from hgn import ARCHITECTURES, GECO, HGN, INTEGRATORS, Couplings
+from hgn import chart_loss, charted_loss, hnn_loss
 from nhf import BASES, DENSITIES, NHF, RealNVP
-from physics import SYSTEMS, initial_states, jitter, render, simulate
+from physics import SYSTEMS, initial_states, jitter, read_points, render, simulate
 
-DEFAULTS = {
-    "hgn": {"steps": 3000, "batch_size": 16, "lr": 4e-3},
-    "paper": {"steps": 5000, "batch_size": 16, "lr": 1.5e-4},
-    "hnn": {"steps": 5000, "batch_size": 16, "lr": 1e-3},
-    "nhf": {"steps": 5000, "batch_size": 512, "lr": 2e-2},
-    "realnvp": {"steps": 10000, "batch_size": 512, "lr": 5e-3},  # twice as fast a step
+DEFAULTS = {  # steps, batch size and learning rate
+    "hgn": (3000, 16, 4e-3),
+    "paper": (5000, 16, 1.5e-4),  # hgn with --arch paper
+    "hnn": (5000, 16, 4e-4),
+    "nhf": (5000, 512, 2e-2),
+    "realnvp": (10000, 512, 5e-3),  # twice as fast a step
 }
+FLOWS = "nhf", "realnvp"
 LOOK_EVERY = 2000  # steps from one evaluation to the next
-READERS = 4  # threads that read clips of one's own
+READERS = 4  # threads that read recordings
 POOL = 64  # batches whose trajectories are simulated together
-HERE = ("device", "compile", "resume", "name", "bench")  # of the command alone, not of the run
-FREE = ("steps", "window", "save_every")  # what --resume may change
-FLOWS = ("nhf", "realnvp")
+HERE = "device", "compile", "resume", "name", "bench"  # of the command alone, not of the run
+FREE = "steps", "window", "save_every"  # what --resume may change
 CHART = 0.25  # part of a compact run in which chart and decoder learn single frames, without H
 GROWTH = 0.5  # part of the rest over which the horizon grows to the whole window
 SEEN = 2048  # frames that the chart starts from
 STATES = 32768  # clips whose states the prior is fitted to at the end
 RATES = {  # times --lr, of parts of a compact model: a decoder is small; filters that change fast
     "decoder": 3.0,  # leave what is made of their features behind
-    "encoder.chart.filters": 0.1,
-    "encoder.chart.shapes": 0.1,
+    "encoder.filters": 0.1,
+    "encoder.shapes": 0.1,
 }
 PATIENCE = 5  # looks at a loss that is not finite before a run stops
 
 
+# ------------------------------------------------------------------ command line
+
+
+def refuse(message):
+    raise ValueError(f"{message} (--help lists the options)")
+
+
 def parse(**defaults):
-    """The command line as a namespace, every value in its range; nothing is read or made."""
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=Help)
-    whole, positive = at_least(1), at_least(0, float, above=True)
-    data = parser.add_argument_group("data")
-    data.add_argument("--system", choices=SYSTEMS, help="what to learn (default: mass_spring)")
-    data.add_argument("--density", choices=DENSITIES, help="learn this with a flow instead")
-    data.add_argument("--data", metavar="PATH", help="clips (N, T, H, W, C) or points (N, D)")
-    data.add_argument("--size", type=int, default=32, help="pixels a side, 16 to 128")
-    data.add_argument("--noise", type=noise, default=0.0, help="on every coordinate; or 'paper'")
-    data.add_argument("--dt", type=positive, default=0.125, help="time between frames")
-    data.add_argument("--window", type=whole, default=30, help="frames to learn from")
-    data.add_argument("--targets", type=whole, default=8, help="frames of it painted for the loss")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=MODELS, help="hgn, or a baseline; of densities nhf")
-    model.add_argument("--arch", choices=ARCHITECTURES, default="compact", help="of hgn")
-    model.add_argument("--latent", type=whole, help="numbers in q; of the paper's, maps in q")
-    model.add_argument("--context", type=whole, default=5, help="first frames the encoder sees")
-    model.add_argument("--integrator", choices=INTEGRATORS, help="default: that of --arch")
-    model.add_argument("--substeps", type=whole, default=1, help="integrator steps a frame")
-    model.add_argument("--periodic", action=argparse.BooleanOptionalAction, help="q are angles")
-    model.add_argument(
-        "--no-f-psi", dest="f_psi", action="store_false", help="without f_psi (paper)"
-    )
-    model.add_argument("--deterministic", action="store_true", help="no sampling of z, no KL")
-    flow = parser.add_argument_group("flow")
-    flow.add_argument("--hamiltonians", type=whole, default=8, help="how many in a row")
-    flow.add_argument("--leapfrog-steps", type=whole, default=1, help="of each Hamiltonian")
-    flow.add_argument("--kinetic", choices=("mlp", "quadratic"), default="mlp", help="K(p)")
-    flow.add_argument("--base", choices=BASES, default="gaussian", help="where the flow starts")
-    flow.add_argument("--samples", type=whole, default=1, help="draws of p in the bound; 1: ELBO")
-    train = parser.add_argument_group("training")
-    for name, kind in (("steps", whole), ("batch-size", whole), ("lr", positive)):
-        values = ", ".join(f"{k} {v[name.replace('-', '_')]}" for k, v in DEFAULTS.items())
-        train.add_argument(f"--{name}", type=kind, help=f"default: {values}")
-    train.add_argument("--beta", type=at_least(0, float), default=1e-3, help="weight of the KL")
-    train.add_argument("--geco", action="store_true", help="the paper's constraint, no fixed beta")
-    train.add_argument("--tolerance", type=positive, default=2e-4, help="pixel MSE of --geco")
-    train.add_argument("--seed", type=at_least(0), default=0, help="of weights, data and samples")
-    run = parser.add_argument_group("run")
-    run.add_argument("--name", help="folder under runs/ (default: the system's name)")
-    run.add_argument("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help="go on")
-    run.add_argument("--save-every", type=whole, default=250, help="steps between checkpoints")
-    run.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    run.add_argument("--compile", action="store_true", help="fuse the step: a minute at first")
-    run.add_argument("--bench", action="store_true", help="measure; --compile adds rows")
+    """The command line as a namespace. Raises: ValueError."""
+    parser = argparse.ArgumentParser("python train.py", "%(prog)s [options]")
+    parser.error = refuse
+    count, many, positive = number(1, 1000), number(1, 10**9), number(1e-9, 1e6, float)
+    flag, default = {"action": "store_true"}, "default: " + ", ".join(f"{k} {{}}" for k in DEFAULTS)
+    group = parser.add_argument_group("data")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--system", choices=SYSTEMS, metavar="NAME", help=", ".join(SYSTEMS))
+    add("--density", choices=DENSITIES, metavar="NAME", help="learn this with a flow instead")
+    add("--data", metavar="PATH", help="recordings, or points (N, D), of your own")
+    add = group.add_argument
+    add("--size", type=number(16, 128), help="pixels a side (default: 32)")
+    add("--dt", type=positive, help="time between frames (default: 0.125, or the film's)")
+    add("--fps", type=positive, help="frames a second of recordings, instead of --dt")
+    add("--stride", type=count, default=1, help="take every k-th frame of recordings")
+    add("--clip", type=many, default=60, help="frames of a clip cut from recordings")
+    add("--noise", type=noise, default=0.0, help="on every coordinate; or 'paper'")
+    add("--window", type=count, default=30, help="frames to learn from (default: 30)")
+    add("--targets", type=count, default=8, help="frames of it painted for the loss (default: 8)")
+    add = parser.add_argument_group("model").add_argument
+    models = [name for name in DEFAULTS if name != "paper"]
+    add("--model", choices=models, help="default: hgn; of densities nhf")
+    add("--arch", choices=ARCHITECTURES, default="compact", help="of hgn (default: compact)")
+    add("--latent", type=number(1, 64), help="numbers in q; of the paper's, maps in q")
+    add("--context", type=count, default=5, help="first frames the encoder sees (default: 5)")
+    add("--integrator", choices=INTEGRATORS, help="default: that of --arch")
+    add("--substeps", type=count, default=1, help="integrator steps a frame (default: 1)")
+    add("--periodic", action=argparse.BooleanOptionalAction, help="q are angles")
+    add("--friction", **flag, help="motion dies out, at a rate that is learnt")
+    add("--no-f-psi", dest="f_psi", action="store_false", help="without f_psi (paper)")
+    add("--deterministic", **flag, help="no sampling of z, no KL")
+    add = parser.add_argument_group("flow").add_argument
+    add("--hamiltonians", type=count, default=8, help="how many in a row (default: 8)")
+    add("--leapfrog-steps", type=count, default=1, help="of each Hamiltonian (default: 1)")
+    add("--kinetic", choices=("mlp", "quadratic"), default="mlp", help="K(p) (default: mlp)")
+    add("--base", choices=BASES, default="gaussian", help="(default: gaussian)")
+    add("--samples", type=count, default=1, help="draws of p in the bound (default: 1, ELBO)")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=many, help=default.format(*[v[0] for v in DEFAULTS.values()]))
+    add("--batch-size", type=many, help="default: 16, of flows 512")
+    add("--lr", type=positive, help=default.format(*[v[2] for v in DEFAULTS.values()]))
+    add("--beta", type=number(0, 1e6, float), default=1e-3, help="of the KL (default: 0.001)")
+    add("--geco", **flag, help="the paper's constraint, no fixed beta")
+    add("--tolerance", type=positive, default=2e-4, help="MSE of --geco (default: 0.0002)")
+    add("--seed", type=number(0, 2**20 - 1), default=0, help="(default: 0)")
+    add = parser.add_argument_group("run").add_argument
+    add("--name", help="folder under runs/ (default: the system's name)")
+    add("--resume", nargs="?", const="", metavar="PATH", help="go on (default: the newest run)")
+    add("--save-every", type=many, default=250, help="steps between checkpoints (default: 250)")
+    add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add("--compile", **flag, help="fuse the step: a minute at first")
+    add("--bench", **flag, help="measure the speed here; --compile adds rows")
     parser.set_defaults(**defaults)
-    args = parser.parse_args()
-    if args.seed >= 2**20:
-        fail(f"--seed must be below {2**20}, not {args.seed}")
-    if args.name and Path(args.name).name != args.name:
-        fail(f"--name {args.name} is not the name of a folder")
-    return args
+    return parser.parse_args()
 
 
 def noise(text):
-    return "paper" if text == "paper" else at_least(0, float)(text)
+    return text if text == "paper" else number(0, 1e3, float)(text)
 
 
 def settle(args):
-    """Fill in what depends on the data and on other options, and refuse what does not go
-    together."""
-    given = [f"--{k} {getattr(args, k)}" for k in ("system", "density", "data") if getattr(args, k)]
-    if len(given) > 1:
-        fail(f"{given[0]} and {given[1]} exclude each other: give one")
-    flow = bool(args.density or args.data and read_data(args.data).ndim == 2)
+    """Fill in what depends on other options. Raises: ValueError for what does not go together."""
+    flow = bool(args.density or (args.data and read_points(args.data) is not None))
     args.model = args.model or ("nhf" if flow else "hgn")
     if flow != (args.model in FLOWS):
-        needs = "--system NAME or clips" if flow else "--density NAME or points (N, D)"
-        fail(f"--model {args.model} needs {needs}")
+        needs = "--system NAME or recordings" if flow else "--density NAME or points (N, D)"
+        raise ValueError(f"--model {args.model} needs {needs}")
+    if args.model == "hnn":  # the published networks, with another loss
+        args.arch, args.context, args.deterministic = "paper", 2, True
+    paper = args.arch == "paper"
+    usual = DEFAULTS["paper" if args.model == "hgn" and paper else args.model]
+    for name, value in zip(("steps", "batch_size", "lr"), usual):
+        setattr(args, name, getattr(args, name) or value)
     if args.bench and (args.model != "hgn" or args.data):
-        fail("--bench chooses the model itself: give a --system, or none")
-    kind = "paper" if args.arch == "paper" and args.model == "hgn" else args.model
-    for k, v in DEFAULTS[kind.removesuffix("_conv")].items():
-        setattr(args, k, getattr(args, k) or v)
+        raise ValueError("--bench chooses the model itself: give a --system, or none")
     if flow:
         return
-    if args.data:
-        if args.noise:
-            fail("--noise is for simulated systems: --data is taken as it is")
-        own = Clips(vars(args))
-        args.size, latent, periodic, length = own.size, None, False, own.length
-    else:
+    if args.data and args.noise:
+        raise ValueError("--noise is for simulated systems: --data is taken as it is")
+    if not args.data:
+        if args.fps or args.stride > 1:
+            raise ValueError("--fps and --stride are for --data: a system takes --dt")
         args.system = args.system or "mass_spring"
-        system, length = SYSTEMS[args.system], args.window
-        latent, periodic = initial_states(system, 1)[0].numel(), system.periodic
-    args.latent = args.latent or (None if kind == "paper" else latent)
-    args.periodic = periodic if args.periodic is None else args.periodic
-    if args.context > args.window and kind in ("hgn", "paper"):
-        fail(f"--context {args.context} is longer than a training clip: raise --window or lower it")
-    if kind == "paper" and args.window > length:
-        args.window = length
-    if kind.startswith("hnn") and not 3 <= args.targets <= length:
-        fail(f"--model {args.model} learns from --targets frames in a row, 3 to {length}")
+        system = SYSTEMS[args.system]
+        args.size, args.dt = args.size or 32, args.dt or 0.125
+        args.latent = args.latent or (None if paper else initial_states(system, 1)[0].numel())
+        periodic = system.periodic and args.arch == "compact"
+        args.periodic = periodic if args.periodic is None else args.periodic
+    args.periodic = bool(args.periodic)
+    if args.model == "hgn" and args.context > args.window:
+        raise ValueError(f"--context {args.context} is longer than a training clip: --window")
+    if args.model != "hgn" and not 3 <= args.targets <= args.window:
+        raise ValueError(f"--model {args.model} learns from --targets frames in a row, 3 or more")
 
 
 def resumed(args):
     """The options of the run that --resume names, its model, its checkpoint and its folder."""
-    path = newest_run() if args.resume == "newest" else Path(args.resume)
-    model, checkpoint = load(path)
+    path, model, checkpoint = open_run(args.resume or None)
     config = {k: v for k, v in checkpoint["config"].items() if k in vars(args) and k not in HERE}
     # As text, which the parser reads like a command line's: a stranger's file gets no further.
-    kept = (None, True, False)
-    args = parse(**{k: v if any(v is x for x in kept) else str(v) for k, v in config.items()})
-    for k, v in config.items():
-        if k not in FREE and getattr(args, k) != v:
-            fail(f"--{k.replace('_', '-')} cannot change in a resumed run: start another")
+    args = parse(**{k: v if isinstance(v, bool | None) else str(v) for k, v in config.items()})
+    if changed := [k for k, v in config.items() if k not in FREE and getattr(args, k) != v]:
+        raise ValueError(f"--{changed[0].replace('_', '-')} cannot change in a resumed run")
     if path.name != "checkpoint.pt":
-        fail(f"{path} is not in a run's folder: mkdir -p runs/{path.stem} && cp {path} "
-             f"runs/{path.stem}/checkpoint.pt, then resume that")  # fmt: skip
+        raise ValueError(f"{path} is not in a run's folder: copy it to runs/NAME/checkpoint.pt")
     if args.steps <= checkpoint["step"]:
-        fail(f"{path} has already made {checkpoint['step']} steps: ask for more with --steps")
-    if not os.access(path.parent, os.W_OK):
-        fail(f"cannot write into {path.parent}: copy the run to a folder of your own")
+        raise ValueError(f"{path} has made {checkpoint['step']} steps: ask for more with --steps")
     return args, model, checkpoint, path.parent
 
 
 def new_folder(args):
     """runs/<name>/, never one that holds a run already."""
-    first = args.system or args.density or Path(args.data).resolve().stem
-    first += "-realnvp" if args.model == "realnvp" else ""
-    numbered = itertools.chain([first], (f"{first}-{i}" for i in itertools.count(2)))
-    for name in [args.name] if args.name else numbered:
-        folder = Path("runs") / name
-        if not folder.exists():
-            try:
-                folder.mkdir(parents=True)
-            except OSError as error:
-                fail(f"cannot make {folder} ({error.strerror}): run where you may write")
-            return folder
-    fail(f"{folder} exists: --resume {folder}/checkpoint.pt goes on with it, "
-         "another --name starts afresh")  # fmt: skip
+    name = args.name or args.system or args.density or Path(args.data).resolve().stem or "run"
+    if Path(name).name != name:
+        raise ValueError(f"--name {name} is not the name of a folder")
+    folder = Path("runs") / name
+    while folder.exists() and not args.name:
+        folder = folder.with_name(f"{name}-{int(folder.name[len(name) + 1 :] or 1) + 1}")
+    if folder.exists():
+        raise ValueError(f"{folder} exists: --resume {folder} goes on with it")
+    folder.mkdir(parents=True)
+    return folder
+
+
+# ------------------------------------------------------------------ data and model
 
 
 class Batches:
     """Batch number `step` of a run, the same whenever it is asked for: a resumed run sees what it
-    would have seen. A system's is drawn, simulated and painted on the device; clips of one's own
+    would have seen. A system's is drawn, simulated and painted on the device; recordings (`data`)
     are read by threads, some batches ahead.
 
     A batch of the compact model is the frames that the encoder sees (B, context, C, S, S), frames
     to score (B, targets, C, S, S) and their times (B, targets), counted from the first that it
     sees. The paper's model and HNN take whole clips (B, T, C, S, S)."""
 
-    def __init__(self, args, device):
-        self.args, self.device, self.pool, self.ahead = args, device, None, {}
-        self.data = Clips(vars(args)) if args.data else None
-        self.reader = ThreadPoolExecutor(READERS)
-        self.whole = {"paper": args.window, "compact": 0}[args.arch]
-        self.whole = args.targets if args.model != "hgn" else self.whole
-        self.length = self.data.length if self.data else args.window
-        self.most = min(args.window, self.length) - 1  # the farthest time that is scored
+    def __init__(self, args, data, device):
+        self.args, self.data, self.device, self.pool, self.ahead = args, data, device, None, {}
+        whole = {"paper": args.window, "compact": 0}[args.arch]  # frames in a row, or 0
+        self.whole = whole if args.model == "hgn" else args.targets
+        longest = args.window
+        if data:
+            self.reader, lengths = ThreadPoolExecutor(READERS), data.lengths[data.train]
+            longest = int(lengths.max())
+            self.whole = min(self.whole, longest)
+            self.clips, self.lengths = (x[lengths >= self.whole] for x in (data.train, lengths))
+        self.most = min(args.window, longest) - 1  # the farthest time that is scored
 
     def __call__(self, step):
         if not self.data:
             return self.draw(step)
         steps = range(step, step + 1 + READERS)
         self.ahead = {i: self.ahead.get(i) or self.reader.submit(self.draw, i) for i in steps}
-        batch = (x.to(self.device, non_blocking=True) for x in self.ahead[step].result())
-        return [unit(x) if x.dim() == 5 else x for x in batch]
+        return [x.to(self.device, non_blocking=True) for x in self.ahead[step].result()]
 
     def draw(self, step):
         args, shape = self.args, (self.args.batch_size, 1)
@@ -229,22 +228,23 @@ class Batches:
         uniform = lambda *shape: torch.rand(shape, generator=generator, device=device)
         seen = torch.arange(self.whole or args.context, device=device)
         reach = 0 if self.whole else self.horizon(step)
-        half = self.length // 2 if self.data else reach  # of one's own, where every frame counts
-        ahead = min(reach, half)
-        room = self.length - max(len(seen) - 1, ahead)  # places where what is read can begin
-        first = (uniform(*shape) * room).long()
-        if self.whole:
-            at, times = first + seen, None
-        else:
-            far = (self.length - 1 - first).clamp(max=reach)
+        length = torch.full(shape, args.window, device=device)
+        ahead = length.clamp(max=reach)
+        if self.data:  # every frame counts: long clips are drawn more often, starts come late too
+            ends = self.lengths.cumsum(0)
+            clips = torch.searchsorted(ends, (uniform(len(length)) * ends[-1]).long(), right=True)
+            length = self.lengths[clips].unsqueeze(1)
+            ahead = (length // 2).clamp(max=reach)
+        first = (uniform(*shape) * (length - ahead.clamp(min=len(seen) - 1))).long()
+        at = first + seen
+        if not self.whole:
+            far = (length - 1 - first).clamp(max=reach)
             times = (uniform(len(first), args.targets) * (far + 1)).long()
-            at = torch.cat((first + seen, first + times), 1)
+            at = torch.cat((at, first + times), 1)
         if self.data:
-            clips = (uniform(len(first)) * len(self.data.train)).long()
-            frames = self.data.read(self.data.train[clips], at)
+            frames = self.data.read(self.clips[clips], at)
         else:
-            q = self.trajectories(step)
-            q = q[torch.arange(len(q), device=device).unsqueeze(1), at]
+            q = self.trajectories(step)[torch.arange(len(at), device=device).unsqueeze(1), at]
             system = SYSTEMS[args.system]
             frames = render(system, jitter(system, q, args.noise, generator), args.size)
         batch = [frames] if self.whole else [*frames.split([len(seen), args.targets], 1), times]
@@ -269,44 +269,34 @@ class Batches:
         return self.q[step % POOL]
 
 
-def build(args):
-    """The model that args describe."""
+def build(args, test):
+    """The model that args describe, for data like those of the test set."""
     if args.model in FLOWS:
-        points = Points(vars(args))
-        flow = NHF(
-            points.dim, args.hamiltonians, args.leapfrog_steps, kinetic=args.kinetic,
-            base=args.base, shift=points.shift, scale=points.scale,
-        )  # fmt: skip
+        options = {"kinetic": args.kinetic, "base": args.base}
+        options |= {"shift": test.shift, "scale": test.scale}
+        flow = NHF(test.dim, args.hamiltonians, args.leapfrog_steps, **options)
         return flow if args.model == "nhf" else RealNVP.like(flow)
-    channels = Clips(vars(args)).channels if args.data else 3
-    frame = {"size": args.size, "channels": channels, "dt": args.dt}
-    try:
-        if args.model != "hgn":
-            return HNN(**frame, latent=args.latent or 4, conv=args.model == "hnn_conv")
-        options = "context arch latent integrator substeps periodic f_psi deterministic".split()
-        return HGN(**frame, **{k: getattr(args, k) for k in options})
-    except ValueError as error:
-        fail(str(error))
+    frame = {"size": test.size, "channels": test.channels, "dt": test.dt}
+    names = "context arch latent integrator substeps periodic f_psi deterministic friction".split()
+    return HGN(**frame, **{k: getattr(args, k) for k in names})
+
+
+# ------------------------------------------------------------------ optimisers and steps
 
 
 def make_optimisers(model, lr, rates={}, muon=False):
     """Adam, with rates[prefix] times lr for the parameters that the prefix names. With muon, that
     for matrices elsewhere, which learns small and large directions alike."""
-    named = [(next((p for p in rates if name.startswith(p)), None), w)
-             for name, w in model.named_parameters()]  # fmt: skip
-    matrices = [w for prefix, w in named if muon and not prefix and w.dim() == 2]
-    apart = {id(w) for w in matrices}
-    groups = {prefix: [] for prefix in (None, *rates)}
-    for prefix, w in named:
-        groups[prefix] += [w] if id(w) not in apart else []
-    cuda = named[0][1].is_cuda  # where a graph replays steps, the rate is a tensor
+    groups, matrices = {prefix: [] for prefix in (None, *rates)}, []
+    for name, w in model.named_parameters():
+        prefix = next((p for p in rates if name.startswith(p)), None)
+        (matrices if muon and not prefix and w.dim() == 2 else groups[prefix]).append(w)
+    cuda = w.is_cuda  # where a graph replays steps, the rate is a tensor
     rate = lambda: torch.tensor(lr, device="cuda") if cuda else lr
     groups = [{"params": group, "lr": rate(), "times": rates.get(prefix, 1.0)}
               for prefix, group in groups.items() if group]  # fmt: skip
     adam = torch.optim.Adam(groups, lr, betas=(0.9, 0.99), eps=1e-12, fused=cuda, capturable=cuda)
-    if not matrices:
-        return [adam]
-    return [adam, Muon(matrices, rate())]
+    return [adam, Muon(matrices, rate())] if matrices else [adam]
 
 
 class Muon(torch.optim.Optimizer):
@@ -338,10 +328,7 @@ def set_rate(optimisers, lr, step, steps):
     lr = lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
     for group in (group for optimiser in optimisers for group in optimiser.param_groups):
         rate = lr * group.get("times", 1.0)
-        if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+        group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
 
 
 def descend(model, loss, optimisers, most=1.0):
@@ -400,23 +387,20 @@ def compiled(function):
 
 
 class Pixels:
-    """A run on clips: advance(step) makes a training step, look(folder) measures and writes a
-    movie."""
+    """What a run on clips learns: advance(step) makes a training step, look(folder) measures."""
 
-    def __init__(self, args, model, device):
-        self.args, self.model, self.device = args, model, device
-        self.batches, self.test = Batches(args, device), test_clips(vars(args), 100, device)
+    def __init__(self, args, model, test, device):
+        self.args, self.model, self.test, self.device = args, model, test, device
+        self.batches, cuda = Batches(args, test.data, device), device.type == "cuda"
         self.compact = args.model == "hgn" and args.arch == "compact"
-        self.optimisers = make_optimisers(
-            model, args.lr, RATES if self.compact else {}, self.compact
-        )
+        rates = RATES if self.compact else {}
+        self.optimisers = make_optimisers(model, args.lr, rates, muon=self.compact)
         self.geco = GECO(args.tolerance, beta=args.beta, device=device)
         self.charted = int(CHART * args.steps) if self.compact else 0  # steps of the first stage
-        self.fixed, self.reach = args.compile or device.type == "cuda", self.batches.most
+        self.fixed, self.reach = args.compile or cuda, self.batches.most
         fast = compiled if args.compile else lambda function: function
-        graph = Graphed if device.type == "cuda" else lambda function: function
-        losses = (self.chart_loss, self.loss)
-        self.steps = [graph(self.stepper(fast(loss))) for loss in losses]
+        graph = Graphed if cuda else lambda function: function
+        self.steps = [graph(self.stepper(fast(f))) for f in (self.chart_loss, self.loss)]
 
     def start(self):
         """Fit what needs no learning to frames of batches after the last step."""
@@ -426,12 +410,15 @@ class Pixels:
         self.model.fit(torch.cat([frames, *more])[:SEEN])
 
     def chart_loss(self, context, targets, times):
-        return self.model.chart_loss(targets)
+        loss, mse, _ = chart_loss(self.model, targets)
+        return loss, mse, mse.new_zeros(())
 
     def loss(self, *batch):
         if self.compact:
-            return self.model.charted_loss(*batch, self.reach, self.geco.beta)
-        return self.model.loss(*batch, *([self.geco.beta] if self.args.model == "hgn" else []))
+            return charted_loss(self.model, *batch, self.reach, self.geco.beta)
+        if self.args.model == "hnn":
+            return hnn_loss(self.model, *batch)
+        return self.model.loss(*batch, self.geco.beta)
 
     def stepper(self, loss):
         def step(*batch):
@@ -443,26 +430,20 @@ class Pixels:
 
         return step
 
-    def stage(self, step):
-        """How far the stage of training is that `step` belongs to: (steps done, steps in all)."""
-        if step < self.charted:
-            return step, self.charted
-        return step - self.charted, self.args.steps - self.charted
-
     def advance(self, step):
         torch.manual_seed((self.args.seed << 20) + step)  # of z: a resumed run draws the same
         self.reach = self.batches.most if self.fixed else self.batches.horizon(step)
         values = self.steps[0 if step < self.charted else 1](*self.batches(step))
         if self.compact and step + 1 == self.args.steps and not self.args.deterministic:
-            fit_prior(self.model, self.args, self.device)
+            fit_prior(self.model, self.args, self.device, self.test.data)
         return dict(zip(("loss", "mse", "kl"), values)) | {"beta": self.geco.beta}
 
     def look(self, folder):
-        movies(self.model, self.test, folder, 90)
+        movies(self.model, self.test, folder)
         return measure(self.model, self.test)
 
 
-def fit_prior(model, args, device):
+def fit_prior(model, args, device, data=None):
     """The learnt prior alone and anew, at a run's end, on the states of many clips: in batches of
     hundreds it learns what sixteen states a step leave blurred. Anew, as one that followed the
     states while they moved stays folded as they were then."""
@@ -471,7 +452,7 @@ def fit_prior(model, args, device):
     rounds = min(10000, 1 + args.steps // 2)
     size = min(512, rounds)
     few = argparse.Namespace(**vars(args) | {"targets": 1, "window": args.context})
-    batches = Batches(few, device)
+    batches = Batches(few, data, device)
     with torch.no_grad():  # on batches of after the last step
         n = max(1, STATES * size // 512 // args.batch_size)
         states = [model.encode(batches(args.steps + i)[0]) for i in range(n)]
@@ -495,82 +476,61 @@ def fit_prior(model, args, device):
 class Densities:
     """The same of a flow, which is small enough to stay on the CPU."""
 
-    def __init__(self, args, model, device):
-        self.args, self.model, self.points = args, model, Points(vars(args))
+    def __init__(self, args, model, test, device):
+        self.args, self.model, self.test, self.charted = args, model, test, 0
         self.optimisers, self.geco = make_optimisers(model, args.lr, muon=True), GECO()
         self.weights = compiled(model.log_weights) if args.compile else model.log_weights
 
     def start(self):
-        pass
-
-    def stage(self, step):
-        return step, self.args.steps
+        """Points need no fit: the model knows their mean and scale."""
 
     def advance(self, step):
         generator = torch.Generator().manual_seed((self.args.seed << 20) + step)
-        x = self.points.draw(self.args.batch_size, generator)
+        x = self.test.draw(self.args.batch_size, generator)
         log_w = self.weights(x, torch.randn(self.args.samples, *x.shape, generator=generator))
         nll = math.log(len(log_w)) - log_w.logsumexp(0).mean()
         descend(self.model, nll, self.optimisers)
         return {"loss": nll, "elbo": log_w.mean(), "nll": nll}
 
     def look(self, folder):
-        return measure_flow(self.model, self.points, 2000, (1, 64))
+        return measure_flow(self.model, self.test, 2000, (1, 64))
+
+
+# ------------------------------------------------------------------ a run
 
 
 class Run:
-    """The folder of a run: its checkpoint and its log, and what is needed to go on as if
-    uninterrupted."""
+    """The folder of a run: its checkpoint, its log, and what goes on as if uninterrupted."""
 
-    def __init__(self, args, learner, folder, checkpoint):
+    def __init__(self, args, learner, folder, checkpoint=None):
         self.args, self.learner, self.folder = args, learner, folder
         self.config = {k: v for k, v in vars(args).items() if k not in HERE}
-        self.done, self.before = checkpoint.get("step", 0), checkpoint.get("seconds", 0.0)
-        self.start = time.time()
+        self.done, self.start = 0, time.time()
         if checkpoint:
             self.restore(checkpoint)
 
     @property
     def seconds(self):
-        return self.before + time.time() - self.start
+        return time.time() - self.start
 
     def restore(self, checkpoint):
-        """Weights, optimisers and beta of a checkpoint; what was logged after it is dropped."""
+        """Optimisers and beta of a checkpoint; what was logged after it is dropped."""
+        self.done, self.start = checkpoint["step"], self.start - checkpoint["seconds"]
+        geco = self.learner.geco
         try:
             pairs = zip(self.learner.optimisers, checkpoint["optimisers"], strict=True)
             for optimiser, state in pairs:
                 optimiser.load_state_dict({**optimiser.state_dict(), "state": state["state"]})
-                kept = ((w, x) for w, values in optimiser.state.items() for x in values.values())
-                if any(x.shape not in ((), w.shape) for w, x in kept):
-                    raise ValueError
-            geco = self.learner.geco
+                for w, kept in optimiser.state.items():
+                    assert all(x.shape in ((), w.shape) for x in kept.values())
             for mine, kept in zip((geco.beta, geco.mse), checkpoint["geco"]):
-                mine.fill_(float(kept))
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-            fail(f"{self.folder} was trained by another version of this code: train again")
-        log, lines = self.folder / "metrics.jsonl", []
-        for line in log.read_text().splitlines(True) if log.exists() else ():
-            try:
-                lines += [line] * (json.loads(line)["step"] <= self.done)
-            except (ValueError, KeyError, TypeError):  # cut where a run was killed
-                pass
-        self.write("metrics.jsonl", "".join(lines).encode())
-
-    def write(self, name, packed):
-        """All or nothing, and on the disk before it gets its name: a crash leaves the last one
-        whole."""
-        try:
-            with open(self.folder / f"{name}.new", "wb") as file:
-                file.write(packed)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(self.folder / f"{name}.new", self.folder / name)
-        except OSError as error:
-            self.cannot(error)
-
-    def cannot(self, error):
-        fail(f"cannot write into {self.folder} ({error.strerror}), where the last checkpoint stays "
-             f"as it was: make room, then --resume {self.folder}/checkpoint.pt")  # fmt: skip
+                mine.fill_(kept)
+        except Exception as error:  # torch checks little, and raises many kinds
+            raise ValueError(f"{self.folder} is of another version: train again") from error
+        log = self.folder / "metrics.jsonl"
+        lines = log.read_text().splitlines(True) if log.exists() else []
+        whole = [line for line in lines if line.endswith("}\n")]  # the last is cut by a kill
+        write(log, "".join(x for x in whole if json.loads(x)["step"] <= self.done).encode())
 
     def save(self):
         learner, file = self.learner, io.BytesIO()
@@ -582,179 +542,158 @@ class Run:
             **provenance(),
         }  # fmt: skip
         torch.save(state, file)
-        self.write("checkpoint.pt", file.getvalue())
+        write(self.folder / "checkpoint.pt", file.getvalue())
 
     def log(self, **values):
         line = {"step": self.done, "seconds": round(self.seconds, 1), **values}
-        try:
-            with open(self.folder / "metrics.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
-        except OSError as error:
-            self.cannot(error)
+        with open(self.folder / "metrics.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
 
     def evaluate(self):
         self.learner.model.eval()
-        try:
-            result = self.learner.look(self.folder)
-        except OSError as error:
-            self.cannot(error)
+        result = self.learner.look(self.folder)
         self.learner.model.train()
         self.log(**{k: v for k, v in result.items() if isinstance(v, float)})
         return result
 
 
+def loop(run):
+    """Train to the last step, or to a signal."""
+    args, learner, stopped, bad = run.args, run.learner, [], 0
+    split = learner.charted
+
+    def heed(number, _):
+        signal.signal(number, signal.SIG_DFL)  # asked twice, it stops at once
+        stopped.append(number)
+
+    for kind in (signal.SIGINT, signal.SIGTERM):  # heeded between two steps, when all agree
+        signal.signal(kind, heed)
+    with tqdm(initial=run.done, total=args.steps, unit="step") as bar:
+        while run.done < args.steps:
+            begin, end = (
+                (0, split) if run.done < split else (split, args.steps)
+            )  # stage of training
+            set_rate(learner.optimisers, args.lr, run.done - begin, end - begin)
+            values = learner.advance(run.done)
+            run.done += 1
+            bar.update()
+            last = run.done == args.steps or stopped
+            if run.done % 20 == 0 or last:
+                values = dict(
+                    zip(values, torch.stack([v.detach() for v in values.values()]).tolist())
+                )
+                bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()})
+                run.log(**values)
+                bad = 0 if math.isfinite(values["loss"]) else bad + 1
+                if bad == PATIENCE:
+                    cure = f"try --lr {args.lr / 4:g}"
+                    raise ValueError(f"the loss is not finite at step {run.done}: {cure}")
+            if not bad and (run.done % args.save_every == 0 or last):
+                run.save()
+            if stopped:
+                bar.close()
+                print(f"stopped: python train.py --resume {run.folder} goes on")
+                raise SystemExit(128 + stopped[0])
+            if run.done % LOOK_EVERY == 0 and not last:
+                run.evaluate()
+
+
 def bench(args, device):
-    """Time data, rollout and training step against the machine's own peak: one table, one JSON."""
-    rows, cuda = [], device.type == "cuda"
+    """Time steps, rollout and data beside a large matmul: a table, and runs/bench-<device>.json."""
+    cuda, rows, test = device.type == "cuda", [], test_set(vars(args), 2, device)
     wait = torch.cuda.synchronize if cuda else lambda: None
 
-    def timed(call, least=7, seconds=2.0):
-        """Seconds of the first call, and the median of the others."""
-        spent, warm = [], 5 if cuda else 1  # a graph is captured at the fourth step
-        while len(spent) < warm + least or sum(spent[warm:]) < seconds:
+    def row(what, clips, call, flops=0):
+        spent = []
+        _ = cuda and torch.cuda.reset_peak_memory_stats()
+        while len(spent) < 12 or sum(spent[5:]) < 2:  # the first five warm up and capture
             start = time.perf_counter()
             call()
             wait()
             spent.append(time.perf_counter() - start)
-            if len(spent) == warm:
-                gc.collect()
-                gc.freeze()  # a million of the compiler's objects slow Python down
-        return spent[0], statistics.median(spent[warm:])
-
-    def row(what, how, clips, call, flops):
-        first, median = timed(call)
-        share = flops / median / 1e9 / peak
-        cell = {"what": what, "how": how, "first_s": first, "ms": 1e3 * median}
-        rows.append(cell | {"clips_s": clips / median, "share_of_peak": share})
-        if cuda:
-            rows[-1]["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-            torch.cuda.reset_peak_memory_stats()
-        print(f"{what:<44}{how:<10}{first:7.1f} s{1e3 * median:10.2f} ms"
-              f"{clips / median:10.0f} clips/s{share:7.1%} of peak", flush=True)  # fmt: skip
-
-    def steps(what, **changes):
-        """Rows of a training step: as it is, compiled, and on a GPU both as one graph."""
-        options = argparse.Namespace(**{**vars(args), "steps": 10**6, **changes})
-        options.lr = options.lr or 1e-4
-        for compile in (False, True)[: 1 + args.compile]:
-            options.compile = compile
-            torch.manual_seed(args.seed)
-            learner = Pixels(options, build(options).to(device), device)
-            learner.start()
-            batch = learner.batches(0)
-            plain = learner.stepper((compiled if compile else lambda f: f)(learner.loss))
-            if not compile:
-                with FlopCounterMode(display=False) as counter:
-                    plain(*batch)
-            clips, flops = options.batch_size, counter.get_total_flops()
-            row(what, "compiled" if compile else "eager", clips, lambda: plain(*batch), flops)
-            if cuda:
-                graph, how = learner.steps[1], ("compiled, graph" if compile else "graph")
-                row(what, how, clips, lambda: graph(*batch), flops)
+            gc.freeze()  # a million of the compiler's objects slow Python down
+        s = statistics.median(spent[5:])
+        cell = {"what": what, "first_s": spent[0], "ms": 1e3 * s, "clips_s": clips / s}
+        cell["flop_s"] = flops / s
+        rows.append(cell)
+        cell["share_of_peak"] = cell["flop_s"] / rows[0]["flop_s"]
+        cell["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0
+        print(f"{what:<40}", *(f"{k} {v:<9.4g}" for k, v in cell.items() if k != "what"))
 
     a = torch.randn(4096, 4096, device=device)
-    peak = 2 * 4096**3 / timed(lambda: a @ a)[1] / 1e9
+    row("matmul, 4096", 1, lambda: a @ a, 2 * 4096**3)
+    for name, system in SYSTEMS.items():
+        draw = lambda: physics.clips(system, 1024, size=args.size, device=device)
+        row(f"data, 1024 clips of {name}", 1024, draw)
+    model, z = build(args, test).to(device), torch.randn(2, args.batch_size, args.latent).to(device)
+    rollout = torch.no_grad()(lambda: model.decode(model.rollout(*z, 29)[0]))
+    row(f"rollout, {args.batch_size} x 30 frames", args.batch_size, rollout)
+    for arch, size in (("compact", args.batch_size), ("compact", 512), ("paper", args.batch_size)):
+        changes = {"arch": arch, "batch_size": size, "steps": 10**6}
+        changes["latent"] = args.latent if arch == "compact" else None
+        for compile in (False, True)[: 1 + args.compile]:
+            options = argparse.Namespace(**vars(args) | changes | {"compile": compile})
+            learner = Pixels(options, build(options, test).to(device), test, device)
+            learner.start()
+            batch, eager = learner.batches(0), learner.stepper(learner.loss)
+            with FlopCounterMode(display=False) as counter:
+                eager(*batch)
+            ways = {"eager": eager} if not compile else {}
+            ways["compiled " * compile + "graph" * cuda or "eager"] = learner.steps[1]
+            for way, step in ways.items():
+                call, flops = lambda: step(*batch), counter.get_total_flops()
+                row(f"{arch} step, batch {size}, {way}", size, call, flops)
     where = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
-    print(f"{device}, {where}; a large matmul reaches {peak:.0f} GFLOP/s")
-    paper = {"arch": "paper", "latent": None, "window": 30}
-    for B in (args.batch_size, 512):
-        steps(f"compact step, batch {B}, {args.targets} frames", batch_size=B)
-    steps(f"paper step, batch {args.batch_size}, 30 frames", **paper)
-    model = build(args).to(device)
-    with torch.no_grad():
-        state = [torch.randn(args.batch_size, model.config["latent"], device=device) for _ in "qp"]
-        rollout = lambda: model.decode(model.rollout(*state, 29)[0])
-        row(f"rollout, {args.batch_size} x 30 frames", "eager", args.batch_size, rollout, 0)
-    for name in SYSTEMS:
-        n = 2048 if cuda else 256
-        draw = lambda: physics.clips(SYSTEMS[name], n, size=args.size, device=device)
-        row(f"data, {n} clips of {name}", "eager", n, draw, 0)
-    path = Path("runs") / f"bench-{device.type}.json"
-    path.parent.mkdir(exist_ok=True)
-    report = {**provenance(), "config": vars(args), "machine": where, "peak_gflop_s": peak}
-    path.write_text(json.dumps(report | {"table": rows}, indent=1))
-    print(f"wrote {path}")
+    report = {**provenance(), "config": vars(args), "machine": where, "table": rows}
+    Path("runs").mkdir(exist_ok=True)
+    path = Path(f"runs/bench-{device.type}.json")
+    print("wrote", write(path, json.dumps(report, indent=1).encode()))
 
 
-def loop(run, learner):
-    """Train to the last step. Returns whether a signal stopped it before."""
-    args, stopped, bad = run.args, [], 0
-
-    def heed(number, _):
-        if stopped:  # asked twice
-            raise SystemExit(128 + number)
-        stopped.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):  # heeded between two steps, when all agree
-        signal.signal(number, heed)
-    bar = tqdm(initial=run.done, total=args.steps, unit="step")
-    while run.done < args.steps:
-        set_rate(learner.optimisers, args.lr, *learner.stage(run.done))
-        values = learner.advance(run.done)
-        run.done += 1
-        bar.update()
-        if run.done % 20 == 0 or run.done == args.steps or stopped:
-            values = dict(zip(values, torch.stack([v.detach() for v in values.values()]).tolist()))
-            bad = 0 if math.isfinite(values["loss"]) else bad + 1
-            if bad == PATIENCE:
-                bar.close()
-                fail(f"the loss is not finite at step {run.done}: try --lr {args.lr / 4:g}, and "
-                     f"look for wrong values in --data; the last checkpoint is whole")  # fmt: skip
-            bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()})
-            run.log(**values)
-        if not bad and (run.done % args.save_every == 0 or run.done == args.steps or stopped):
-            run.save()
-        if stopped:
-            bar.close()
-            print(f"stopped after step {run.done}: go on with "
-                  f"python train.py --resume {run.folder}/checkpoint.pt")  # fmt: skip
-            raise SystemExit(128 + stopped[0])
-        if run.done % LOOK_EVERY == 0 and run.done < args.steps:
-            run.evaluate()
-    bar.close()
-
-
-def main():
-    args, checkpoint, folder = parse(), {}, None
-    if args.resume:
+def train(args):
+    """Train what the options ask for, measure it, and say where it is."""
+    checkpoint = model = None
+    if args.resume is not None:
         args, model, checkpoint, folder = resumed(args)
     else:
         settle(args)
-    pixels = args.model not in FLOWS
-    device = pick_device(args.device if pixels else "cpu")
-    keep_memory()
-    torch.manual_seed(args.seed)
+    flow = args.model in FLOWS
+    device = pick_device("cpu" if flow else args.device)
     if args.bench:
         return bench(args, device)
-    model = (model if checkpoint else build(args)).to(device).train()
-    learner = (Pixels if pixels else Densities)(args, model, device)
+    test = test_set(vars(args), 100, device)
+    torch.manual_seed(args.seed)
+    model = (model or build(args, test)).to(device).train()
+    learner = (Densities if flow else Pixels)(args, model, test, device)
     if not checkpoint:
+        folder = new_folder(args)
         learner.start()
-    run = Run(args, learner, folder or new_folder(args), checkpoint)
-    if checkpoint:
-        print(f"resumed {folder}/checkpoint.pt at step {run.done} of {args.steps}")
-    else:
+    run = Run(args, learner, folder, checkpoint)
+    source = args.system or args.density or (args.data if flow else test.data.summary)
+    if not checkpoint:
         run.log(config=run.config, **provenance())
         run.save()
+    print(f"{folder}: step {run.done} of {args.steps}, {source}")
     try:
-        loop(run, learner)
-    except torch.OutOfMemoryError:
-        fail(f"out of memory at step {run.done}: try --batch-size {args.batch_size // 2}; "
-             "the last checkpoint is whole")  # fmt: skip
-    result = run.evaluate()
-    if not pixels:
-        flow_table({args.model: result})
-        print(
-            f"\n{run.seconds:.0f} s. Then: python eval.py --checkpoint {run.folder}/checkpoint.pt"
-        )
-        return
-    table(result, run.config)
-    print(f"\n{run.seconds:.0f} s. Look at {run.folder}/rollout.gif, then: "
-          "python eval.py --reverse --speed 2 --sample 4")  # fmt: skip
-    error = next(v for k, v in result.items() if k.startswith("mse_0_"))
-    if not error <= 0.5 * result["blank_mse"]:
+        loop(run)
+        result = run.evaluate()
+    except (OSError, torch.OutOfMemoryError) as error:  # disk or memory is full
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{why}; the last checkpoint is whole: --resume {folder}") from error
+    table(run.config, result)
+    print(f"\n{run.seconds:.0f} s. Then: python eval.py --checkpoint {folder} --sample 4")
+    first = next((v for k, v in result.items() if k.startswith("mse_0_")), 0.0)
+    if not first <= 0.5 * result.get("blank_mse", 0.0):
         print("The error is above half of a blank prediction's: little was learnt. Try more "
               "--steps, more --latent, a lower --lr, and check --dt.")  # fmt: skip
+
+
+def main():
+    try:
+        train(parse())
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
