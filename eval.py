@@ -604,7 +604,9 @@ def gather(out, *folders):
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % 3 * wide, i // 3 * high))
     sheet.save(f"{out}.png")
-    Path(f"{out}.json").write_text(json.dumps({**provenance(), "runs": rows}, indent=1))
+    command = f"eval.gather({out!r}, {', '.join(map(repr, folders))})"
+    report = {**provenance(), "command": command, "runs": rows}
+    Path(f"{out}.json").write_text(json.dumps(report, indent=1))
 
 
 def heat(values, title):
