@@ -448,6 +448,9 @@ LABELS = {
     "friction": "friction gamma, of p -> exp(-gamma t) p",
     "reversal_error": "return error: distance after going there and back",
     "strict_vpt_forward": "first frame with a tenth of blank's error, median",
+    "strict_vpt_backward": "  the same backward",
+    "real_valid": "  the same of true clips: pictures",
+    "real_obey": "  the same of true clips: motion",
     "vpt": "VPT: share of the frames after the window (Higgins)",
     "symetric_r2": "SyMetric: R^2, latent to true state (passes above 0.9)",
     "symetric": "SyMetric: distance from symplectic (passes below 0.05)",
@@ -464,8 +467,9 @@ def table(config, result):
     for key, value in result.items():
         if isinstance(value, float):
             pixels = key in ("blank_mse", "noise_floor") or key.startswith("mse_")
-            name = key.replace("mse", "frames" if key[4:5].isdigit() else "error")
-            words = name.replace("_", " ")
+            words = key.replace("mse", "error").replace("_", " ")
+            if key[4:5].isdigit():
+                words = "error in frames {}-{}".format(*key.split("_")[1:])
             shown = value * 1e4 if pixels else value
             print(f"  {LABELS.get(key, words):<58}{shown:>10.4g}")
 
@@ -483,8 +487,8 @@ def colours(level):
 def panel(title, picture):
     """A picture (h, w, 3) under its title, which is written smaller where it would not fit."""
     bar = Image.new("RGB", (picture.shape[1], 28))
-    fit = 20 * (bar.width - 12) / (ImageFont.load_default(20).getlength(title) + 1e-9)
-    font = ImageFont.load_default(max(6, min(20, fit)))
+    fonts = (ImageFont.load_default(size) for size in range(20, 0, -1))
+    font = next(x for x in fonts if x.getlength(title) <= bar.width - 12 or x.size == 1)
     ImageDraw.Draw(bar).text((6, 2), title, fill="white", font=font)
     return np.concatenate((np.asarray(bar), picture))
 
@@ -689,7 +693,7 @@ def parse():
 def look_at_clips(args, model, config, folder, device):
     """Measure and show a model of clips: its figures, the names of the files."""
     clips = test_set(config, args.clips, device)
-    print(clips.data.summary if clips.data else f"{args.clips} simulated clips")
+    print(f"{clips.data.summary if clips.data else f'{args.clips} simulated clips'}; measuring")
     result = measure(model, clips, args.frames, 1000)
     if clips.system:
         some = TestClips(config, min(args.clips, 128), device=device)

@@ -116,7 +116,7 @@ class Points:
         else:
             rows = torch.as_tensor(source, dtype=torch.float64)  # 1e7 + N(0, 1) needs as much
             if rows.dim() != 2 or len(rows) < 2 or not rows.isfinite().all():
-                raise ValueError(f"points must be (N, D), two or more, finite, not {[*rows.shape]}")
+                raise ValueError(f"points must be (N, D), two or more, not {[*rows.shape]}, finite")
             rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
             self.held_out, self.rows = rows.tensor_split([max(1, len(rows) // 10)])
         self.dim, self.shift = self.rows.shape[1], self.rows.mean(0)

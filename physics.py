@@ -299,7 +299,7 @@ def _unit(x):
     white = {"b": 1, "f": 1}.get(x.dtype.kind, 65535 if x.dtype.str[1:] == "u2" else 255)
     x = np.asarray(x, "float32") / np.float32(white)
     if not (0 <= x.min() and x.max() <= 1):  # nor NaN
-        raise ValueError(f"values {white * x.min():.3g} to {white * x.max():.3g}: scale to 0 to 1")
+        raise ValueError(f"values {white * x.min():.3g} to {white * x.max():.3g}, not 0 to {white}")
     return x
 
 
@@ -331,7 +331,7 @@ class Recordings:
     out: of one recording, which is cut, the last in time; of several, whole ones.
 
     path: an array file, a film or GIF, or a folder of films, of pictures or of folders of pictures.
-    size: of a frame; by default the pictures' own if HGN takes it, else 32. clip: frames of a clip
+    size: of a frame; by default the pictures' own, 16 to 128, or 32. clip: frames of a clip
     cut. stride: take every stride-th frame. dt: seconds from one to the next as recorded; default
     1 / fps, the files', 0.125. seed: of what is held out. least: of frames. Raises: ValueError."""
 
@@ -341,8 +341,8 @@ class Recordings:
         films = [(film[::stride], rate) for film, rate in read()]
         long, rates = [*zip(*(x for x in films if len(x[0]) >= least))] or [(), ()]
         if not long or len(long) == 1 and len(long[0]) < 2 * least:
-            raise ValueError(f"{path} holds {len(films)} recordings, none of {2 * least} frames: "
-                             "record longer ones, or lower --stride or --context")  # fmt: skip
+            raise ValueError(f"{path} holds {len(films)} films, clips or pictures, too short for "
+                             f"{2 * least} frames: see --stride, --context")  # fmt: skip
         if not (dt or fps) and max(rates) > 1.1 * min(rates):
             raise ValueError(f"{path} holds recordings of different rates: give one with --fps")
         self.dt = stride * (dt or (1 / fps if fps else rates[0] or 0.125))
@@ -374,8 +374,8 @@ class Recordings:
         from PIL import Image, ImageOps
 
         high, wide = frame.shape[:2]
-        usual = high == wide and high in range(16, 129, 8)
-        self.size, self.before = self.size or (high if usual else 32), f"{wide} x {high}"
+        usual = min(high, wide) if min(high, wide) in range(16, 129, 8) else 32
+        self.size, self.before = self.size or usual, f"{wide} x {high}"
         fit = lambda x: ImageOps.fit(Image.fromarray(x), (self.size,) * 2, Image.Resampling.BOX)
         x = np.stack([fit(plane) for plane in np.moveaxis(_unit(frame), 2, 0)], 2)
         return np.rint(255 * x).astype("uint8")

@@ -81,7 +81,7 @@ def parse(**defaults):
     add("--dt", type=positive, help="time between frames (default: 0.125, or the film's)")
     add("--fps", type=positive, help="frames a second of recordings, instead of --dt")
     add("--stride", type=count, default=1, help="take every k-th frame of recordings")
-    add("--clip", type=many, default=60, help="frames of a clip cut from recordings")
+    add("--clip", type=many, default=60, help="frames of a clip cut from recordings (default: 60)")
     add("--noise", type=noise, default=0.0, help="on every coordinate; or 'paper'")
     add("--window", type=count, default=30, help="frames to learn from (default: 30)")
     add("--targets", type=count, default=8, help="frames of it painted for the loss (default: 8)")
@@ -681,7 +681,8 @@ def train(args):
         why = str(error).splitlines()[0]
         raise ValueError(f"{why}; the last checkpoint is whole: --resume {folder}") from error
     table(run.config, result)
-    print(f"\n{run.seconds:.0f} s. Then: python eval.py --checkpoint {folder} --sample 4")
+    sample = "" if flow else " --sample 4"
+    print(f"\n{run.seconds:.0f} s. Then: python eval.py --checkpoint {folder}{sample}")
     first = next((v for k, v in result.items() if k.startswith("mse_0_")), 0.0)
     if not first <= 0.5 * result.get("blank_mse", 0.0):
         print("The error is above half of a blank prediction's: little was learnt. Try more "
