@@ -1028,9 +1028,9 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @each("options", ({"latent": 2}, {"arch": "paper", "latent": 2}), ids=str)
 def test_compiled_gradients_are_the_eager_ones(options, device):
     """The whole loss as one region, nested leapfrog steps included."""
-    model = HGN(size=16, **options).to(device)
+    model = HGN(size=16, context=3, **options).to(device)
     z = torch.randn(4, *model.prior.shape).to(device)
-    loss, batch = model.loss, [torch.rand(4, 5, 3, 16, 16).to(device)]
+    loss, batch = model.loss, [torch.rand(4, 3, 3, 16, 16).to(device)]
     if "arch" not in options:
         batch += [torch.rand(4, 6, 3, 16, 16).to(device), torch.randint(4, (4, 6)).to(device), 3]
         loss = lambda *batch, noise: charted_loss(model, *batch, noise=noise)
