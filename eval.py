@@ -24,11 +24,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from hgn import HGN
-from nhf import DENSITIES, NHF, Points, RealNVP
+from nhf import DENSITIES, NHF, TEST_SEED, Points, RealNVP
 from physics import BACKGROUND, SYSTEMS, Recordings, read_points
 from physics import initial_states, jitter, noise_floor, render, simulate
 
-TEST_SEED = 2**40  # training draws from seeds below 2 ** 40 only (train.py), so never these clips
 FLOWS = {"nhf": NHF, "realnvp": RealNVP}
 MODELS = {"hgn": HGN, "hnn": HGN, **FLOWS}
 WINDOW = 30  # frames of the paper's test clips

@@ -19,7 +19,7 @@ from torch import nn
 
 from hgn import Couplings, Energy, Hamiltonian, check, he_, leapfrog, mlp
 
-TEST_SEED = 2**40  # of test points and of what standardises a density; training's are below
+TEST_SEED = 2**40  # of all test data; training draws from seeds below it only (train.py)
 _polar = lambda r, a: torch.stack((r * a.cos(), r * a.sin()), -1)
 
 
