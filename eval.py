@@ -204,7 +204,7 @@ def energies(model, q, p):
     return torch.stack([model.energy(*state) for state in zip(q.unbind(1), p.unbind(1))], 1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(model, clips, frames=90, steps=90):
     """Figures of metrics.json that are cheap enough for training: pixel MSEs against the clean
     truth, the model seeing the first `context` frames only. H is followed along `steps`."""
@@ -368,7 +368,7 @@ def judge(system, frames, dt, seen=10):
     return (excess.amax(1) <= 5e-4).double().mean().item(), (far <= 0.15).double().mean().item()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_physics(model, clips, window, frames=300):
     """What holds outside the window: valid prediction times, SyMetric, samples from the prior. VPT
     is Higgins et al.'s: share of the frames after the window before the error passes 0.025 of the
@@ -394,7 +394,7 @@ def measure_physics(model, clips, window, frames=300):
     return result
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_flow(model, points, n=10_000, samples=(1, 16, 256)):
     """ELBO and log_prob, means over test points in nats; the gap of the NLL to the entropy; the
     modes; microseconds. Raises: ValueError where the points are of another dimension."""
@@ -533,7 +533,7 @@ def write_gif(path, rows, dt, scale=8, seen=0):
     return save_picture(path, *images, delays=delays)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def movies(
     model, clips, folder, frames=90, show=4, reverse=False, speeds=(), samples=0, seed=0, scale=8
 ):
@@ -573,7 +573,7 @@ def plot(x, y, level, title, size=144):
     return panel(title, image.repeat(2, 0).repeat(2, 1))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def phase(model, clips, folder, frames=90, n=24):
     """phase.png: p over q of the coordinate that moves most, and H over time, of n rollouts; of a
     known system the true ones beside. Returns the file's name."""
@@ -627,7 +627,7 @@ def scatter(x, low, high, bins=96):
     return count.view(bins, bins).float().sqrt()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
     """density.png: target, learnt density, samples, V(q) and K(p) of each Hamiltonian; flow.gif:
     base to data. Of more dimensions the first two, the others at their mean; of one nothing.

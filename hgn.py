@@ -92,6 +92,13 @@ INTEGRATORS = {"leapfrog": leapfrog, "explicit_leapfrog": explicit_leapfrog, "eu
 # ------------------------------------------------------------------ energies
 
 
+def slope(f, x):
+    """The gradient of f(x).sum() with respect to x."""
+    if torch.is_inference_mode_enabled():  # where torch 2.11 returns zeros, without a word
+        raise RuntimeError("forces by autograd need torch.no_grad(), not torch.inference_mode()")
+    return torch.func.grad(lambda x: f(x).sum())(x)
+
+
 class Hamiltonian(nn.Module):
     """Any H(q, p): a subclass gives `forward`, (B, ...) twice -> (B,). What integrators need of it
     follows by autograd; the compact one writes it out, since rollouts spend their time there."""
@@ -104,11 +111,11 @@ class Hamiltonian(nn.Module):
 
     def kick(self, here, p):
         """dH/dq at the q of here = at(q), of q's shape."""
-        return torch.func.grad(lambda q: self(q, p).sum())(*here)
+        return slope(lambda q: self(q, p), *here)
 
     def drift(self, here, p):
         """dH/dp there, of p's shape."""
-        return torch.func.grad(lambda p: self(*here, p).sum())(p)
+        return slope(lambda p: self(*here, p), p)
 
     def dp(self, q, p):
         return self.drift(self.at(q), p)
@@ -218,6 +225,7 @@ class PaperEncoder(nn.Module):
     48 maps. What `tail` makes of them is z: nothing, or without f_psi the layers that it has."""
 
     lead = 0  # z stands for the state at frame 0
+    draws = 16  # of z, whose states `infer` averages: most of z is noise, and without it f_psi errs
 
     def __init__(self, size, channels, context, tail=()):
         super().__init__()
@@ -265,6 +273,7 @@ class PaperHamiltonian(Hamiltonian):
 
     def forward(self, q, p):  # (B, dim) twice -> (B,)
         x = torch.cat((q, p), 1).unflatten(1, self.shape)
+        x = x.contiguous(memory_format=torch.channels_last)
         for conv in self.convs[:-1]:
             x = F.softplus(conv(x))
         return self.convs[-1](x).sum((1, 2, 3))
@@ -396,7 +405,7 @@ class CompactEncoder(nn.Module):
 
     def __init__(self, size, channels, context, latent, space, filters=24):
         super().__init__()
-        self.lead, self.space = context // 2, space
+        self.lead, self.draws, self.space = context // 2, 0, space
         self.pool = max(k for k in (1, 2, 3, 4) if k == 1 or size % k == 0 and size >= k * SEEN)
         first, last = nn.Conv2d(channels, filters, 3, padding=1), nn.Conv2d(filters, filters, 1)
         self.filters = nn.Sequential(first, nn.SiLU(), last)
@@ -650,8 +659,7 @@ class HGN(nn.Module):
         self.encoder, self.f_psi, self.H, self.decoder, self.prior, usual = parts
         self.integrate = INTEGRATORS.get(integrator, usual)
         self.log_gamma = nn.Parameter(torch.tensor(-3.0)) if friction else None
-        for module in (self.encoder, self.decoder):
-            module.to(memory_format=torch.channels_last)  # 1.3-2x on small convolutions
+        self.to(memory_format=torch.channels_last)  # 1.3-2x on small convolutions
 
     @property
     def gamma(self):
@@ -692,8 +700,16 @@ class HGN(nn.Module):
         return tuple(x[:, -1] for x in path)
 
     def infer(self, frames):
-        """The state q, p at frame 0 of clips, taken at the posterior mean."""
-        return self.state(self.encode(frames)[0])
+        """The state q, p at frame 0 of clips: that of the mean of q(z|x), or, where the encoder
+        asks for draws of z, their states' mean. The draws are the same ones at every call."""
+        mean, logvar = self.encode(frames)
+        if self.deterministic or not self.encoder.draws:
+            return self.state(mean)
+        source, states = torch.Generator().manual_seed(0), []
+        for _ in range(self.encoder.draws):
+            noise = torch.randn(mean.shape, generator=source).to(mean)
+            states.append(self.state(mean + (0.5 * logvar).exp() * noise))
+        return tuple(torch.stack(x).mean(0) for x in zip(*states))
 
     def energy(self, q, p):
         """The learnt H of states (B, ...): (B,). It has no natural zero and no natural unit."""

@@ -219,18 +219,18 @@ def render(system, q, size=32):
     is linear in its distance across the one-pixel edge."""
     centres = system.position(q).flatten(0, 1).float()  # (B*T, bodies, 2)
     frames = torch.empty(len(centres), 3, size, size, device=q.device)
-    colours = torch.tensor((BACKGROUND, *system.colours), device=q.device).view(-1, 3, 1, 1)
+    colours = torch.tensor((BACKGROUND, *system.colours)).to(q.device, non_blocking=True)
     pixels = size / (2 * system.half_width)  # per world unit
     grid = torch.arange(size, device=q.device, dtype=torch.float32) - (size - 1) / 2
-    block = 256 if q.device.type == "cpu" else len(centres)  # stays in a processor's cache
+    block = 256 if q.device.type == "cpu" else 2**15  # stays in a processor's cache
     for c, out in zip(centres.split(block), frames.split(block)):
         dx = (grid - pixels * c[..., 0:1]).square()  # (n, bodies, size)
         dy = (-grid - pixels * c[..., 1:2]).square()  # row 0 is the top
         distance = (dy.unsqueeze(-1) + dx.unsqueeze(-2)).sqrt_()  # (n, bodies, size, size)
         share = distance.neg_().add_(system.radius * pixels + 0.5).clamp_(0, 1)
-        out.copy_(colours[0])
+        out.copy_(colours[0, :, None, None])
         for disc, colour in zip(share.split(1, 1), colours[1:]):
-            out.addcmul_(disc, colour)
+            out.addcmul_(disc, colour[:, None, None])
         out.clamp_(max=1)
     return frames.view(*q.shape[:2], 3, size, size)
 
