@@ -32,7 +32,6 @@ from physics import BACKGROUND, SYSTEMS, Recordings, jitter, render, simulate
 FLOWS = {"nhf": NHF, "realnvp": RealNVP}
 MODELS = {"hgn": HGN, "hnn": HGN, **FLOWS}
 WINDOW = 30  # frames of the paper's test clips
-STILLS = 0, 15, 30, 45, 59  # frames of rollout.png
 READING = "size", "clip", "stride", "dt", "fps", "seed"  # options that say how to read recordings
 
 # ------------------------------------------------------------------ runs
@@ -56,10 +55,9 @@ def pick_device(name=None):
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, dtype=torch.float64, device=device)
-        return device
+        return torch.zeros(1, dtype=torch.float64, device=name).device
     except (RuntimeError, TypeError, AssertionError):
         raise ValueError(f"--device {name} does not work here: try --device cpu") from None
 
@@ -107,12 +105,10 @@ def open_run(where=None, device="cpu", **wanted):
     """A checkpoint's path, its model and its dict. where: a file, a run's folder, or None: the
     newest run with the options `wanted`, else the system's shipped model. Raises: ValueError."""
     wanted = {k: v for k, v in wanted.items() if v is not None}
-    options, paths = " ".join(f"--{k} {v}" for k, v in wanted.items()), [Path(where or "")]
-    if where is None:
-        paths = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, reverse=True)
-        shipped = f"checkpoints/{wanted.get('system', 'mass_spring')}.pt"
-        paths.append(Path(__file__).parent / shipped)
-    for path in paths:
+    options = " ".join(f"--{k} {v}" for k, v in wanted.items())
+    newest = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, reverse=True)
+    shipped = Path(__file__).parent / f"checkpoints/{wanted.get('system', 'mass_spring')}.pt"
+    for path in [Path(where)] if where else [*newest, shipped]:
         path = path / "checkpoint.pt" if path.is_dir() else path
         try:
             model, checkpoint = load(path, device)
@@ -143,8 +139,9 @@ class HeldOut:
         self.observed = next(self.truth(config["context"], block=n))
 
     def truth(self, frames, speed=1.0, block=32):
-        """Frames from the first on, `block` clips at a time."""
-        times = torch.arange(min(frames, self.length))
+        """Frames from the first on at `speed`, to the end, `block` clips at a time."""
+        times = (torch.arange(frames) * speed).long()
+        times = times[times < self.length]
         for part in self.clips.split(block):
             yield self.data.read(part, times.expand(len(part), -1)).to(self.device)
 
@@ -233,7 +230,7 @@ def first_bad(error, limit):
 
 
 def wrapped(x):
-    return torch.remainder(x + math.pi, 2 * math.pi) - math.pi
+    return torch.atan2(x.sin(), x.cos())
 
 
 def inferred_and_true(model, clips):
@@ -251,31 +248,19 @@ def inferred_and_true(model, clips):
     return latent[near], true[near]
 
 
-def lasso(A, y, alpha=1e-4, steps=2000):
-    """w that minimises |A w - y|^2 / 2n + alpha |w|_1, by accelerated proximal gradient (Beck &
-    Teboulle 2009)."""
-    gram, target = A.T @ A / len(A), A.T @ y / len(A)
-    rate = 1 / torch.linalg.matrix_norm(gram, 2).item()
-    w = last = torch.zeros_like(target)
-    for k in range(steps):
-        v = w + k / (k + 3) * (w - last)
-        last, w = w, F.softshrink(v - rate * (gram @ v - target), rate * alpha)
-    return w
-
-
-def symetric(latent, true, orders=5, most=2000):
+def symetric(latent, true, orders=5):
     """SyMetric (Higgins et al. 2021, arXiv 2111.05986): is the map from latent to true states
-    symplectic, up to scale? Lasso on polynomials of the latent (n, 2 d), order raised until R^2 >=
-    0.9, and its Jacobian J at every state. Returns R^2, Sym, order."""
+    symplectic, up to scale? Regression (theirs is a lasso, this one ridge) on polynomials of the
+    latent (n, 2 d), order raised until R^2 >= 0.9, and its Jacobian J. Returns R^2, Sym, order."""
     d, scale, terms = latent.shape[1] // 2, latent.std(0).clamp(min=1e-9), []
     x, y = (latent - latent.mean(0)) / scale, (true - true.mean(0)) / true.std(0)
     features = lambda x: torch.stack([x[..., term].prod(-1) for term in terms], -1)
     for order in range(1, orders + 1):
         terms += map(list, combinations_with_replacement(range(2 * d), order))
         A = features(x) - features(x).mean(0)
-        w = lasso(A, y)
+        w = torch.linalg.solve(A.T @ A + 1e-4 * len(A) * torch.eye(len(terms)).to(A), A.T @ y)
         r2 = 1 - ((A @ w - y).square().sum() / y.square().sum()).item()
-        if r2 >= 0.9 or math.comb(2 * d + order + 1, order + 1) > most:
+        if r2 >= 0.9 or math.comb(2 * d + order + 1, order + 1) > len(x) / 2:  # would fit noise
             break
     J = torch.func.vmap(torch.func.jacrev(lambda x: features(x) @ w))(x[:1000])  # (n, 2 D, 2 d)
     Jq, Jp = (true.std(0)[:, None] * J / scale).split(d, 2)
@@ -289,8 +274,10 @@ def gauss_newton(f, x, target, rounds, h, most, damping):
     """x (n, dim) such that f(x) (n, m) is close to target (n, m); slopes by central differences of
     step h, steps of each number of at most `most`."""
     one = torch.eye(x.shape[1]).to(x)
+    moves = h * torch.stack((one, -one)).unsqueeze(2)  # (2, dim, 1, dim)
     for _ in range(rounds):
-        J = torch.stack([f(x + h * e) - f(x - h * e) for e in one], 2).to(x) / (2 * h)
+        ahead, behind = f((x + moves).flatten(0, 2)).to(x).unflatten(0, (2, -1, len(x)))
+        J = (ahead - behind).permute(1, 2, 0) / (2 * h)  # (n, m, dim)
         wrong = (target - f(x)).to(x).unsqueeze(2)
         step = torch.linalg.solve(J.mT @ J + damping * one, J.mT @ wrong)
         x = x + step.squeeze(2).clamp(-most, most)
@@ -306,10 +293,11 @@ def read(system, frames):
     colours = F.normalize(torch.tensor(system.colours).to(frames), dim=1)
     share = torch.einsum("ncyx,bc->nbyx", light, colours).clamp(min=1e-9)
     share = share * (share == share.amax(1, keepdim=True))
-    place = (torch.arange(size).to(frames) - (size - 1) / 2) * 2 * system.half_width / size
-    centre = torch.stack(((share.sum(2) * place).sum(2), (share.sum(3) * -place).sum(2)), -1)
-    q = system.locate(centre / (share.sum((2, 3)) + 1e-9).unsqueeze(-1)).double()
-    painted = lambda x: render(system, x.view_as(q).unsqueeze(1), size).flatten(1)
+    side = (torch.arange(size).to(frames) - (size - 1) / 2) * 2 * system.half_width / size
+    grid = torch.stack(torch.meshgrid(side, -side, indexing="xy"))  # (2, S, S), y upward
+    centre = torch.einsum("nbyx,dyx->nbd", share, grid) / (share.sum((2, 3)) + 1e-9).unsqueeze(2)
+    q = system.locate(centre).double()
+    painted = lambda x: render(system, x.view(-1, 1, *q.shape[1:]), size).flatten(1)
     x = gauss_newton(painted, q.flatten(1), pictures.flatten(1), 2, 0.01, 0.2, 1e-3)
     return x.view(*frames.shape[:2], *q.shape[1:])
 
@@ -325,7 +313,7 @@ def judge(system, frames, dt, seen=10):
     state = torch.stack((q[:, 0], p), 1)  # (n, 2, bodies, dims)
 
     def path(x, T=seen):
-        q = simulate(system, *x.view_as(state).unbind(1), T, dt)[0]
+        q = simulate(system, *x.view(-1, *state.shape[1:]).unbind(1), T, dt)[0]
         return system.position(q).flatten(1)
 
     x = gauss_newton(path, state.flatten(1), shown[:, :seen].flatten(1), 5, 1e-4, 0.5, 1e-9)
@@ -338,14 +326,14 @@ def measure_physics(model, clips, window, frames=300):
     """What holds outside the window: valid prediction times, SyMetric, samples from the prior. VPT
     is Higgins et al.'s: share of the frames after the window before the error passes 0.025 of the
     picture's mean square; "strict" is the first frame whose error passes 0.1 of blank's."""
-    (q0, p0), result, shares = model.infer(clips.observed), {}, []
+    (q0, p0), result = model.infer(clips.observed), {"vpt": 0.0}
     frames = max(frames, window + WINDOW)
     blank = next(clips.truth(WINDOW)).var((0, 1)).mean()
     for name, speed in (("forward", 1.0), ("backward", -1.0)):
         mse, power = errors(model, clips, q0, p0, frames, speed)
         result[f"strict_vpt_{name}"] = first_bad(mse / blank, 0.1).median().item()
-        shares.append(first_bad((mse / power)[:, window:], 0.025).mean().item() / (frames - window))
-    result["vpt"] = sum(shares) / 2
+        good = first_bad((mse / power)[:, window:], 0.025).mean().item()
+        result["vpt"] += good / (frames - window) / 2
     result |= symetric(*inferred_and_true(model, clips))
     if not getattr(model, "deterministic", False):  # else it has no prior
         generator = torch.Generator().manual_seed(TEST_SEED + 4)
@@ -398,10 +386,7 @@ def minima(model, H, n=161, reach=2.5):
 
 LABELS = {
     "blank_mse": "mse of a blank prediction, the mean picture",
-    "mse_noisy": "mse against the noisy frames",
     "energy_std_ratio": "std of H along a rollout / across clips (0: conserved)",
-    "friction": "friction gamma, of p -> exp(-gamma t) p",
-    "reversal_error": "distance from the start after going there and back",
     "strict_vpt_forward": "first frame with a tenth of blank's error, median",
     "strict_vpt_backward": "  the same backward",
     "vpt": "VPT: share of the frames after the window (Higgins)",
@@ -484,23 +469,21 @@ def movies(
     model, clips, folder, frames=90, show=4, reverse=False, speeds=(), samples=0, seed=0, scale=8
 ):
     """Write rollout.png, rollout.gif and the movies asked for. Returns the names of the files."""
-    q0, p0 = (x[:show] for x in model.infer(clips.observed))
-    q, p = model.rollout(q0, p0, frames - 1)
-    truth, painted = next(clips.truth(frames, block=show)), model.decode(q)
-    films, last = {"rollout": {"truth": truth, "model": painted}}, truth.shape[1] - 1
-    if reverse:
-        back = model.decode(model.rollout(q[:, last], p[:, last], frames - 1, -model.dt)[0])
-        rows = {"truth, backward from its last frame": truth.flip(1)}
-        films["reverse"] = rows | {"model, backward from there": back}
+    roll = lambda q, p, speed: model.decode(model.rollout(q, p, frames - 1, speed * model.dt)[0])
+    q, p = (x[:show] for x in model.infer(clips.observed))
+    truth, painted = next(clips.truth(frames, block=show)), roll(q, p, 1)
+    films = {"rollout": {"truth": truth, "model": painted}}
     for speed in speeds:
-        rows, q = {}, model.rollout(q0, p0, frames - 1, speed * model.dt)[0]
-        if clips.system:
-            rows[f"truth at speed {speed:g}"] = next(clips.truth(frames, speed, block=show))
-        films[f"speed_{speed:g}"] = rows | {f"model at speed {speed:g}": model.decode(q)}
+        rows = {f"truth at speed {speed:g}": next(clips.truth(frames, speed, block=show))}
+        films[f"speed_{speed:g}"] = rows | {f"model at speed {speed:g}": roll(q, p, speed)}
+    if reverse:
+        end = (x[:, -1] for x in model.rollout(q, p, truth.shape[1] - 1))
+        rows = {"truth, backward from its last frame": truth.flip(1)}
+        films["reverse"] = rows | {"model, backward from there": roll(*end, -1)}
     if samples:
         drawn = model.sample(samples, frames - 1, generator=torch.Generator().manual_seed(seed))
         films["samples"] = {"samples from the prior": drawn}
-    times = [t for t in STILLS if t <= last]
+    times = [t for t in (0, 15, 30, 45, 59) if t < truth.shape[1]]
     title = f"{folder.name}: truth above model, frames {', '.join(map(str, times))}"
     above, below = (strip(title, x[0, times], scale) for x in (truth, painted))
     wrote = [save_picture(folder / "rollout.png", np.concatenate((above, below[28:])))]
@@ -538,22 +521,19 @@ def phase(model, clips, folder, frames=90, n=24):
 
 
 def gather(out, *folders):
-    """One table, out.json, and one picture, out.png, of runs that `eval.py` has looked at: their
-    errors over that of a blank prediction."""
-    runs, pictures = {}, [Image.open(Path(folder) / "rollout.png") for folder in folders]
+    """out.json: errors of runs, that `eval.py` has looked at, over that of a blank prediction;
+    out.png: their rollout.png, three a row."""
+    runs, pictures = {}, [np.asarray(Image.open(Path(x) / "rollout.png")) for x in folders]
     for folder in map(Path, folders):
         report = json.loads((folder / "metrics.json").read_text())
         metrics, blank = report["metrics"], report["metrics"]["blank_mse"]
         over = {f"{k}_over_blank": v / blank for k, v in metrics.items() if k[4:5].isdigit()}
         runs[folder.name] = over | {"blank_mse": blank, **report["training"]}
-    wide, high = (8 + max(x) for x in zip(*(picture.size for picture in pictures)))
-    sheet = Image.new("RGB", (3 * wide, -(-len(pictures) // 3) * high))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % 3 * wide, i // 3 * high))
-    sheet.save(f"{out}.png")
+    rows = [np.concatenate(pictures[i : i + 3], 1) for i in range(0, len(pictures), 3)]
+    save_picture(Path(f"{out}.png"), np.concatenate(rows))
     command = f"eval.gather({out!r}, {', '.join(map(repr, folders))})"
     report = {**provenance(), "command": command, "runs": runs}
-    Path(f"{out}.json").write_text(json.dumps(report, indent=1))
+    write(Path(f"{out}.json"), json.dumps(report, indent=1).encode())
 
 
 def heat(values, title):
@@ -614,8 +594,12 @@ def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
 
 def parse():
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = lambda message: stop(f"{message} (--help lists the options)")
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):  # in one line
+            raise ValueError(f"{message} (--help lists the options)")
+
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--checkpoint", metavar="PATH", help="a file or a run's folder (default: the newest run)")
     add("--system", choices=SYSTEMS, help="take the newest run of this system")
@@ -633,25 +617,6 @@ def parse():
     return parser.parse_args()
 
 
-def look_at_clips(args, model, config, folder, device):
-    """Show and measure a model of clips: its figures, the names of the files."""
-    clips = test_set(config, args.clips, device)
-    shown = test_set(config, args.show, device, clips.data)
-    asked = args.reverse, args.speed, args.sample, args.seed, args.scale
-    wrote = movies(model, shown, folder, args.frames, args.show, *asked)
-    wrote.append(phase(model, clips, folder, args.frames))
-    print(f"{clips.data.summary if clips.data else f'{args.clips} simulated clips'}; measuring")
-    result = measure(model, clips, args.frames, 1000)
-    if clips.system:
-        some = TestClips(config, min(args.clips, 128), device)
-        result |= measure_physics(model, some, config["window"])
-    if clips.noise:
-        generator = torch.Generator().manual_seed(TEST_SEED + 1)
-        floor = physics.noise_floor(clips.system, clips.noise, clips.size, generator=generator)
-        result["noise_floor"] = floor
-    return result, wrote
-
-
 def look(args):
     """Show and measure a run."""
     device = pick_device(args.device)
@@ -661,12 +626,25 @@ def look(args):
     if folder.name == "checkpoints":  # of all systems: each gets a folder of its own
         folder = Path("runs") / f"{path.stem}-shipped"
         folder.mkdir(parents=True, exist_ok=True)
+    test = test_set(config, args.clips, device)
     if config["model"] in FLOWS:
-        points, model = test_set(config, 0), model.cpu()
-        result = measure_flow(model, points)
-        wrote = flow_pictures(model, points, folder, seed=args.seed)
+        model = model.cpu()
+        result = measure_flow(model, test)
+        wrote = flow_pictures(model, test, folder, seed=args.seed)
     else:
-        result, wrote = look_at_clips(args, model, config, folder, device)
+        shown = test_set(config, args.show, device, test.data)
+        asked = args.reverse, args.speed, args.sample, args.seed, args.scale
+        wrote = movies(model, shown, folder, args.frames, args.show, *asked)
+        wrote.append(phase(model, test, folder, args.frames))
+        print(f"{test.data.summary if test.data else f'{args.clips} simulated clips'}; measuring")
+        result = measure(model, test, args.frames, 1000)
+        if test.system:
+            some = TestClips(config, min(args.clips, 128), device)
+            result |= measure_physics(model, some, config["window"])
+        if test.noise:
+            source = torch.Generator().manual_seed(TEST_SEED + 1)
+            floor = physics.noise_floor(test.system, test.noise, test.size, generator=source)
+            result["noise_floor"] = floor
     table(config, result)
     training = {k: checkpoint.get(k) for k in ("command", "versions", "step", "seconds")}
     report = {**provenance(), "seed": args.seed, "test_seed": TEST_SEED, "checkpoint": str(path),
@@ -675,17 +653,12 @@ def look(args):
     print(f"\nwrote {', '.join(wrote)} into {folder}")
 
 
-def stop(error):
-    """A user's mistake: one line, exit status 2."""
-    print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def main():
     try:
         look(parse())
-    except (ValueError, OSError) as error:
-        stop(error)
+    except (ValueError, OSError) as error:  # a user's mistake
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
