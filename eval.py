@@ -81,8 +81,7 @@ def write(path, data):
 
 
 def load(path, device="cpu"):
-    """A checkpoint file -> model in eval mode, the checkpoint's dict; no code in it is run. Raises:
-    ValueError."""
+    """A checkpoint file -> model in eval mode, its dict; runs no code in it. Raises: ValueError."""
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}: train one with python train.py")
     try:
@@ -130,12 +129,13 @@ class HeldOut:
     system, noise = None, 0.0
 
     def __init__(self, config, n, device="cpu", data=None):
-        options = {k: config[k] for k in READING if k in config} | {"least": config["context"] + 1}
-        self.data = data = data or Recordings(config["data"], **options)
+        how = {k: config[k] for k in READING}
+        data = data or Recordings(config["data"], **how, least=config["context"] + 1)
+        self.data, self.device = data, device
         self.size, self.channels, self.dt = data.size, data.channels, data.dt
         lengths = data.lengths[data.held_out]
         self.length = max(lengths.tolist(), key=lambda length: length * (lengths >= length).sum())
-        self.clips, self.device = data.held_out[lengths >= self.length][:n], device
+        self.clips = data.held_out[lengths >= self.length][:n]
         self.observed = next(self.truth(config["context"], block=n))
 
     def truth(self, frames, speed=1.0, block=32):
@@ -147,17 +147,16 @@ class HeldOut:
 
 
 class TestClips:
-    """Fixed test clips of a system: true states at frame 0, and what the encoder sees of them (with
-    the noise of training)."""
+    """Fixed test clips of a system: true states q, p at frame 0, and, noisy, what is observed."""
 
     data, channels, length = None, 3, math.inf
 
     def __init__(self, config, n, device="cpu"):
         self.system, self.size = SYSTEMS[config["system"]], config["size"]
         self.noise, self.dt = config["noise"], config["dt"]
-        shape = n, max(WINDOW, config["context"]), self.dt, self.noise, self.size
-        generator = torch.Generator().manual_seed(TEST_SEED)
-        self.observed, q, p = physics.clips(self.system, *shape, generator, device)
+        length, generator = max(WINDOW, config["context"]), torch.Generator().manual_seed(TEST_SEED)
+        how = length, self.dt, self.noise, self.size, generator, device
+        self.observed, q, p = physics.clips(self.system, n, *how)
         self.q, self.p = q[:, 0], p[:, 0]
 
     def truth(self, frames, speed=1.0, block=32):
@@ -306,7 +305,7 @@ def judge(system, frames, dt, seen=10):
     """Shares of clips (n, T, 3, S, S) whose every frame is a picture of the system (excess pixel
     MSE at most 5e-4), and that move as the true system does from the state that fits the first
     `seen` frames best (within 0.15 world units in all)."""
-    q = torch.cat([read(system, part) for part in frames.split(32)])
+    q = torch.cat([read(system, part) for part in frames.split(8)])
     excess = (render(system, q, frames.shape[-1]) - frames).square().mean((2, 3, 4))
     shown = system.position(q)
     p = system.inertia * wrapped(q[:, 1] - q[:, 0]) / dt  # to start from
@@ -449,7 +448,7 @@ def write_gif(path, rows, dt, scale=8, seen=0):
     are marked as the encoder's, every pixel is drawn `scale` wide. A GIF's delays are hundredths of
     a second, two at least: of faster clips frames are left out, but ten are shown."""
     frames = max(clip.shape[1] for clip in rows.values())
-    stride = min(math.ceil(0.02 / dt - 1e-9), max(1, frames // 10))
+    stride = min(math.ceil(max(0.02 / dt, 1) - 1e-9), max(1, frames // 10))
     shown = range(0, frames, stride)
     ends = [round(100 * dt * t) for t in (*shown, shown[-1] + stride)]
     delays = [10 * min(max(2, b - a), 65535) for a, b in zip(ends, ends[1:])]
@@ -531,8 +530,7 @@ def gather(out, *folders):
         runs[folder.name] = over | {"blank_mse": blank, **report["training"]}
     rows = [np.concatenate(pictures[i : i + 3], 1) for i in range(0, len(pictures), 3)]
     save_picture(Path(f"{out}.png"), np.concatenate(rows))
-    command = f"eval.gather({out!r}, {', '.join(map(repr, folders))})"
-    report = {**provenance(), "command": command, "runs": runs}
+    report = {**provenance(), "command": f"eval.gather{(out, *folders)}", "runs": runs}
     write(Path(f"{out}.json"), json.dumps(report, indent=1).encode())
 
 
@@ -594,12 +592,8 @@ def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
 
 def parse():
     """The command line as a namespace."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):  # in one line
-            raise ValueError(f"{message} (--help lists the options)")
-
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.print_usage = lambda file: None  # a mistake gets one line; --help says more
     add = parser.add_argument
     add("--checkpoint", metavar="PATH", help="a file or a run's folder (default: the newest run)")
     add("--system", choices=SYSTEMS, help="take the newest run of this system")

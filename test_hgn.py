@@ -785,7 +785,7 @@ def command(tmp_path, monkeypatch, capsys):
         if status != 2:
             return out
         bar, name, message = error.strip().rpartition("error: ")
-        assert name and "\n" not in message and (not bar or "step" in bar), error
+        assert name and "\n" not in message and ("\n" not in bar or "step" in bar), error
         return message
 
     return command
