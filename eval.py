@@ -228,7 +228,7 @@ def first_bad(error, limit):
     return (error <= limit).cumprod(1).sum(1).float()
 
 
-def wrapped(x):
+def wrapped(x):  # angles, into (-pi, pi]
     return torch.atan2(x.sin(), x.cos())
 
 
@@ -308,7 +308,7 @@ def judge(system, frames, dt, seen=10):
     q = torch.cat([read(system, part) for part in frames.split(8)])
     excess = (render(system, q, frames.shape[-1]) - frames).square().mean((2, 3, 4))
     shown = system.position(q)
-    p = system.inertia * wrapped(q[:, 1] - q[:, 0]) / dt  # to start from
+    p = system.inertia * wrapped(q[:, 1] - q[:, 0]) / dt  # roughly: where the fit starts
     state = torch.stack((q[:, 0], p), 1)  # (n, 2, bodies, dims)
 
     def path(x, T=seen):
@@ -520,8 +520,8 @@ def phase(model, clips, folder, frames=90, n=24):
 
 
 def gather(out, *folders):
-    """out.json: errors of runs, that `eval.py` has looked at, over that of a blank prediction;
-    out.png: their rollout.png, three a row."""
+    """out.json: errors of runs that `eval.py` has looked at, over that of a blank prediction.
+    out.png: their rollout.png, of one size, three a row without gaps."""
     runs, pictures = {}, [np.asarray(Image.open(Path(x) / "rollout.png")) for x in folders]
     for folder in map(Path, folders):
         report = json.loads((folder / "metrics.json").read_text())
