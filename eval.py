@@ -308,14 +308,15 @@ def judge(system, frames, dt, seen=10):
     q = torch.cat([read(system, part) for part in frames.split(8)])
     excess = (render(system, q, frames.shape[-1]) - frames).square().mean((2, 3, 4))
     shown = system.position(q)
-    p = system.inertia * wrapped(q[:, 1] - q[:, 0]) / dt  # roughly: where the fit starts
+    v = wrapped(q[:, 1] - q[:, 0]) / dt  # roughly: where the fit starts
+    p = system.momentum(q[:, 0], v) if system.momentum else system.inertia * v
     state = torch.stack((q[:, 0], p), 1)  # (n, 2, bodies, dims)
 
     def path(x, T=seen):
         q = simulate(system, *x.view(-1, *state.shape[1:]).unbind(1), T, dt)[0]
         return system.position(q).flatten(1)
 
-    x = gauss_newton(path, state.flatten(1), shown[:, :seen].flatten(1), 5, 1e-4, 0.5, 1e-9)
+    x = gauss_newton(path, state.flatten(1), shown[:, :seen].flatten(1), 4, 1e-4, 0.5, 1e-9)
     far = (path(x, shown.shape[1]).view_as(shown) - shown).norm(dim=-1).amax((1, 2))
     return (excess.amax(1) <= 5e-4).double().mean().item(), (far <= 0.15).double().mean().item()
 
