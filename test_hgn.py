@@ -1063,7 +1063,7 @@ def test_compiled_gradients_are_the_eager_ones(options, device):
 def test_muon_is_torchs(shape):  # but for its rounding to bfloat16
     a, b = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
     theirs = torch.optim.Muon([b], 1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    for optimiser, w in ((train.Muon([a], 1e-2), a), (theirs, b)):
+    for optimiser, w in ((train.Muon([a], {"lr": 1e-2}), a), (theirs, b)):
         for step in range(5):
             w.grad = torch.randn(shape, generator=seeded(step))
             optimiser.step()
