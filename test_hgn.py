@@ -334,10 +334,9 @@ def test_the_paper_models_inferred_state_is_the_posterior_mean_of_states():
     model.encoder.convs[-1].bias.data.zero_()  # z as wide as its prior
     with torch.no_grad():
         clips = torch.rand(2, 3, 3, 16, 16)
-        draws = [torch.cat(model.state(model.posterior(clips)[0])) for _ in range(400)]
-        exact, inferred = torch.stack(draws).mean(0), torch.cat(model.infer(clips))
-        off = (inferred - exact).norm() / (draws[0] - exact).norm()
-    assert off < 0.4  # 16 draws: a quarter
+        draws = torch.stack([torch.cat(model.state(model.posterior(clips)[0])) for _ in range(400)])
+        exact, inferred = draws.mean(0), torch.cat(model.infer(clips))
+    assert (inferred - exact).norm() < 0.4 * (draws[0] - exact).norm()  # 16 draws: a quarter
 
 
 def test_frames_depend_on_q_alone_and_faster_is_the_same_motion():

@@ -346,6 +346,22 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
+def fit_prior(prior, mean, logvar, rounds=1500, seed=0, lr=5e-3):
+    """The learnt prior alone and anew, at a run's end, to q(z|x) of many clips, (n, dim) twice: in
+    batches of hundreds it learns what sixteen states a step leave blurred. Anew, as one that
+    followed the states while they moved stays folded as they were then."""
+    torch.manual_seed(seed)
+    prior.load_state_dict(Couplings(*prior.shape).state_dict())
+    optimisers, size = make_optimisers(prior, lr), min(512, rounds)
+    step = stepper(prior, lambda *z: {"loss": prior.kl(*z).mean()}, optimisers)
+    generator = torch.Generator(mean.device).manual_seed(seed)
+    for i in range(rounds):
+        set_rate(optimisers, lr, i, rounds)
+        at = torch.randint(len(mean), (size,), generator=generator, device=mean.device)
+        noise = torch.randn(size, mean.shape[1], generator=generator, device=mean.device)
+        step(mean[at] + (0.5 * logvar[at]).exp() * noise, mean[at], logvar[at])
+
+
 class Run:
     """A model in training, its folder with a checkpoint and a log, and what goes on as if
     uninterrupted."""
@@ -416,29 +432,15 @@ class Run:
         frames += [batches(after + i)[0].flatten(0, 1) for i in more]
         self.model.fit(torch.cat(frames)[:SEEN])
 
-    def fit_prior(self, lr=5e-3):
-        """The learnt prior alone and anew, at a run's end, on the states of many clips: in batches
-        of hundreds it learns what sixteen states a step leave blurred. Anew, as one that followed
-        the states while they moved stays folded as they were then."""
-        args, prior, device = self.args, self.model.prior, self.device
-        torch.manual_seed(args.seed)
-        prior.load_state_dict(Couplings(*prior.shape).state_dict())
-        rounds = min(10000, 1 + args.steps // 2)
-        size = min(512, rounds)
+    def fit_prior(self):
+        """As below, to the states of many clips from batches after the last step."""
+        args, rounds = self.args, min(10000, 1 + self.args.steps // 2)
         few = argparse.Namespace(**vars(args) | {"targets": 1, "window": args.context})
-        batches = Batches(few, self.test.data, device)
-        with torch.no_grad():  # on batches of after the last step
-            n = max(1, STATES * size // 512 // args.batch_size)
+        batches = Batches(few, self.test.data, self.device)
+        n = max(1, min(STATES, 64 * rounds) // args.batch_size)
+        with torch.no_grad():
             states = [self.model.encode(batches(args.steps + i)[0]) for i in range(n)]
-        mean, logvar = (torch.cat(x) for x in zip(*states))
-        optimisers = make_optimisers(prior, lr)
-        step = stepper(prior, lambda *z: {"loss": prior.kl(*z).mean()}, optimisers)
-        generator = torch.Generator(device).manual_seed(args.seed)
-        for i in range(rounds):
-            set_rate(optimisers, lr, i, rounds)
-            at = torch.randint(len(mean), (size,), generator=generator, device=device)
-            noise = torch.randn(size, mean.shape[1], generator=generator, device=device)
-            step(mean[at] + (0.5 * logvar[at]).exp() * noise, mean[at], logvar[at])
+        fit_prior(self.model.prior, *(torch.cat(x) for x in zip(*states)), rounds, args.seed)
 
     def restore(self, folder, checkpoint):
         """Optimisers and beta of a checkpoint; what was logged after it is dropped."""
