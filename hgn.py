@@ -94,7 +94,8 @@ INTEGRATORS = {"leapfrog": leapfrog, "explicit_leapfrog": explicit_leapfrog, "eu
 
 def slope(f, x):
     """The gradient of f(x).sum() with respect to x."""
-    if torch.is_inference_mode_enabled():  # where torch 2.11 returns zeros, without a word
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        # torch 2.11 would return zeros, without a word
         raise RuntimeError("forces by autograd need torch.no_grad(), not torch.inference_mode()")
     return torch.func.grad(lambda x: f(x).sum())(x)
 
@@ -216,8 +217,8 @@ def he_(*modules):
             nn.init.zeros_(layer.bias)
 
 
-def convs(*sizes, stride=1):
-    return chain(lambda a, b: nn.Conv2d(a, b, 3, stride, 1), nn.LeakyReLU, sizes)
+def convs(*sizes, stride=1, activation=nn.LeakyReLU):
+    return chain(lambda a, b: nn.Conv2d(a, b, 3, stride, 1), activation, sizes)
 
 
 class PaperEncoder(nn.Module):
@@ -267,16 +268,12 @@ class PaperHamiltonian(Hamiltonian):
 
     def __init__(self, maps, side, width=64):
         super().__init__()
-        sizes = (2 * maps,) + (width,) * 5 + (1,)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, 1, 1) for a, b in zip(sizes, sizes[1:]))
+        self.convs = convs(2 * maps, *(width,) * 5, 1, activation=nn.Softplus)
         self.shape = (2 * maps, side, side)
 
     def forward(self, q, p):  # (B, dim) twice -> (B,)
         x = torch.cat((q, p), 1).unflatten(1, self.shape)
-        x = x.contiguous(memory_format=torch.channels_last)
-        for conv in self.convs[:-1]:
-            x = F.softplus(conv(x))
-        return self.convs[-1](x).sum((1, 2, 3))
+        return self.convs(x.contiguous(memory_format=torch.channels_last)).sum((1, 2, 3))
 
 
 class ResidualUp(nn.Module):
@@ -380,7 +377,7 @@ class CompactEncoder(nn.Module):
         self.pool = max(k for k in (1, 2, 3, 4) if k == 1 or size % k == 0 and size >= k * SEEN)
         first, last = nn.Conv2d(channels, filters, 3, padding=1), nn.Conv2d(filters, filters, 1)
         self.filters = nn.Sequential(first, nn.SiLU(), last)
-        down = chain(lambda a, b: nn.Conv2d(a, b, 3, 2, 1), nn.SiLU, (channels, 16, 32, 32))
+        down = convs(channels, 16, 32, 32, stride=2, activation=nn.SiLU)
         self.shapes = nn.Sequential(*down, nn.SiLU(), nn.Flatten())
         he_(self)
         blur = torch.tensor([0.25, 0.5, 0.25])  # centres of blurred things move more smoothly
@@ -635,12 +632,11 @@ class HGN(nn.Module):
     def encode(self, frames):
         """frames (B, T >= context, C, size, size) -> mean and log-variance of q(z|x)."""
         size, channels = self.config["size"], self.config["channels"]
-        if frames.shape[2:] != (channels, size, size) or not frames.is_floating_point():
-            raise ValueError(f"frames must be floats in [0, 1] of shape (B, T, {channels}, {size}, "
-                             f"{size}), not {frames.dtype} {tuple(frames.shape)}")  # fmt: skip
-        if frames.shape[1] < self.context:
-            raise ValueError(f"the encoder needs {self.context} frames, got {frames.shape[1]}: "
-                             "give longer clips, or train with a smaller context")  # fmt: skip
+        enough, picture = frames.shape[1] >= self.context, (channels, size, size)
+        if not enough or frames.shape[2:] != picture or not frames.is_floating_point():
+            wanted = ", ".join(map(str, ("B", f"{self.context} or more", *picture)))
+            got = f"{frames.dtype} {tuple(frames.shape)}"
+            raise ValueError(f"frames must be floats in [0, 1] of shape ({wanted}), not {got}")
         return self.encoder(frames[:, : self.context])
 
     def posterior(self, frames, noise=None):

@@ -470,7 +470,7 @@ def test_a_bad_option_is_named(model, option, value):
 @each("shape", ((3, 3, 32, 32), (5, 1, 32, 32), (5, 3, 48, 48), (5, 3, 32, 32)))
 def test_frames_of_another_kind_are_refused(shape):
     kind = torch.uint8 if shape == (5, 3, 32, 32) else torch.float
-    with pytest.raises(ValueError, match="needs 5 frames, got 3|frames must be floats"):
+    with pytest.raises(ValueError, match="frames must be floats"):
         HGN().loss(torch.zeros(1, *shape, dtype=kind))
 
 
