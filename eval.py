@@ -396,43 +396,47 @@ def measure_physics(model, clips, window, frames=300):
 
 @torch.no_grad()
 def measure_flow(model, points, n=10_000, samples=(1, 16, 256)):
-    """ELBO and log_prob, means over test points in nats; the gap of the NLL to the entropy; the
-    modes; microseconds. Raises: ValueError where the points are of another dimension."""
+    """ELBO and log_prob, means over test points in nats; the gap of the NLL to the entropy and the
+    standard error of both; the modes; microseconds. Raises: ValueError for another dimension."""
     if model.dim != points.dim:
         raise ValueError(f"a flow of {model.dim} dimensions, data of {points.dim}: train on them")
     x, generator = points.test(n), torch.Generator().manual_seed(TEST_SEED)
-    elbo = [model.elbo(part, generator=generator) for part in x.split(2000)]
-    result = {"points": len(x), "elbo": torch.cat(elbo).mean().item()}
+    result = {"points": len(x), "elbo": model.elbo(x, generator).mean().item()}
     for k in samples:
         start = time.time()
-        values = [model.log_prob(part, k, generator) for part in x.split(max(1, 8192 // k))]
-        result[f"log_prob_{k}"] = torch.cat(values).mean().item()
+        log_p = model.log_prob(x, k, generator)
         result[f"us_per_log_prob_{k}"] = 1e6 * (time.time() - start) / len(x)
+        result[f"log_prob_{k}"] = log_p.mean().item()
     start = time.time()
     drawn = model.sample(n, generator)
     result["us_per_sample"] = 1e6 * (time.time() - start) / n
     result["parameters"] = sum(w.numel() for w in model.parameters())
+    result["standard_error"] = log_p.std(correction=0).item() / len(x) ** 0.5
     if density := points.density:
-        gap = -result[f"log_prob_{samples[-1]}"] - density.entropy
-        result |= {"entropy": density.entropy, "gap": gap}
+        result |= {"entropy": density.entropy, "gap": -log_p.mean().item() - density.entropy}
         if parts := density.parts:
-            share = torch.bincount(density.part_of(drawn), minlength=parts) / n
+            centres = density.centres
+            nearest = torch.cdist(drawn.to(centres), centres).argmin(1) * parts // len(centres)
+            share = torch.bincount(nearest, minlength=parts) / n
             result["mode_weights"] = share.tolist()
             result["modes_found"] = int((share * parts >= 0.5).sum())
-            if len(density.centres) == parts and hasattr(model, "H"):
-                gaps = [torch.cdist(density.centres, minima(model, H)) for H in model.H]
-                off = [gap.amin(1).max().item() if gap.numel() else None for gap in gaps]
-                result["mode_to_well"] = off
+            if len(getattr(model, "H", ())) == 1:
+                result |= wells(model, centres)
     return result
 
 
-def minima(model, H, n=161, reach=2.5):
-    """Local minima of the potential V(q) of a plane flow, in the user's units: (k, 2)."""
-    side = torch.linspace(-reach, reach, n)
+def wells(model, centres, n=161, reach=2.5):
+    """How well the one V(q) of a plane flow shows the modes, whose centres are (m, 2): the largest
+    distance from a centre to the nearest minimum of V, and from a minimum to the nearest centre, in
+    the user's units; the share of the picture where V is below its mean over the centres."""
+    V, side = model.H[0].V, torch.linspace(-reach, reach, n)
     grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)
-    V = H.V(grid)
-    lowest = (V == -F.max_pool2d(-V[None], 3, 1, 1)[0])[1:-1, 1:-1]
-    return grid[1:-1, 1:-1][lowest] * model.scale + model.shift
+    field = V(grid)
+    lowest = (field == -F.max_pool2d(-field[None], 3, 1, 1)[0])[1:-1, 1:-1]
+    gaps = torch.cdist(centres, grid[1:-1, 1:-1][lowest] * model.scale + model.shift)
+    below = (field < V(model.standard(centres)[0]).mean()).double().mean().item()
+    to_well, to_mode = (gaps.amin(i).max().item() if gaps.numel() else None for i in (1, 0))
+    return {"mode_to_well": to_well, "well_to_mode": to_mode, "V_below_modes": below}
 
 
 LABELS = {
@@ -612,11 +616,25 @@ def gather(out, *folders):
     Path(f"{out}.json").write_text(json.dumps(report, indent=1))
 
 
-def heat(values, title):
-    """A picture of a field (rows from low y to high y)."""
-    values = values.flip(0).numpy()
-    low, high = values.min(), np.quantile(values, 0.999)  # one outlier shall not darken the rest
-    return panel(title, colours((values - low) / (high - low + 1e-12)).repeat(3, 0).repeat(3, 1))
+def heat(values, title, low, high, marks=None, lines=(), size=288):
+    """A picture of a field (rows from low y to high y) over the box from low to high, (2,) each,
+    with its colour bar; in white, marks (size, size) where true and lines (n, 2), dots at ends."""
+    bottom, top = values.min().item(), values.quantile(0.999).item()  # an outlier darkens no rest
+    level = F.interpolate(values[None, None], (size, size), mode="bilinear")[0, 0]
+    level = ((level - bottom) / (top - bottom + 1e-12)).clamp(0, 1)
+    picture = colours(level.numpy())
+    if marks is not None:
+        picture[marks.numpy()] = 255
+    bar = colours(np.linspace(0, 1, size)[:, None].repeat(12, 1))
+    picture = Image.fromarray(np.concatenate((picture, bar), 1)[::-1])
+    draw = ImageDraw.Draw(picture)
+    for line in lines:
+        path = [(x, size - y) for x, y in ((line - low) / (high - low) * size).tolist()]
+        draw.line(path, fill="white")
+        draw.circle(path[-1], 3, fill="white")
+    x, y = (f"{a:.3g} to {b:.3g}" for a, b in zip(low, high))
+    scales = f"x {x}, y {y}, colour {bottom:.3g} to {top:.3g}"
+    return panel(title, panel(scales, np.asarray(picture)))
 
 
 def scatter(x, low, high, bins=96):
@@ -627,11 +645,23 @@ def scatter(x, low, high, bins=96):
     return count.view(bins, bins).float().sqrt()
 
 
+def contours(x, low, high, shares=(0.5, 0.9), size=288):
+    """Where the smoothed density of points (n, 2) passes the levels that enclose these shares of
+    them: (size, size), true on the lines."""
+    count = F.avg_pool2d(scatter(x, low, high).square()[None, None], 5, 1, 2)
+    fine = F.interpolate(count, (size, size), mode="bicubic")
+    down, lines = count.flatten().sort(descending=True).values, torch.zeros_like(fine)
+    for share in shares:
+        inside = (fine > down[(down.cumsum(0) < share * down.sum()).sum()]).float()
+        lines += inside + F.max_pool2d(-inside, 3, 1, 1)
+    return lines[0, 0] > 0
+
+
 @torch.no_grad()
 def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
-    """density.png: target, learnt density, samples, V(q) and K(p) of each Hamiltonian; flow.gif:
-    base to data. Of more dimensions the first two, the others at their mean; of one nothing.
-    Returns the names of the files."""
+    """density.png: target, learnt density, samples; of each Hamiltonian V(q) with the data's
+    contours, K(p), V with paths from base to data. flow.gif: points on V. Of more dimensions the
+    first two, the others at their mean; of one nothing. Returns the names of the files."""
     if model.dim < 2:
         return []
     test, generator = points.test(n), torch.Generator().manual_seed(seed)
@@ -644,25 +674,28 @@ def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
     def field(f, low, high, others):
         plane = torch.lerp(low, high, square.to(low))
         plane = torch.cat((plane, others[2:].expand(len(plane), -1).to(low)), 1)
-        return torch.cat([f(part) for part in plane.split(2000)]).view(bins, bins)
+        return f(plane).view(bins, bins)
 
+    where = "" if model.dim == 2 else f", x = dim 1, y = dim 2 of {model.dim}"
     density = lambda x: (0.5 * model.log_prob(x, 32, generator)).exp()
     learnt = field(density, low, high, points.shift)
-    drawn = scatter(model.sample(n, generator), low, high)
-    rows = [{"target": scatter(test, low, high), "learnt density": learnt, "samples": drawn}]
-    wrote = []
+    shown = {"target": scatter(test, low, high), "learnt density" + where: learnt,
+             "samples": scatter(model.sample(n, generator), low, high)}  # fmt: skip
+    rows, movie = [[heat(x, title, low, high) for title, x in shown.items()]], []
     if hasattr(model, "H"):
-        qs = model.flow(*model.base.sample(2, n, model.dim, generator=generator))[0].unbind(1)
-        for i, H in enumerate(model.H, 1):
-            V, K = (field(f, -reach, reach, torch.zeros(model.dim)) for f in (H.V, H.K))
-            q = scatter(qs[i * model.steps], -reach, reach)
-            rows.append({f"V(q) of H {i}": V, f"K(p) of H {i}": K, f"q after H {i}": q})
-        qs = [q * model.scale + model.shift for q in qs]
-        states = [torch.lerp(a, b, f / 4) for a, b in zip(qs, qs[1:]) for f in range(4)]
-        movie = [heat(scatter(x, low, high), "base to data") for x in states + qs[-1:] * 8]
-        wrote = [save_picture(folder / "flow.gif", *movie, delays=100)]
-    rows = [np.concatenate([heat(x, title) for title, x in row.items()], 1) for row in rows]
-    return [save_picture(folder / "density.png", np.concatenate(rows)), *wrote]
+        box = -reach, reach
+        path = model.flow(*model.noise(2, n, model.dim, generator=generator))[0][..., :2]
+        data = contours(model.standard(test)[0], *box)
+        for i, H in enumerate(model.H):
+            V, K = (field(f, *box, torch.zeros(model.dim)) for f in (H.V, H.K))
+            steps = range(i * model.steps, (i + 1) * model.steps + 1)
+            title = f"V(q), H {i + 1} of {len(model.H)}"
+            rows.append([heat(V, f"{title}, data", *box, data), heat(K, f"K(p), H {i + 1}", *box),
+                         heat(V, "paths", *box, lines=path[:24, : steps[-1] + 1])])  # fmt: skip
+            movie += [heat(V, title, *box, scatter(path[:2000, t], *box, 288) > 0) for t in steps]
+    wrote = [save_picture(folder / "flow.gif", *movie, delays=150)] if movie else []
+    picture = np.concatenate([np.concatenate(row, 1) for row in rows])
+    return [save_picture(folder / "density.png", picture), *wrote]
 
 
 # ------------------------------------------------------------------ command line

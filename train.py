@@ -30,7 +30,7 @@ from eval import measure, measure_flow, movies, number, open_run
 from eval import pick_device, provenance, table, test_set, write
 from hgn import ARCHITECTURES, GECO, HGN, INTEGRATORS, Couplings
 from hgn import chart_loss, charted_loss, hnn_loss
-from nhf import BASES, DENSITIES, NHF, RealNVP
+from nhf import DENSITIES, NHF, RealNVP
 from physics import SYSTEMS, initial_states, jitter, read_points, render, simulate
 
 DEFAULTS = {  # steps, batch size and learning rate
@@ -98,10 +98,9 @@ def parse(**defaults):
     add("--no-f-psi", dest="f_psi", action="store_false", help="without f_psi (paper)")
     add("--deterministic", **flag, help="no sampling of z, no KL")
     add = parser.add_argument_group("flow").add_argument
-    add("--hamiltonians", type=count, default=8, help="how many in a row (default: 8)")
-    add("--leapfrog-steps", type=count, default=1, help="of each Hamiltonian (default: 1)")
-    add("--kinetic", choices=("mlp", "quadratic"), default="mlp", help="K(p) (default: mlp)")
-    add("--base", choices=BASES, default="gaussian", help="(default: gaussian)")
+    add("--hamiltonians", type=count, default=1, help="how many in a row (default: 1)")
+    add("--leapfrog-steps", type=count, default=8, help="of each Hamiltonian (default: 8)")
+    add("--kinetic", choices=("quadratic", "mlp"), default="quadratic", help="default: quadratic")
     add("--samples", type=count, default=1, help="draws of p in the bound (default: 1, ELBO)")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=many, help=default.format(*[v[0] for v in DEFAULTS.values()]))
@@ -272,8 +271,7 @@ class Batches:
 def build(args, test):
     """The model that args describe, for data like those of the test set."""
     if args.model in FLOWS:
-        options = {"kinetic": args.kinetic, "base": args.base}
-        options |= {"shift": test.shift, "scale": test.scale}
+        options = {"kinetic": args.kinetic, "shift": test.shift, "scale": test.scale}
         flow = NHF(test.dim, args.hamiltonians, args.leapfrog_steps, **options)
         return flow if args.model == "nhf" else RealNVP.like(flow)
     frame = {"size": test.size, "channels": test.channels, "dt": test.dt}
