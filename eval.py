@@ -427,16 +427,15 @@ def measure_flow(model, points, n=10_000, samples=(1, 16, 256)):
 
 def wells(model, centres, n=161, reach=2.5):
     """How well the one V(q) of a plane flow shows the modes, whose centres are (m, 2): the largest
-    distance from a centre to the nearest minimum of V, and from a minimum to the nearest centre, in
-    the user's units; the share of the picture where V is below its mean over the centres."""
-    V, side = model.H[0].V, torch.linspace(-reach, reach, n)
+    distance from a centre to the nearest minimum of V, in the user's units; the share of the
+    picture where V is below its mean over the centres."""
+    side = torch.linspace(-reach, reach, n)
     grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)
-    field = V(grid)
-    lowest = (field == -F.max_pool2d(-field[None], 3, 1, 1)[0])[1:-1, 1:-1]
-    gaps = torch.cdist(centres, grid[1:-1, 1:-1][lowest] * model.scale + model.shift)
-    below = (field < V(model.standard(centres)[0]).mean()).double().mean().item()
-    to_well, to_mode = (gaps.amin(i).max().item() if gaps.numel() else None for i in (1, 0))
-    return {"mode_to_well": to_well, "well_to_mode": to_mode, "V_below_modes": below}
+    V, on = model.H[0].V(grid), model.H[0].V(model.standard(centres)[0])
+    lowest = (V == -F.max_pool2d(-V[None], 3, 1, 1)[0])[1:-1, 1:-1]
+    far = torch.cdist(centres, grid[1:-1, 1:-1][lowest] * model.scale + model.shift)
+    off = far.amin(1).max().item() if far.numel() else None
+    return {"mode_to_well": off, "V_below_modes": (V < on.mean()).double().mean().item()}
 
 
 LABELS = {
@@ -616,25 +615,18 @@ def gather(out, *folders):
     Path(f"{out}.json").write_text(json.dumps(report, indent=1))
 
 
-def heat(values, title, low, high, marks=None, lines=(), size=288):
+def heat(values, title, low, high, marks=None, size=288):
     """A picture of a field (rows from low y to high y) over the box from low to high, (2,) each,
-    with its colour bar; in white, marks (size, size) where true and lines (n, 2), dots at ends."""
-    bottom, top = values.min().item(), values.quantile(0.999).item()  # an outlier darkens no rest
+    with points `marks` (n, 2) in white and a colour bar."""
+    bottom, top = values.min().item(), values.quantile(0.99).item()  # corners shall not darken it
     level = F.interpolate(values[None, None], (size, size), mode="bilinear")[0, 0]
-    level = ((level - bottom) / (top - bottom + 1e-12)).clamp(0, 1)
-    picture = colours(level.numpy())
+    picture = colours(((level - bottom) / (top - bottom + 1e-12)).clamp(max=1).numpy())
     if marks is not None:
-        picture[marks.numpy()] = 255
+        picture[scatter(marks, low, high, size).numpy() > 0] = 255
     bar = colours(np.linspace(0, 1, size)[:, None].repeat(12, 1))
-    picture = Image.fromarray(np.concatenate((picture, bar), 1)[::-1])
-    draw = ImageDraw.Draw(picture)
-    for line in lines:
-        path = [(x, size - y) for x, y in ((line - low) / (high - low) * size).tolist()]
-        draw.line(path, fill="white")
-        draw.circle(path[-1], 3, fill="white")
-    x, y = (f"{a:.3g} to {b:.3g}" for a, b in zip(low, high))
-    scales = f"x {x}, y {y}, colour {bottom:.3g} to {top:.3g}"
-    return panel(title, panel(scales, np.asarray(picture)))
+    x, y = (f"{a:.2g} to {b:.2g}" for a, b in zip(low, high))
+    scales = f"x {x}, y {y}, colour {bottom:.2g} to {top:.2g}"
+    return panel(title, panel(scales, np.concatenate((picture, bar), 1)[::-1]))
 
 
 def scatter(x, low, high, bins=96):
@@ -645,54 +637,43 @@ def scatter(x, low, high, bins=96):
     return count.view(bins, bins).float().sqrt()
 
 
-def contours(x, low, high, shares=(0.5, 0.9), size=288):
-    """Where the smoothed density of points (n, 2) passes the levels that enclose these shares of
-    them: (size, size), true on the lines."""
-    count = F.avg_pool2d(scatter(x, low, high).square()[None, None], 5, 1, 2)
-    fine = F.interpolate(count, (size, size), mode="bicubic")
-    down, lines = count.flatten().sort(descending=True).values, torch.zeros_like(fine)
-    for share in shares:
-        inside = (fine > down[(down.cumsum(0) < share * down.sum()).sum()]).float()
-        lines += inside + F.max_pool2d(-inside, 3, 1, 1)
-    return lines[0, 0] > 0
-
-
 @torch.no_grad()
 def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
     """density.png: target, learnt density, samples; of each Hamiltonian V(q) with the data's
-    contours, K(p), V with paths from base to data. flow.gif: points on V. Of more dimensions the
+    contour, K(p), and V with paths from base to data. flow.gif: points on V. Of more dimensions the
     first two, the others at their mean; of one nothing. Returns the names of the files."""
     if model.dim < 2:
         return []
     test, generator = points.test(n), torch.Generator().manual_seed(seed)
-    middle, reach = test[:, :2].mean(0), torch.full((2,), 3.0)
+    middle, three = test[:, :2].mean(0), torch.full((2,), 3.0)
     half = 1.25 * (test[:, :2] - middle).abs().amax(0)
-    low, high = middle - half, middle + half
-    side = (torch.arange(bins) + 0.5) / bins
-    square = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).flatten(0, 1)
+    user, inner = (middle - half, middle + half), (-three, three)
 
-    def field(f, low, high, others):
-        plane = torch.lerp(low, high, square.to(low))
-        plane = torch.cat((plane, others[2:].expand(len(plane), -1).to(low)), 1)
-        return f(plane).view(bins, bins)
+    def grid(low, high, others, bins=bins):
+        side = (torch.arange(bins) + 0.5) / bins
+        plane = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).flatten(0, 1)
+        plane = torch.lerp(low, high, plane.to(low))
+        return torch.cat((plane, others[2:].expand(len(plane), -1).to(low)), 1)
 
-    where = "" if model.dim == 2 else f", x = dim 1, y = dim 2 of {model.dim}"
-    density = lambda x: (0.5 * model.log_prob(x, 32, generator)).exp()
-    learnt = field(density, low, high, points.shift)
-    shown = {"target": scatter(test, low, high), "learnt density" + where: learnt,
-             "samples": scatter(model.sample(n, generator), low, high)}  # fmt: skip
-    rows, movie = [[heat(x, title, low, high) for title, x in shown.items()]], []
+    learnt = model.log_prob(grid(*user, points.shift), 32, generator).div(2).exp()
+    shown = {"target": scatter(test, *user), "learnt density": learnt.view(bins, bins)}
+    shown["samples"] = scatter(model.sample(n, generator), *user)
+    note = f", x1, x2 of {model.dim}" * (model.dim > 2)
+    rows, movie = [[heat(x, title + note, *user) for title, x in shown.items()]], []
     if hasattr(model, "H"):
-        box = -reach, reach
+        dense = scatter(model.standard(test)[0], *inner)[None, None]
+        dense = F.interpolate(F.avg_pool2d(dense, 5, 1, 2), (288, 288), mode="bilinear").flatten()
+        edge = ((dense / dense.max() - 0.3).abs() < 0.03).nonzero()[:, 0]
+        edge = grid(*inner, three, 288)[edge]
         path = model.flow(*model.noise(2, n, model.dim, generator=generator))[0][..., :2]
-        data = contours(model.standard(test)[0], *box)
-        for i, H in enumerate(model.H):
-            V, K = (field(f, *box, torch.zeros(model.dim)) for f in (H.V, H.K))
-            steps = range(i * model.steps, (i + 1) * model.steps + 1)
-            title = f"V(q), H {i + 1} of {len(model.H)}"
-            rows.append([heat(V, f"{title}, data", *box, data), heat(K, f"K(p), H {i + 1}", *box),
-                         heat(V, "paths", *box, lines=path[:24, : steps[-1] + 1])])  # fmt: skip
-            movie += [heat(V, title, *box, scatter(path[:2000, t], *box, 288) > 0) for t in steps]
+    for i, H in enumerate(getattr(model, "H", ())):
+        show = lambda x, what, marks=None: heat(x, f"H{i + 1}: {what}", *inner, marks)
+        V, K = (f(grid(*inner, torch.zeros(model.dim))).view(bins, bins) for f in (H.V, H.K))
+        times = range(i * model.steps, (i + 1) * model.steps + 1)
+        lines = F.interpolate(path[:24, : times[-1] + 1].mT, 1000, mode="linear")
+        row = show(V, "V(q), data's contour", edge), show(K, "K(p)")
+        rows.append([*row, show(V, "paths, base to data", lines.mT.flatten(0, 1))])
+        movie += [show(V, "q on V", path[:2000, t]) for t in times]
     wrote = [save_picture(folder / "flow.gif", *movie, delays=150)] if movie else []
     picture = np.concatenate([np.concatenate(row, 1) for row in rows])
     return [save_picture(folder / "density.png", picture), *wrote]
