@@ -196,7 +196,7 @@ class NHF(Flow):
     learnt length. width: of the MLPs. kinetic: "quadratic" (Souveton et al. 2023, arXiv 2302.01955)
     or "mlp" (the paper). units: shift and scale of the data, (dim,). Raises: ValueError."""
 
-    def __init__(self, dim=2, hamiltonians=1, steps=8, width=64, kinetic="quadratic", **units):
+    def __init__(self, dim=2, hamiltonians=1, steps=6, width=96, kinetic="quadratic", **units):
         known = dict.fromkeys(("dim", "hamiltonians", "steps", "width"), range(1, 4097))
         known["kinetic"] = "quadratic", "mlp"
         self.config = {k: v for k, v in locals().items() if k in known}
@@ -205,7 +205,7 @@ class NHF(Flow):
         self.steps = steps
         self.H = nn.ModuleList(Separable(dim, width, kinetic) for _ in range(hamiltonians))
         self.log_dt = nn.Parameter(torch.full((hamiltonians,), log(1.6 / hamiltonians / steps)))
-        self.encoder = Couplings(2 * dim, 6, (width + 1) // 2)  # of (q, p); they change p alone
+        self.encoder = Couplings(2 * dim, 6, (width + 2) // 3)  # of (q, p); they change p alone
         self.encoder.masks[:, :dim] = 1
 
     def flow(self, q, p, reverse=False):

@@ -37,7 +37,7 @@ DEFAULTS = {  # steps, batch size and learning rate
     "hgn": (3000, 16, 4e-3),
     "paper": (5000, 16, 1.5e-4),  # hgn with --arch paper
     "hnn": (5000, 16, 4e-4),
-    "nhf": (5000, 512, 2e-2),
+    "nhf": (4000, 512, 2e-2),
     "realnvp": (10000, 512, 5e-3),  # twice as fast a step
 }
 FLOWS = "nhf", "realnvp"
@@ -99,7 +99,7 @@ def parse(**defaults):
     add("--deterministic", **flag, help="no sampling of z, no KL")
     add = parser.add_argument_group("flow").add_argument
     add("--hamiltonians", type=count, default=1, help="how many in a row (default: 1)")
-    add("--leapfrog-steps", type=count, default=8, help="of each Hamiltonian (default: 8)")
+    add("--leapfrog-steps", type=count, default=6, help="of each Hamiltonian (default: 6)")
     add("--kinetic", choices=("quadratic", "mlp"), default="quadratic", help="default: quadratic")
     add("--samples", type=count, default=1, help="draws of p in the bound (default: 1, ELBO)")
     add = parser.add_argument_group("training").add_argument
