@@ -400,7 +400,7 @@ def measure_flow(model, points, n=10_000, samples=(1, 16, 256)):
     standard error of both; the modes; microseconds. Raises: ValueError for another dimension."""
     if model.dim != points.dim:
         raise ValueError(f"a flow of {model.dim} dimensions, data of {points.dim}: train on them")
-    x, generator = points.test(n), torch.Generator().manual_seed(TEST_SEED)
+    x, generator = points.held_out[:n], torch.Generator().manual_seed(TEST_SEED)
     result = {"points": len(x), "elbo": model.elbo(x, generator).mean().item()}
     for k in samples:
         start = time.time()
@@ -433,7 +433,7 @@ def wells(model, centres, n=161, reach=2.5):
     grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)
     V, on = model.H[0].V(grid), model.H[0].V(model.standard(centres)[0])
     lowest = (V == -F.max_pool2d(-V[None], 3, 1, 1)[0])[1:-1, 1:-1]
-    far = torch.cdist(centres, grid[1:-1, 1:-1][lowest] * model.scale + model.shift)
+    far = torch.cdist(centres, model.user(grid[1:-1, 1:-1][lowest]))
     off = far.amin(1).max().item() if far.numel() else None
     return {"mode_to_well": off, "V_below_modes": (V < on.mean()).double().mean().item()}
 
@@ -644,7 +644,7 @@ def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
     first two, the others at their mean; of one nothing. Returns the names of the files."""
     if model.dim < 2:
         return []
-    test, generator = points.test(n), torch.Generator().manual_seed(seed)
+    test, generator = points.held_out, torch.Generator().manual_seed(seed)
     middle, three = test[:, :2].mean(0), torch.full((2,), 3.0)
     half = 1.25 * (test[:, :2] - middle).abs().amax(0)
     user, inner = (middle - half, middle + half), (-three, three)

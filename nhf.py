@@ -1,8 +1,8 @@
 """Neural Hamiltonian Flow: a normalising flow made of Hamiltonian dynamics. Needs torch and hgn.py.
 
-Toth et al., "Hamiltonian Generative Networks", ICLR 2020, section 4. Draw a state (q, p) from a
-simple base density, roll it through a few learnt Hamiltonians with leapfrog, keep q. Leapfrog
-preserves volume, so no log-determinant appears anywhere:
+Toth et al., "Hamiltonian Generative Networks", ICLR 2020, section 4. A state (q, p) is drawn from
+N(0, I) and rolled by leapfrog through a learnt Hamiltonian; q is the datum. Leapfrog preserves
+volume, so no log-determinant appears anywhere:
 
     model = NHF(dim=2)
     loss = -model.elbo(x).mean()                    # x (B, 2)
@@ -19,38 +19,31 @@ from torch import nn
 from hgn import Couplings, Energy, Hamiltonian, check
 
 TEST_SEED = 2**40  # of all test data; training draws from seeds below it only (train.py)
-ROWS = 2048  # states that log_prob rolls at a time
 _plane = lambda x, y: torch.stack((x, y), -1)
 _polar = lambda r, a: _plane(r * a.cos(), r * a.sin())
 
 
 class Density(NamedTuple):
-    """A density in the plane. sample(n, generator) -> (n, 2). entropy: nats, the lowest NLL there
-    is. Where known: log_prob(x), (B, 2) -> (B,), and centres (parts * nodes, 2), where its equal
-    modes, points or curves, lie."""
+    """A density in the plane. sample(n, generator) -> (n, 2). entropy: nats. Of noise round equal
+    modes, points or curves: its width, their number, the centres (parts * nodes, 2) they are."""
 
     sample: Callable
     entropy: float
-    log_prob: Optional[Callable] = None
+    sigma: Optional[float] = None
     parts: Optional[int] = None
     centres: Optional[torch.Tensor] = None
 
 
 def _around(curves, entropy, sigma, parts=1, nodes=400):
-    """Gaussian noise of width sigma round curves: curves(k, t), with part k and t in [0, 1], are
-    points (n, 2). The density is an integral over t by the midpoint rule, exact to 1e-6."""
+    """Noise of width sigma round curves(k, t), points (n, 2) of part k and t in [0, 1]."""
     t = ((torch.arange(nodes) + 0.5) / nodes).repeat(parts)
-    centres = curves(torch.arange(parts).repeat_interleave(nodes), t)
+    centres = curves(torch.arange(parts).repeat_interleave(nodes), t).double()
 
     def sample(n, generator=None):
         k, t = torch.randint(parts, (n,), generator=generator), torch.rand(n, generator=generator)
         return curves(k, t) + sigma * torch.randn(n, 2, generator=generator)
 
-    def log_prob(x):
-        square = torch.cdist(x, centres.to(x), compute_mode="donot_use_mm_for_euclid_dist").square()
-        return (-0.5 * square / sigma**2).logsumexp(1) - log(len(centres) * 2 * pi * sigma**2)
-
-    return Density(sample, entropy, log_prob, parts, centres.double())
+    return Density(sample, entropy, sigma, parts, centres)
 
 
 def _pinwheel(n, generator=None):
@@ -90,36 +83,34 @@ DENSITIES = {
 
 
 class Points:
-    """What a flow learns from: a density of `DENSITIES`, or points (N, D), a tenth of them, chosen
-    by the seed, held out. shift, scale: mean and standard deviation, (dim,). Raises: ValueError."""
+    """What a flow learns from: a density of `DENSITIES`, or points (N, D). held_out: some never
+    trained on, of points a tenth chosen by the seed. shift: the mean, (dim,); scale: the Cholesky
+    factor of the covariance, (dim, dim). Raises: ValueError."""
 
     def __init__(self, source, seed=0):
-        self.density = None
+        self.density, fixed = None, lambda seed: torch.Generator().manual_seed(seed)
         if isinstance(source, str):
             check({"density": source}, {"density": DENSITIES})
             self.density = DENSITIES[source]
-            self.rows = self.density.sample(20_000, torch.Generator().manual_seed(TEST_SEED - 1))
+            self.held_out = self.density.sample(10_000, fixed(TEST_SEED))
+            rows = self.density.sample(20_000, fixed(TEST_SEED - 1)).double()
         else:
             rows = torch.as_tensor(source, dtype=torch.float64)  # 1e7 + N(0, 1) needs as much
             if rows.dim() != 2 or len(rows) < 2 or not rows.isfinite().all():
                 raise ValueError(f"points must be (N, D), two or more, not {[*rows.shape]}, finite")
-            rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
-            self.held_out, self.rows = rows.tensor_split([max(1, len(rows) // 10)])
-        self.dim, self.shift = self.rows.shape[1], self.rows.mean(0)
-        self.scale = self.rows.std(0, correction=0)
-        if (constant := self.scale <= 1e-12 * self.rows.abs().amax(0)).any():
-            raise ValueError(f"column {int(constant.int().argmax())} is constant: remove it")
+            rows = rows[torch.randperm(len(rows), generator=fixed(seed))]
+            self.held_out, rows = rows.tensor_split([max(1, len(rows) // 10)])
+        self.rows, self.dim, self.shift = rows, rows.shape[1], rows.mean(0)
+        least = 1e-6 * rows.std(0, correction=0) + 1e-12 * rows.abs().amax(0)
+        self.scale, failed = torch.linalg.cholesky_ex(rows.mT.cov(correction=0).view(self.dim, -1))
+        if failed or (self.scale.diagonal() <= least).any():
+            raise ValueError("a column is constant or follows from others, or rows are too few")
 
     def draw(self, n, generator):
         """n training points (n, dim)."""
         if self.density:
             return self.density.sample(n, generator)
         return self.rows[torch.randint(len(self.rows), (n,), generator=generator)]
-
-    def test(self, n):
-        """n fixed test points, never trained on; fewer if fewer were held out."""
-        fixed = torch.Generator().manual_seed(TEST_SEED)
-        return self.density.sample(n, fixed) if self.density else self.held_out[:n]
 
 
 def log_normal(x):
@@ -132,7 +123,7 @@ class Quadratic(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.L = nn.Parameter(torch.eye(dim))
+        self.L = nn.Parameter(0.3 * torch.eye(dim))  # heavy: see NHF
 
     def forward(self, p):  # (..., dim) -> (...)
         return 0.5 * (p @ self.L).square().sum(-1)
@@ -148,7 +139,6 @@ class Separable(Hamiltonian):
         super().__init__()
         self.K = Quadratic(dim) if kinetic == "quadratic" else Energy(dim, width)
         self.V = Energy(dim, width)
-        self.K.L.data.mul_(0.3)  # heavy: what a well of V focuses in a quarter turn is narrow
 
     def forward(self, q, p):
         return self.K(p) + self.V(q)
@@ -161,22 +151,30 @@ class Separable(Hamiltonian):
 
 
 class Flow(nn.Module):
-    """What NHF and RealNVP share: the user's units. Inside, data are standardised to (x - shift) /
-    scale, in float64 whatever the model is, for data far from zero."""
+    """What NHF and RealNVP share: the user's units. Inside, x is scale^-1 (x - shift), computed in
+    float64 whatever the model is, for data far from zero. scale: a number, (dim,), or a lower
+    triangular matrix. Raises: ValueError."""
 
     def __init__(self, dim, shift=0.0, scale=1.0):
         super().__init__()
-        if not (torch.as_tensor(scale, device="cpu") > 0).all():
-            raise ValueError(f"scale must be above 0, not {scale}")
-        zero = torch.zeros(dim, dtype=torch.float64)
-        self.register_buffer("shift", zero + torch.as_tensor(shift))
-        self.register_buffer("scale", zero + torch.as_tensor(scale))
+        shift, scale = (
+            torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (shift, scale)
+        )
+        scale = scale if scale.dim() == 2 else torch.diag(scale.expand(dim))
+        if not (scale.diagonal() > 0).all():
+            raise ValueError(f"scale must be above 0, not {scale.diagonal().tolist()}")
+        self.register_buffer("shift", shift.expand(dim).clone())
+        self.register_buffer("scale", scale.clone())
         self.dim = dim
 
     def standard(self, x):
-        """Data -> standardised data, and the log of the volume that one unit of it has."""
-        x = (x - self.shift) / self.scale
-        return x.to(next(self.parameters()).dtype), self.scale.log().sum()
+        """Data (..., dim) -> standardised data, and the log of the volume that a unit of it has."""
+        x = (x - self.shift) @ self.scale.inverse().mT
+        return x.to(next(self.parameters()).dtype), self.scale.diagonal().log().sum()
+
+    def user(self, q):
+        """Standardised data (..., dim) -> data, in float64."""
+        return q.double() @ self.scale.mT + self.shift
 
     def noise(self, *shape, generator=None):
         """N(0, I) in the model's precision and place, drawn where the generator is."""
@@ -194,7 +192,10 @@ class NHF(Flow):
 
     dim: of the data. hamiltonians: how many, each H = K(p) + V(q), rolled `steps` leapfrog steps of
     learnt length. width: of the MLPs. kinetic: "quadratic" (Souveton et al. 2023, arXiv 2302.01955)
-    or "mlp" (the paper). units: shift and scale of the data, (dim,). Raises: ValueError."""
+    or "mlp" (the paper). units: shift and scale of the data. Raises: ValueError.
+
+    Wells of V turn the plane of (q, p) by a quarter: where q goes is what p was, so a heavy start,
+    whose p is narrow beside q, makes narrow modes."""
 
     def __init__(self, dim=2, hamiltonians=1, steps=6, width=96, kinetic="quadratic", **units):
         known = dict.fromkeys(("dim", "hamiltonians", "steps", "width"), range(1, 4097))
@@ -205,7 +206,9 @@ class NHF(Flow):
         self.steps = steps
         self.H = nn.ModuleList(Separable(dim, width, kinetic) for _ in range(hamiltonians))
         self.log_dt = nn.Parameter(torch.full((hamiltonians,), log(1.6 / hamiltonians / steps)))
-        self.encoder = Couplings(2 * dim, 6, (width + 2) // 3)  # of (q, p); they change p alone
+        self.encoder = Couplings(
+            2 * dim, 6, max(width // 3, 2 * dim)
+        )  # of (q, p); they change p alone
         self.encoder.masks[:, :dim] = 1
 
     def flow(self, q, p, reverse=False):
@@ -229,9 +232,9 @@ class NHF(Flow):
     def log_prob(self, x, samples=16, generator=None):
         """log p(x) by importance weighting with `samples` draws of p (IWAE, Burda et al. 2016): x
         (..., dim) -> (...), nats. On average a lower bound, tighter for more samples; of one it is
-        the ELBO. A few rows at a time, as arrays that leave the cache are 5 times slower."""
+        the ELBO. 2048 states at a time, which stay in the cache: 5 times faster."""
         log_p = []
-        for part in x.reshape(-1, self.dim).split(max(1, ROWS // samples)):
+        for part in x.reshape(-1, self.dim).split(max(1, 2048 // samples)):
             noise = self.noise(samples, *part.shape, generator=generator)
             log_p.append(self.log_weights(part, noise).logsumexp(0) - log(samples))
         return torch.cat(log_p).view(x.shape[:-1])
@@ -239,13 +242,12 @@ class NHF(Flow):
     def sample(self, n, generator=None):
         """n points (n, dim)."""
         q, p = self.noise(2, n, self.dim, generator=generator)
-        return self.flow(q, p)[0][:, -1] * self.scale + self.shift
+        return self.user(self.flow(q, p)[0][:, -1])
 
 
 class RealNVP(Flow):
-    """The baseline that the paper compares with (Dinh et al. 2017): affine couplings with
-    alternating masks, two-layer ReLU MLPs. log_prob is exact, so `samples` changes nothing. Of one
-    dimension, where a coupling has nothing to look at, ValueError."""
+    """The baseline that the paper compares with (Dinh et al. 2017): affine couplings. log_prob is
+    exact, whatever `samples` is. Raises: ValueError in one dimension, where nothing is coupled."""
 
     def __init__(self, dim=2, layers=8, width=128, **units):
         self.config = {"dim": dim, "layers": layers, "width": width}
@@ -258,8 +260,8 @@ class RealNVP(Flow):
         """A RealNVP with as many parameters as `flow`, to within a percent, on the same data."""
         count = lambda model: sum(w.numel() for w in model.parameters())
         off = lambda width: abs(count(cls(flow.dim, layers, width)) - count(flow))
-        width = min(range(8, 513, 2), key=off)
-        return cls(flow.dim, layers, width, shift=flow.shift, scale=flow.scale)
+        size = flow.dim, layers, min(range(8, 513, 2), key=off)
+        return cls(*size, shift=flow.shift, scale=flow.scale)
 
     def log_weights(self, x, noise=None):
         """The interface of NHF: one weight a point, which is log p(x) itself, (1, B)."""
@@ -272,5 +274,4 @@ class RealNVP(Flow):
 
     def sample(self, n, generator=None):
         """n points (n, dim)."""
-        u = self.noise(n, self.dim, generator=generator)
-        return self.couplings(u) * self.scale + self.shift
+        return self.user(self.couplings(self.noise(n, self.dim, generator=generator)))
