@@ -618,7 +618,7 @@ def gather(out, *folders):
 def heat(values, title, low, high, marks=None, size=288):
     """A picture of a field (rows from low y to high y) over the box from low to high, (2,) each,
     with points `marks` (n, 2) in white and a colour bar."""
-    bottom, top = values.min().item(), values.quantile(0.99).item()  # corners shall not darken it
+    bottom, top = values.min().item(), values.quantile(0.999).item()  # an outlier darkens no rest
     level = F.interpolate(values[None, None], (size, size), mode="bilinear")[0, 0]
     picture = colours(((level - bottom) / (top - bottom + 1e-12)).clamp(max=1).numpy())
     if marks is not None:
@@ -669,6 +669,7 @@ def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
     for i, H in enumerate(getattr(model, "H", ())):
         show = lambda x, what, marks=None: heat(x, f"H{i + 1}: {what}", *inner, marks)
         V, K = (f(grid(*inner, torch.zeros(model.dim))).view(bins, bins) for f in (H.V, H.K))
+        V = V.clamp(max=V.quantile(0.7))  # walls shall not darken the wells
         times = range(i * model.steps, (i + 1) * model.steps + 1)
         lines = F.interpolate(path[:24, : times[-1] + 1].mT, 1000, mode="linear")
         row = show(V, "V(q), data's contour", edge), show(K, "K(p)")

@@ -19,8 +19,8 @@ from torch import nn
 from hgn import Couplings, Energy, Hamiltonian, check
 
 TEST_SEED = 2**40  # of all test data; training draws from seeds below it only (train.py)
-_plane = lambda x, y: torch.stack((x, y), -1)
-_polar = lambda r, a: _plane(r * a.cos(), r * a.sin())
+_xy = lambda x, y: torch.stack((x, y), -1)
+_polar = lambda r, a: _xy(r * a.cos(), r * a.sin())
 
 
 class Density(NamedTuple):
@@ -50,7 +50,7 @@ def _pinwheel(n, generator=None):
     x, y = torch.randn(n, 2, generator=generator).unbind(1)
     x, y = 0.3 * x + 1, 0.1 * y
     a = pi / 2 * torch.randint(5, (n,), generator=generator) + 0.25 * x.exp()  # two arms coincide
-    return 2 * _plane(a.cos() * x - a.sin() * y, a.sin() * x + a.cos() * y)
+    return 2 * _xy(a.cos() * x - a.sin() * y, a.sin() * x + a.cos() * y)
 
 
 def _spirals(n, generator=None):
@@ -63,15 +63,15 @@ def _spirals(n, generator=None):
 def _checkerboard(n, generator=None):
     x, y = 4 * torch.rand(n, generator=generator) - 2, torch.rand(n, generator=generator)
     y = y - 2 * torch.randint(2, (n,), generator=generator) + x.floor() % 2
-    return 2 * _plane(x, y)
+    return 2 * _xy(x, y)
 
 
 # FFJORD's toys (Grathwohl et al. 2019) where they exist. Entropies: means of -log p, +- 0.002.
 DENSITIES = {
     "eight_gaussians": _around(lambda k, t: _polar(4 / 1.414, k * pi / 4), 2.833, 1 / 2.828, 8, 1),
-    "nine_gaussians": _around(lambda k, t: 2.0 * _plane(k % 3 - 1, k // 3 - 1), 2.627, 0.3, 9, 1),
+    "nine_gaussians": _around(lambda k, t: 2.0 * _xy(k % 3 - 1, k // 3 - 1), 2.627, 0.3, 9, 1),
     "two_moons": _around(
-        lambda k, t: _polar(2.0, pi * (k + t)) + _plane(2 * k - 1, k - 0.2), 2.396, 0.2, 2
+        lambda k, t: _polar(2, pi * (k + t)) + _xy(2 * k - 1, k - 0.2), 2.396, 0.2, 2
     ),
     "crescents": _around(lambda k, t: _polar(2.0, pi * (k + (2 * t - 1) / 3)), 2.020, 0.2, 2),
     "circles": _around(lambda k, t: _polar(3.0 / (1 + k), 2 * pi * t), 3.268, 0.24, 2),
@@ -123,7 +123,7 @@ class Quadratic(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.L = nn.Parameter(0.3 * torch.eye(dim))  # heavy: see NHF
+        self.L = nn.Parameter(0.3 * torch.eye(dim))  # heavy: wells turn narrow p to narrow modes
 
     def forward(self, p):  # (..., dim) -> (...)
         return 0.5 * (p @ self.L).square().sum(-1)
@@ -157,13 +157,12 @@ class Flow(nn.Module):
 
     def __init__(self, dim, shift=0.0, scale=1.0):
         super().__init__()
-        shift, scale = (
-            torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (shift, scale)
-        )
+        double = {"dtype": torch.float64, "device": "cpu"}
+        scale = torch.as_tensor(scale, **double)
         scale = scale if scale.dim() == 2 else torch.diag(scale.expand(dim))
         if not (scale.diagonal() > 0).all():
             raise ValueError(f"scale must be above 0, not {scale.diagonal().tolist()}")
-        self.register_buffer("shift", shift.expand(dim).clone())
+        self.register_buffer("shift", torch.as_tensor(shift, **double).expand(dim).clone())
         self.register_buffer("scale", scale.clone())
         self.dim = dim
 
@@ -192,10 +191,7 @@ class NHF(Flow):
 
     dim: of the data. hamiltonians: how many, each H = K(p) + V(q), rolled `steps` leapfrog steps of
     learnt length. width: of the MLPs. kinetic: "quadratic" (Souveton et al. 2023, arXiv 2302.01955)
-    or "mlp" (the paper). units: shift and scale of the data. Raises: ValueError.
-
-    Wells of V turn the plane of (q, p) by a quarter: where q goes is what p was, so a heavy start,
-    whose p is narrow beside q, makes narrow modes."""
+    or "mlp" (the paper). units: shift and scale of the data. Raises: ValueError."""
 
     def __init__(self, dim=2, hamiltonians=1, steps=6, width=96, kinetic="quadratic", **units):
         known = dict.fromkeys(("dim", "hamiltonians", "steps", "width"), range(1, 4097))
@@ -206,10 +202,8 @@ class NHF(Flow):
         self.steps = steps
         self.H = nn.ModuleList(Separable(dim, width, kinetic) for _ in range(hamiltonians))
         self.log_dt = nn.Parameter(torch.full((hamiltonians,), log(1.6 / hamiltonians / steps)))
-        self.encoder = Couplings(
-            2 * dim, 6, max(width // 3, 2 * dim)
-        )  # of (q, p); they change p alone
-        self.encoder.masks[:, :dim] = 1
+        self.encoder = Couplings(2 * dim, 6, max(width // 3, 2 * dim))
+        self.encoder.masks[:, :dim] = 1  # of (q, p) only p changes: noise -> p ~ f(p|q)
 
     def flow(self, q, p, reverse=False):
         """Roll base states (q, p), each (..., dim), to data, or with `reverse` data to base: their
@@ -273,5 +267,4 @@ class RealNVP(Flow):
         return self.log_weights(x)[0]
 
     def sample(self, n, generator=None):
-        """n points (n, dim)."""
         return self.user(self.couplings(self.noise(n, self.dim, generator=generator)))

@@ -510,7 +510,8 @@ def test_the_flow_preserves_volume_and_inverts(dim, kinetic):
 
 def test_log_prob_is_the_density_of_the_samples():
     """In one dimension: against the marginal of the joint density by quadrature over p."""
-    model = flow(1, shift=2.0, scale=3.0)
+    model, data = flow(1, shift=2.0, scale=3.0), 2 + 3 * torch.randn(100, 1, generator=seeded())
+    descend(model, lambda step: -model.elbo(data, seeded(step)).mean(), 60, lr=1e-2)
     x, p = torch.linspace(-25, 29, 150), torch.linspace(-12, 12, 400)
     with torch.no_grad():
         q = ((x - 2) / 3).repeat_interleave(len(p)).unsqueeze(1)
@@ -589,6 +590,17 @@ def test_points_far_from_zero_keep_their_likelihood(shift, scale):
     assert -model.log_prob(points.held_out).mean().item() == pytest.approx(entropy, abs=0.1)
     assert NHF().to("meta").sample(3).device.type == "meta"
     assert NHF().double().elbo(torch.randn(4, 2)).dtype == torch.float64
+    assert NHF().elbo(torch.randn(2)).shape == model.log_prob(torch.randn(2)).shape == ()
+
+
+def test_a_flow_learns_sixteen_correlated_columns():
+    mix = torch.eye(16) + 0.25 * torch.randn(16, 16, generator=seeded(3))
+    draw = lambda n, seed: torch.randn(n, 16, generator=seeded(seed)) @ mix.T
+    entropy = 8 * math.log(2 * math.pi * math.e) + mix.det().abs().log()
+    points = Points(draw(20_000, 1))
+    model = NHF(16, width=32, shift=points.shift, scale=points.scale)
+    descend(model, lambda i: -model.elbo(draw(256, i), seeded(9000 + i)).mean(), 200, lr=3e-3)
+    assert abs(model.log_prob(draw(10_000, 10**6)).mean() + entropy) < 0.1
 
 
 # ---------------------------------------------------------------- eval.py
