@@ -232,9 +232,9 @@ class PaperEncoder(nn.Module):
         self.register_buffer("still", torch.zeros(channels, size, size))
         self.convs = nn.Sequential(*convs(channels * context, 32, *(64,) * 6, 96), *tail)
         he_(self)
-        last = [layer for layer in self.modules() if isinstance(layer, nn.Conv2d)][-1]
-        last.weight.data.chunk(2)[1].mul_(0.01)  # variance exp(-8) at first: with that of the prior
-        last.bias.data.chunk(2)[1].fill_(-8)  # the decoder would see nothing but noise
+        last = self.convs[-1]  # at first the variance is exp(-8): with that of the prior the
+        last.weight.data.chunk(2)[1].mul_(0.01)  # decoder would see nothing but noise
+        last.bias.data.chunk(2)[1].fill_(-8)
 
     def fit(self, frames):
         self.still.copy_(frames.median(0).values)
@@ -304,7 +304,7 @@ class PaperDecoder(nn.Module):
         he_(self)
         self.blocks[-1].weight.data.mul_(0.1)  # at first, paint one colour
 
-    def fit(self, frames, encoder):
+    def fit(self, frames):
         self.blocks[-1].bias.data.copy_(torch.logit(frames.mean((0, 2, 3)), eps=0.01))
 
     def forward(self, q):  # (n, dim) -> (n, C, H, W)
@@ -315,7 +315,6 @@ class PaperDecoder(nn.Module):
 
 FAR = 50.0  # beyond it forces grow no further and q looks the same: what goes astray stays finite
 SPREAD = 3  # features have a spread of 1/3: a step of Adam's, on hundreds of them, stays small
-CHARTED = 600  # frames whose geodesic distances start the chart: a second's work
 LEAST = 1e-2  # mass that a filter has to see before its centre counts
 FASTEST = 10  # initial velocities are cut to this: a chart that is bad yet sends no q far away
 SEEN = 32  # pixels a side, at least, of the block averages that an encoder sees of larger pictures
@@ -337,9 +336,6 @@ class Line:
     def read(self, x):
         return x
 
-    def wrap(self, d):
-        return d
-
 
 class Circle:
     """Coordinates q that are angles, seen as points on the unit circle."""
@@ -356,9 +352,6 @@ class Circle:
     def read(self, x):
         return torch.atan2(*x.chunk(2, -1))
 
-    def wrap(self, d):  # differences the short way round
-        return torch.atan2(d.sin(), d.cos())
-
 
 def mlp(*sizes):
     return chain(nn.Linear, nn.SiLU, sizes)
@@ -370,28 +363,6 @@ def bent(*sizes):
     nn.init.zeros_(net[-1].weight)
     nn.init.zeros_(net[-1].bias)
     return net
-
-
-def geodesic(y, dim, near=8):
-    """Coordinates (n, dim) whose distances are those of y (n, features) along the surface they lie
-    on (Tenenbaum et al. 2000, "Isomap"), the first of unit variance: a curve comes out straight,
-    where a principal component may fold it."""
-    d = torch.cdist(y, y)
-    reach = d.kthvalue(min(near + 1, len(d)), 1).values
-    d = torch.where(d <= torch.maximum(reach, reach[:, None]), d, 10 * d)  # no part is out of reach
-    for _ in range(math.ceil(math.log2(len(d)))):  # by way of one more point, twice as many, ...
-        d = torch.stack([(row + d).amin(1) for row in d])
-    d = d.square()
-    d = d - d.mean(0) - d.mean(1, keepdim=True) + d.mean()
-    value, axes = torch.linalg.eigh(-0.5 * d.double())
-    q = axes * (value.clamp(min=0) / value[-1].clamp(min=1e-12) * len(d)).sqrt()
-    return F.pad(q.flip(1)[:, :dim], (0, max(0, dim - len(d)))).to(y)
-
-
-def ridge(x, y, penalty):
-    """The W for which |x W - y|^2 + penalty |W|^2, means over rows, is least."""
-    one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    return torch.linalg.solve(x.T @ x / len(x) + penalty * one, x.T @ y / len(x))
 
 
 class CompactEncoder(nn.Module):
@@ -447,16 +418,10 @@ class CompactEncoder(nn.Module):
         y = torch.cat([self.features(part) for part in frames.split(256)])
         self.mean.copy_(y.mean(0))
         self.scale.copy_(SPREAD * y.std(0, correction=0) + 1e-2)
-        y = ((y - self.mean) / self.scale)[:CHARTED]
-        q = geodesic(y, len(self.linear.weight))
-        q = q / q.std(0).clamp(min=1e-3) if self.space.copies == 2 else q
-        self.linear.weight.copy_(ridge(y, q, 1e-2).T)
-
-    def places(self, frames, n):
-        """Centres (len(frames), 2 n), x first, of what the first n filters see."""
-        y = torch.cat([self.features(part) for part in frames.split(256)])
-        _, x, y, *_ = (y * self.scale + self.mean).split(len(self.filters[0].weight), 1)
-        return torch.cat((x[:, :n], y[:, :n]), 1)
+        _, spread, axes = torch.linalg.svd((y - self.mean) / self.scale, full_matrices=False)
+        axes = axes[: len(self.linear.weight)]  # principal components, the first of unit variance
+        unit = spread[: len(axes), None] if self.space.copies == 2 else spread[0]
+        self.linear.weight[: len(axes)] = axes * len(y) ** 0.5 / (unit + 1e-6)
 
     def read(self, frames):  # (B, n, C, H, W) -> (B, n, latent), of each frame by itself
         y = self.features(frames.flatten(0, 1))
@@ -464,7 +429,8 @@ class CompactEncoder(nn.Module):
 
     def forward(self, frames):  # (B, context, C, H, W) -> (B, 2 latent) twice
         e = self.read(frames)
-        moved = F.pad(self.space.wrap(e.diff(dim=1)).cumsum(1), (0, 0, 1, 0))  # since the first
+        step = self.space.read(self.space.see(e.diff(dim=1)))  # of angles the short way round
+        moved = F.pad(step.cumsum(1), (0, 0, 1, 0))  # since the first
         place, velocity = (self.poly @ moved).unbind(1)
         velocity = velocity.clamp(-FASTEST, FASTEST)
         seen = torch.cat((self.space.see(e).flatten(1), moved[:, -1], velocity), 1)
@@ -524,10 +490,8 @@ class CompactHamiltonian(Hamiltonian):
     def momentum(self, z):
         """f_psi, the Legendre transform: z = (q, dq/dt), (B, 2 dim) -> q and p = M(q) dq/dt."""
         q, v = z.chunk(2, 1)
-        L, one = (
-            self.factor(self.space.see(q))[0],
-            torch.eye(self.dim, dtype=z.dtype, device=z.device),
-        )
+        L, _ = self.factor(self.space.see(q))
+        one = torch.eye(self.dim, dtype=z.dtype, device=z.device)
         return q, torch.linalg.solve_ex(L @ L.mT + self.least * one, v.unsqueeze(2))[0].squeeze(2)
 
 
@@ -555,19 +519,12 @@ class CompactDecoder(nn.Module):
         self.last.weight.data.mul_(0.1)  # at first, paint the still picture
         nn.init.zeros_(self.last.bias)
 
-    def fit(self, frames, encoder):
-        """Start from the still picture and from blobs that go with what the filters see."""
+    def fit(self, frames):
         self.still.copy_(frames.median(0).values)
-        q = self.space.see(encoder.read(frames.unsqueeze(1)).squeeze(1))
-        places = encoder.places(frames, len(self.linear.bias) // 6)
-        W = ridge(F.pad(q, (0, 1), value=1.0), places, 1e-3)
-        for start, fit in ((self.linear.weight, W[:-1].T), (self.linear.bias, W[-1])):
-            start[: len(fit)] = 0.3 * start[: len(fit)] + fit
 
     def blobs(self, q, x, y):  # (n, latent), (w,), (h,) -> (n, blobs, h, w), channels_last
-        at_x, at_y, a, c, b, height = (
-            (self.linear(q) + self.bent(q)).unflatten(1, (6, -1)).unbind(1)
-        )
+        shapes = (self.linear(q) + self.bent(q)).unflatten(1, (6, -1))
+        at_x, at_y, a, c, b, height = shapes.unbind(1)
         a, c = a.clamp(-2, self.finest).exp(), c.clamp(-2, self.finest).exp()
         dx = a[:, None] * (x[:, None] - at_x[:, None].clamp(-3, 3))  # (n, w, blobs)
         dy = c[:, None] * (y[:, None] - at_y[:, None].clamp(-3, 3))  # (n, h, blobs)
@@ -673,7 +630,7 @@ class HGN(nn.Module):
         if len(frames) < 2:
             raise ValueError(f"fit needs at least two frames, not {len(frames)}")
         self.encoder.fit(frames)
-        self.decoder.fit(frames, self.encoder)
+        self.decoder.fit(frames)
 
     def encode(self, frames):
         """frames (B, T >= context, C, size, size) -> mean and log-variance of q(z|x)."""
@@ -805,7 +762,8 @@ def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None):
     few = 1 + targets.shape[1] // 8
     chart, _, e = chart_loss(model, targets[:, :few])
     spread = e.detach().flatten(0, 1).var(0, correction=0).mean() + 1e-12
-    off = model.encoder.space.wrap(q[:, :few] - e).square().mean(2) / spread
+    space = model.encoder.space
+    off = space.read(space.see(q[:, :few] - e)).square().mean(2) / spread
     robust = lambda x, tolerance: tolerance * torch.log1p(x / tolerance).mean()
     kl_weight = beta / context[0, 0].numel() / model.encoder.blank
     loss = robust(error, TOLERANCE) + chart + robust(off, 0.01) + kl_weight * kl

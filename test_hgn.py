@@ -334,10 +334,9 @@ def test_the_paper_models_inferred_state_is_the_posterior_mean_of_states():
     model.encoder.convs[-1].bias.data.zero_()  # z as wide as its prior
     with torch.no_grad():
         clips = torch.rand(2, 3, 3, 16, 16)
-        draws = [torch.cat(model.state(model.posterior(clips)[0])) for _ in range(400)]
-        exact, inferred = torch.stack(draws).mean(0), torch.cat(model.infer(clips))
-        off = (inferred - exact).norm() / (draws[0] - exact).norm()
-    assert off < 0.4  # 16 draws: a quarter
+        draws = torch.stack([torch.cat(model.state(model.posterior(clips)[0])) for _ in range(400)])
+        exact, inferred = draws.mean(0), torch.cat(model.infer(clips))
+    assert (inferred - exact).norm() < 0.4 * (draws[0] - exact).norm()  # 16 draws: a quarter
 
 
 def test_frames_depend_on_q_alone_and_faster_is_the_same_motion():
@@ -584,7 +583,7 @@ def test_a_flow_learns():
 @each("shift, scale", ((1e7, 1.0), (0.0, 1e-20)))
 def test_points_far_from_zero_keep_their_likelihood(shift, scale):
     points = Points(shift + scale * torch.randn(4000, 2, dtype=torch.float64, generator=seeded()))
-    model = RealNVP(2, 2, 8, points.shift, points.scale)
+    model = RealNVP(2, 2, 8, shift=points.shift, scale=points.scale)
     torch.nn.utils.vector_to_parameters(torch.zeros(10**4), model.parameters())  # the identity
     entropy = math.log(2 * math.pi * math.e) + 2 * math.log(scale)
     assert -model.log_prob(points.held_out).mean().item() == pytest.approx(entropy, abs=0.1)
@@ -649,7 +648,7 @@ def test_measures_of_a_perfect_model():
     assert all(result[f"strict_vpt_{k}"] == 60 for k in ("forward", "backward"))
     assert result["vpt"] == 1.0
     assert result["symetric_r2"] > 0.999 and result["symetric"] < 0.01
-    assert all(result[f"{k}_valid"] == result[f"{k}_obey"] == 1.0 for k in ("samples", "real"))
+    assert result["samples_valid"] == result["samples_obey"] == 1.0
 
 
 def test_valid_prediction_time_counts_frames():
@@ -800,7 +799,7 @@ def command(tmp_path, monkeypatch, capsys):
         if status != 2:
             return out
         bar, name, message = error.strip().rpartition("error: ")
-        assert name and "\n" not in message and (not bar or "step" in bar), error
+        assert name and "\n" not in message and ("\n" not in bar or "step" in bar), error
         return message
 
     return command
@@ -1078,7 +1077,7 @@ def test_compiled_gradients_are_the_eager_ones(options, device):
 def test_muon_is_torchs(shape):  # but for its rounding to bfloat16
     a, b = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
     theirs = torch.optim.Muon([b], 1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    for optimiser, w in ((train.Muon([a], 1e-2), a), (theirs, b)):
+    for optimiser, w in ((train.Muon([a], {"lr": 1e-2}), a), (theirs, b)):
         for step in range(5):
             w.grad = torch.randn(shape, generator=seeded(step))
             optimiser.step()

@@ -9,40 +9,35 @@ Batches of a system are simulated and painted afresh: nothing but the run's fold
 """
 
 import argparse
-import gc
 import io
 import json
 import math
 import signal
-import statistics
 import sys
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-import physics
 from eval import measure, measure_flow, movies, number, open_run
 from eval import pick_device, provenance, table, test_set, write
 from hgn import ARCHITECTURES, GECO, HGN, INTEGRATORS, Couplings
 from hgn import chart_loss, charted_loss, hnn_loss
 from nhf import DENSITIES, NHF, RealNVP
-from physics import SYSTEMS, initial_states, jitter, read_points, render, simulate
+from physics import SYSTEMS, clips, initial_states, jitter, read_points, render, simulate
 
-DEFAULTS = {  # steps, batch size and learning rate
-    "hgn": (3000, 16, 4e-3),
-    "paper": (5000, 16, 1.5e-4),  # hgn with --arch paper
-    "hnn": (5000, 16, 4e-4),
-    "nhf": (4000, 512, 2e-2),
-    "realnvp": (10000, 512, 5e-3),  # twice as fast a step
+DEFAULTS = {
+    "hgn": {"steps": 3000, "batch_size": 16, "lr": 4e-3},
+    "paper": {"steps": 5000, "batch_size": 16, "lr": 1.5e-4},  # hgn with --arch paper
+    "hnn": {"steps": 5000, "batch_size": 16, "lr": 4e-4},
+    "nhf": {"steps": 4000, "batch_size": 512, "lr": 2e-2},
+    "realnvp": {"steps": 10000, "batch_size": 512, "lr": 5e-3},  # twice as fast a step
 }
 FLOWS = "nhf", "realnvp"
 LOOK_EVERY = 2000  # steps from one evaluation to the next
-READERS = 4  # threads that read recordings
 POOL = 64  # batches whose trajectories are simulated together
 HERE = "device", "compile", "resume", "name", "bench"  # of the command alone, not of the run
 FREE = "steps", "window", "save_every"  # what --resume may change
@@ -50,27 +45,26 @@ CHART = 0.25  # part of a compact run in which chart and decoder learn single fr
 GROWTH = 0.5  # part of the rest over which the horizon grows to the whole window
 SEEN = 2048  # frames that the chart starts from
 STATES = 32768  # clips whose states the prior is fitted to at the end
-RATES = {  # times --lr, of parts of a compact model: a decoder is small; filters that change fast
-    "decoder": 3.0,  # leave what is made of their features behind
-    "encoder.filters": 0.1,
-    "encoder.shapes": 0.1,
-}
+# Times --lr, of parts of a compact model: a decoder is small; filters that change fast leave what
+# is made of their features behind.
+RATES = {"decoder": 3.0, "encoder.filters": 0.1, "encoder.shapes": 0.1}
 PATIENCE = 5  # looks at a loss that is not finite before a run stops
-
-
-# ------------------------------------------------------------------ command line
-
-
-def refuse(message):
-    raise ValueError(f"{message} (--help lists the options)")
 
 
 def parse(**defaults):
     """The command line as a namespace. Raises: ValueError."""
     parser = argparse.ArgumentParser("python train.py", "%(prog)s [options]")
+
+    def refuse(message):
+        raise ValueError(f"{message} (--help lists the options)")
+
+    def noise(text):
+        return text if text == "paper" else number(0, 1e3, float)(text)
+
     parser.error = refuse
     count, many, positive = number(1, 1000), number(1, 10**9), number(1e-9, 1e6, float)
-    flag, default = {"action": "store_true"}, "default: " + ", ".join(f"{k} {{}}" for k in DEFAULTS)
+    flag = {"action": "store_true"}
+    usual = lambda name: ", ".join(f"{model} {v[name]}" for model, v in DEFAULTS.items())
     group = parser.add_argument_group("data")
     add = group.add_mutually_exclusive_group().add_argument
     add("--system", choices=SYSTEMS, metavar="NAME", help=", ".join(SYSTEMS))
@@ -103,9 +97,9 @@ def parse(**defaults):
     add("--kinetic", choices=("quadratic", "mlp"), default="quadratic", help="default: quadratic")
     add("--samples", type=count, default=1, help="draws of p in the bound (default: 1, ELBO)")
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=many, help=default.format(*[v[0] for v in DEFAULTS.values()]))
+    add("--steps", type=many, help=f"default: {usual('steps')}")
     add("--batch-size", type=many, help="default: 16, of flows 512")
-    add("--lr", type=positive, help=default.format(*[v[2] for v in DEFAULTS.values()]))
+    add("--lr", type=positive, help=f"default: {usual('lr')}")
     add("--beta", type=number(0, 1e6, float), default=1e-3, help="of the KL (default: 0.001)")
     add("--geco", **flag, help="the paper's constraint, no fixed beta")
     add("--tolerance", type=positive, default=2e-4, help="MSE of --geco (default: 0.0002)")
@@ -121,43 +115,35 @@ def parse(**defaults):
     return parser.parse_args()
 
 
-def noise(text):
-    return text if text == "paper" else number(0, 1e3, float)(text)
-
-
 def settle(args):
     """Fill in what depends on other options. Raises: ValueError for what does not go together."""
-    flow = bool(args.density or (args.data and read_points(args.data) is not None))
-    args.model = args.model or ("nhf" if flow else "hgn")
+
+    def fill(**usual):  # what was not given
+        vars(args).update((k, v) for k, v in usual.items() if getattr(args, k) is None)
+
+    flow = bool(args.density or args.data and read_points(args.data) is not None)
+    fill(model="nhf" if flow else "hgn")
     if flow != (args.model in FLOWS):
-        needs = "--system NAME or recordings" if flow else "--density NAME or points (N, D)"
-        raise ValueError(f"--model {args.model} needs {needs}")
-    if args.model == "hnn":  # the published networks, with another loss
-        args.arch, args.context, args.deterministic = "paper", 2, True
-    paper = args.arch == "paper"
-    usual = DEFAULTS["paper" if args.model == "hgn" and paper else args.model]
-    for name, value in zip(("steps", "batch_size", "lr"), usual):
-        setattr(args, name, getattr(args, name) or value)
+        raise ValueError(f"--model {args.model} is not for {'points' if flow else 'pictures'}")
     if args.bench and (args.model != "hgn" or args.data):
         raise ValueError("--bench chooses the model itself: give a --system, or none")
+    if args.model == "hnn":  # the published networks, with another loss
+        args.arch, args.context, args.deterministic = "paper", 2, True
+    compact = args.arch == "compact"
+    fill(**DEFAULTS[args.model if args.model != "hgn" or compact else "paper"])
     if flow:
         return
-    if args.data and args.noise:
-        raise ValueError("--noise is for simulated systems: --data is taken as it is")
+    if args.noise if args.data else args.fps or args.stride > 1:
+        raise ValueError("--noise is for a simulated --system, --fps and --stride are for --data")
     if not args.data:
-        if args.fps or args.stride > 1:
-            raise ValueError("--fps and --stride are for --data: a system takes --dt")
-        args.system = args.system or "mass_spring"
+        fill(system="mass_spring", size=32, dt=0.125)
         system = SYSTEMS[args.system]
-        args.size, args.dt = args.size or 32, args.dt or 0.125
-        args.latent = args.latent or (None if paper else initial_states(system, 1)[0].numel())
-        periodic = system.periodic and args.arch == "compact"
-        args.periodic = periodic if args.periodic is None else args.periodic
-    args.periodic = bool(args.periodic)
-    if args.model == "hgn" and args.context > args.window:
-        raise ValueError(f"--context {args.context} is longer than a training clip: --window")
-    if args.model != "hgn" and not 3 <= args.targets <= args.window:
-        raise ValueError(f"--model {args.model} learns from --targets frames in a row, 3 or more")
+        fill(periodic=compact and system.periodic)
+        fill(latent=initial_states(system, 1)[0].numel() if compact else None)
+    fill(periodic=False)
+    row = args.window if args.model == "hgn" else min(args.window, args.targets)
+    if row < max(3, args.context):
+        raise ValueError(f"{row} frames are too few to learn from: --window, --targets, --context")
 
 
 def resumed(args):
@@ -168,104 +154,81 @@ def resumed(args):
     args = parse(**{k: v if isinstance(v, bool | None) else str(v) for k, v in config.items()})
     if changed := [k for k, v in config.items() if k not in FREE and getattr(args, k) != v]:
         raise ValueError(f"--{changed[0].replace('_', '-')} cannot change in a resumed run")
-    if path.name != "checkpoint.pt":
-        raise ValueError(f"{path} is not in a run's folder: copy it to runs/NAME/checkpoint.pt")
-    if args.steps <= checkpoint["step"]:
-        raise ValueError(f"{path} has made {checkpoint['step']} steps: ask for more with --steps")
     return args, model, checkpoint, path.parent
 
 
 def new_folder(args):
     """runs/<name>/, never one that holds a run already."""
     name = args.name or args.system or args.density or Path(args.data).resolve().stem or "run"
-    if Path(name).name != name:
+    folder, n = Path("runs") / name, 1
+    if folder.name != name:
         raise ValueError(f"--name {name} is not the name of a folder")
-    folder = Path("runs") / name
     while folder.exists() and not args.name:
-        folder = folder.with_name(f"{name}-{int(folder.name[len(name) + 1 :] or 1) + 1}")
+        n += 1
+        folder = folder.with_name(f"{name}-{n}")
     if folder.exists():
         raise ValueError(f"{folder} exists: --resume {folder} goes on with it")
     folder.mkdir(parents=True)
     return folder
 
 
-# ------------------------------------------------------------------ data and model
-
-
 class Batches:
     """Batch number `step` of a run, the same whenever it is asked for: a resumed run sees what it
-    would have seen. A system's is drawn, simulated and painted on the device; recordings (`data`)
-    are read by threads, some batches ahead.
-
-    A batch of the compact model is the frames that the encoder sees (B, context, C, S, S), frames
-    to score (B, targets, C, S, S) and their times (B, targets), counted from the first that it
-    sees. The paper's model and HNN take whole clips (B, T, C, S, S)."""
+    would have seen. Of the compact model: the frames that the encoder sees (B, context, C, S, S),
+    frames to score (B, targets, C, S, S) and their times (B, targets), counted from the first that
+    it sees. Of the paper's and HNN: frames in a row (B, row, C, S, S)."""
 
     def __init__(self, args, data, device):
-        self.args, self.data, self.device, self.pool, self.ahead = args, data, device, None, {}
-        whole = {"paper": args.window, "compact": 0}[args.arch]  # frames in a row, or 0
-        self.whole = whole if args.model == "hgn" else args.targets
-        longest = args.window
+        self.args, self.data, self.device, self.pool = args, data, device, None
+        lengths = data.lengths[data.train] if data else torch.tensor([args.window])
+        longest = min(args.window, int(lengths.max()))
+        self.most = longest - 1  # the farthest time that is scored
+        row = longest if args.model == "hgn" else min(longest, args.targets)
+        self.row = 0 if args.arch == "compact" else row
         if data:
-            self.reader, lengths = ThreadPoolExecutor(READERS), data.lengths[data.train]
-            longest = int(lengths.max())
-            self.whole = min(self.whole, longest)
-            self.clips, self.lengths = (x[lengths >= self.whole] for x in (data.train, lengths))
-        self.most = min(args.window, longest) - 1  # the farthest time that is scored
+            self.clips, self.lengths = (x[lengths >= self.row] for x in (data.train, lengths))
 
     def __call__(self, step):
-        if not self.data:
-            return self.draw(step)
-        steps = range(step, step + 1 + READERS)
-        self.ahead = {i: self.ahead.get(i) or self.reader.submit(self.draw, i) for i in steps}
-        return [x.to(self.device, non_blocking=True) for x in self.ahead[step].result()]
-
-    def draw(self, step):
-        args, shape = self.args, (self.args.batch_size, 1)
-        device = "cpu" if self.data else self.device
+        args, device = self.args, "cpu" if self.data else self.device
         generator = torch.Generator(device).manual_seed((args.seed << 20) + step + 2**19)
-        uniform = lambda *shape: torch.rand(shape, generator=generator, device=device)
-        seen = torch.arange(self.whole or args.context, device=device)
-        reach = 0 if self.whole else self.horizon(step)
-        length = torch.full(shape, args.window, device=device)
-        ahead = length.clamp(max=reach)
-        if self.data:  # every frame counts: long clips are drawn more often, starts come late too
+        uniform = lambda n: torch.rand(args.batch_size, n, generator=generator, device=device)
+        if self.data:  # long clips are drawn more often, so that every frame counts
             ends = self.lengths.cumsum(0)
-            clips = torch.searchsorted(ends, (uniform(len(length)) * ends[-1]).long(), right=True)
-            length = self.lengths[clips].unsqueeze(1)
-            ahead = (length // 2).clamp(max=reach)
-        first = (uniform(*shape) * (length - ahead.clamp(min=len(seen) - 1))).long()
-        at = first + seen
-        if not self.whole:
-            far = (length - 1 - first).clamp(max=reach)
-            times = (uniform(len(first), args.targets) * (far + 1)).long()
-            at = torch.cat((at, first + times), 1)
-        if self.data:
-            frames = self.data.read(self.clips[clips], at)
+            clips = torch.searchsorted(ends, (uniform(1) * ends[-1]).long(), right=True)
+            length, clips = self.lengths[clips], self.clips[clips.flatten()]
+            read = lambda times: self.data.read(clips, times).to(self.device)
         else:
-            q = self.trajectories(step)[torch.arange(len(at), device=device).unsqueeze(1), at]
-            system = SYSTEMS[args.system]
-            frames = render(system, jitter(system, q, args.noise, generator), args.size)
-        batch = [frames] if self.whole else [*frames.split([len(seen), args.targets], 1), times]
-        pinned = self.data and self.device.type == "cuda"
-        return [x.pin_memory() for x in batch] if pinned else batch
+            length = torch.full((args.batch_size, 1), args.window, device=device)
+            read = lambda times: self.paint(step, times, generator)
+        if self.row:
+            first = (uniform(1) * (length - self.row + 1)).long()
+            return [read(first + torch.arange(self.row, device=device))]
+        reach = self.horizon(step)
+        ahead = (length // 2 if self.data else length).clamp(max=reach)  # recordings start late too
+        first = (uniform(1) * (length - ahead.clamp(min=args.context - 1))).long()
+        far = (length - 1 - first).clamp(max=reach)
+        times = (uniform(args.targets) * (far + 1)).long()
+        context = first + torch.arange(args.context, device=device)
+        frames = read(torch.cat((context, first + times), 1))
+        return [*frames.split([args.context, args.targets], 1), times.to(self.device)]
 
     def horizon(self, step):
-        """How far from the first frame a compact model is scored at this step: it grows from 3
-        frames."""
+        """How far from the first frame a compact model is scored: it grows from 3 frames."""
         share = (step / self.args.steps - CHART) / ((1 - CHART) * GROWTH)
         return min(self.most, 3 + int(self.args.window * max(0, share)))
 
-    def trajectories(self, step):
-        """True q of the batch's clips (B, length, bodies, dims), simulated for POOL batches at
-        once."""
-        args, system, number = self.args, SYSTEMS[self.args.system], step // POOL
-        if self.pool != number:
-            generator = torch.Generator(self.device).manual_seed((args.seed << 20) + number)
-            start = initial_states(system, args.batch_size * POOL, generator, self.device)
+    def paint(self, step, times, generator):
+        """Frames of the clips at times (B, n); trajectories of POOL batches are simulated at once,
+        true q (POOL, B, window, bodies, dims)."""
+        args, system, pool = self.args, SYSTEMS[self.args.system], step // POOL
+        if self.pool != pool:
+            start = torch.Generator(self.device).manual_seed((args.seed << 20) + pool)
+            start = initial_states(system, args.batch_size * POOL, start, self.device)
             q = simulate(system, *start, args.window, args.dt)[0]
-            self.pool, self.q = number, q.unflatten(0, (POOL, -1))
-        return self.q[step % POOL]
+            self.pool, self.q = pool, q.unflatten(0, (POOL, -1))
+        clips = torch.arange(len(times), device=self.device).unsqueeze(1)
+        q = jitter(system, self.q[step % POOL][clips, times], args.noise, generator)
+        return render(system, q, args.size)
 
 
 def build(args, test):
@@ -279,31 +242,25 @@ def build(args, test):
     return HGN(**frame, **{k: getattr(args, k) for k in names})
 
 
-# ------------------------------------------------------------------ optimisers and steps
-
-
 def make_optimisers(model, lr, rates={}, muon=False):
     """Adam, with rates[prefix] times lr for the parameters that the prefix names. With muon, that
-    for matrices elsewhere, which learns small and large directions alike."""
-    groups, matrices = {prefix: [] for prefix in (None, *rates)}, []
+    for matrices elsewhere, which learns small and large directions alike. Every rate is a tensor:
+    a graph that replays steps reads it anew."""
+    groups, matrices = {}, []
     for name, w in model.named_parameters():
-        prefix = next((p for p in rates if name.startswith(p)), None)
-        (matrices if muon and not prefix and w.dim() == 2 else groups[prefix]).append(w)
-    cuda = w.is_cuda  # where a graph replays steps, the rate is a tensor
-    rate = lambda: torch.tensor(lr, device="cuda") if cuda else lr
-    groups = [{"params": group, "lr": rate(), "times": rates.get(prefix, 1.0)}
-              for prefix, group in groups.items() if group]  # fmt: skip
+        times = next((v for prefix, v in rates.items() if name.startswith(prefix)), 1.0)
+        matrix = muon and times == 1.0 and w.dim() == 2
+        (matrices if matrix else groups.setdefault(times, [])).append(w)
+    rate, cuda = lambda: torch.tensor(lr, device=w.device), w.is_cuda
+    groups = [{"params": v, "lr": rate(), "times": times} for times, v in groups.items()]
     adam = torch.optim.Adam(groups, lr, betas=(0.9, 0.99), eps=1e-12, fused=cuda, capturable=cuda)
-    return [adam, Muon(matrices, rate())] if matrices else [adam]
+    return [adam, Muon(matrices, {"lr": rate(), "times": 1.0})] if matrices else [adam]
 
 
 class Muon(torch.optim.Optimizer):
     """Jordan et al. 2024: momentum, made orthogonal by five Newton-Schulz iterations. As
     torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in float32, as most CPUs are slow at
-    bfloat16, and at a rate that may be a tensor, which a step that is replayed as a graph needs."""
-
-    def __init__(self, matrices, lr):
-        super().__init__(matrices, {"lr": lr})
+    bfloat16, and at a rate that is a tensor."""
 
     @torch.no_grad()
     def step(self):
@@ -325,48 +282,53 @@ def set_rate(optimisers, lr, step, steps):
     """Warm up to lr over 50 steps, then down to zero along a cosine."""
     lr = lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
     for group in (group for optimiser in optimisers for group in optimiser.param_groups):
-        rate = lr * group.get("times", 1.0)
-        group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
+        group["lr"].fill_(lr * group["times"])
 
 
-def descend(model, loss, optimisers, most=1.0):
-    """One step of the optimisers down the gradient of loss, clipped to the norm `most`; where that
-    is not finite the weights stay as they are. Nothing in it waits for a GPU."""
-    model.zero_grad()
-    loss.backward()
-    weights = [w for w in model.parameters() if w.grad is not None]
-    good = torch.nn.utils.clip_grad_norm_(weights, most).isfinite()
-    before = [w.detach().clone() for w in weights]
-    for w in weights:
-        w.grad.masked_fill_(~good, 0.0)
-    for optimiser in optimisers:
-        optimiser.step()
-    with torch.no_grad():
-        for w, old in zip(weights, before):
-            w.copy_(torch.where(good, w, old))
+def stepper(model, losses, optimisers, geco=None, most=1.0):
+    """step(*batch) -> losses(*batch), and one step down the gradient of "loss" among them, clipped
+    to the norm `most`; where that is not finite the weights stay as they are. Nothing in it waits
+    for a GPU, where it is replayed as a graph."""
+
+    def step(*batch):
+        values = losses(*batch)
+        model.zero_grad()
+        values["loss"].backward()
+        weights = [w for w in model.parameters() if w.grad is not None]
+        good = torch.nn.utils.clip_grad_norm_(weights, most).isfinite()
+        for w in weights:
+            w.grad.masked_fill_(~good, 0.0)
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"].mul_(good)  # else a step of no length
+            optimiser.step()
+        if geco:
+            geco.update(values["mse"])
+        return values
+
+    return Graphed(step) if next(model.parameters()).is_cuda else step
 
 
 class Graphed:
     """step(*tensors) -> tensors on a GPU: three times as it is, from then on replayed as one CUDA
-    graph, so that thousands of small kernels cost one launch."""
+    graph, so that thousands of small kernels cost one launch. The stream must be one's own, not
+    CUDA's default. Inputs are copied from the first call on: a compiled step that met other strides
+    later would compile again, which fails while a graph is captured."""
 
     def __init__(self, step):
-        self.step, self.calls, self.stream = step, 0, torch.cuda.Stream()
+        self.step, self.calls, self.batch = step, 0, None
 
     def __call__(self, *batch):
         self.calls += 1
-        if self.calls <= 3:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                values = self.step(*batch)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return values
-        if self.calls == 4:
-            self.batch, self.graph = [x.clone() for x in batch], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.values = self.step(*self.batch)
+        self.batch = self.batch or [x.clone() for x in batch]
         for x, new in zip(self.batch, batch):
             x.copy_(new)
+        if self.calls <= 3:
+            return self.step(*self.batch)
+        if self.calls == 4:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                self.values = self.step(*self.batch)
         self.graph.replay()
         return self.values
 
@@ -376,312 +338,255 @@ def compiled(function):
     recompilations are an error instead of a silent fall-back."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     warnings.filterwarnings("ignore", message="invoke_subgraph traced multiple backward graphs")
-    # Inductor may not choose memory layouts: torch 2.13 gets the strides of convolutions inside a
-    # nested region wrong. Nor may it use a buffer again: a state that a nested region both returns
-    # and keeps for the way back is one buffer to it and two to its caller, who overwrites what is
-    # kept.
+    # torch 2.13 gets the strides of convolutions inside a nested region wrong if Inductor chooses
+    # layouts, and overwrites states that such a region keeps for the way back if it reuses buffers.
     options = {"layout_optimization": False, "allow_buffer_reuse": False, "inplace_buffers": False}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
-class Pixels:
-    """What a run on clips learns: advance(step) makes a training step, look(folder) measures."""
-
-    def __init__(self, args, model, test, device):
-        self.args, self.model, self.test, self.device = args, model, test, device
-        self.batches, cuda = Batches(args, test.data, device), device.type == "cuda"
-        self.compact = args.model == "hgn" and args.arch == "compact"
-        rates = RATES if self.compact else {}
-        self.optimisers = make_optimisers(model, args.lr, rates, muon=self.compact)
-        self.geco = GECO(args.tolerance, beta=args.beta, device=device)
-        self.charted = int(CHART * args.steps) if self.compact else 0  # steps of the first stage
-        self.fixed, self.reach = args.compile or cuda, self.batches.most
-        fast = compiled if args.compile else lambda function: function
-        graph = Graphed if cuda else lambda function: function
-        self.steps = [graph(self.stepper(fast(f))) for f in (self.chart_loss, self.loss)]
-
-    def start(self):
-        """Fit what needs no learning to frames of batches after the last step."""
-        frames = self.batches(self.args.steps)[-1 if self.batches.whole else 1].flatten(0, 1)
-        batches = range(1, 1 + SEEN // len(frames))
-        more = [self.batches(self.args.steps + i)[0].flatten(0, 1) for i in batches]
-        self.model.fit(torch.cat([frames, *more])[:SEEN])
-
-    def chart_loss(self, context, targets, times):
-        loss, mse, _ = chart_loss(self.model, targets)
-        return loss, mse, mse.new_zeros(())
-
-    def loss(self, *batch):
-        if self.compact:
-            return charted_loss(self.model, *batch, self.reach, self.geco.beta)
-        if self.args.model == "hnn":
-            return hnn_loss(self.model, *batch)
-        return self.model.loss(*batch, self.geco.beta)
-
-    def stepper(self, loss):
-        def step(*batch):
-            values = loss(*batch)
-            descend(self.model, values[0], self.optimisers)
-            if self.args.geco:
-                self.geco.update(values[1])
-            return values
-
-        return step
-
-    def advance(self, step):
-        torch.manual_seed((self.args.seed << 20) + step)  # of z: a resumed run draws the same
-        self.reach = self.batches.most if self.fixed else self.batches.horizon(step)
-        values = self.steps[0 if step < self.charted else 1](*self.batches(step))
-        if self.compact and step + 1 == self.args.steps and not self.args.deterministic:
-            fit_prior(self.model, self.args, self.device, self.test.data)
-        return dict(zip(("loss", "mse", "kl"), values)) | {"beta": self.geco.beta}
-
-    def look(self, folder):
-        movies(self.model, self.test, folder)
-        return measure(self.model, self.test)
-
-
-def fit_prior(model, args, device, data=None):
-    """The learnt prior alone and anew, at a run's end, on the states of many clips: in batches of
-    hundreds it learns what sixteen states a step leave blurred. Anew, as one that followed the
-    states while they moved stays folded as they were then."""
-    torch.manual_seed(args.seed)
-    model.prior.load_state_dict(Couplings(*model.prior.shape).state_dict())
-    rounds = min(10000, 1 + args.steps // 2)
-    size = min(512, rounds)
-    few = argparse.Namespace(**vars(args) | {"targets": 1, "window": args.context})
-    batches = Batches(few, data, device)
-    with torch.no_grad():  # on batches of after the last step
-        n = max(1, STATES * size // 512 // args.batch_size)
-        states = [model.encode(batches(args.steps + i)[0]) for i in range(n)]
-    mean, logvar = (torch.cat(x) for x in zip(*states))
-    optimisers = make_optimisers(model.prior, 5e-3)
-    generator = torch.Generator(device).manual_seed(args.seed)
-
-    def step(z, mean, logvar):
-        loss = model.prior.kl(z, mean, logvar).mean()
-        descend(model.prior, loss, optimisers)
-        return (loss,)
-
-    step = Graphed(step) if device.type == "cuda" else step
+def fit_prior(prior, mean, logvar, rounds=1500, seed=0, lr=5e-3):
+    """The learnt prior alone and anew, at a run's end, to q(z|x) of many clips, (n, dim) twice: in
+    batches of hundreds it learns what sixteen states a step leave blurred. Anew, as one that
+    followed the states while they moved stays folded as they were then."""
+    torch.manual_seed(seed)
+    prior.load_state_dict(Couplings(*prior.shape).state_dict())
+    optimisers, size = make_optimisers(prior, lr), min(512, rounds)
+    step = stepper(prior, lambda *z: {"loss": prior.kl(*z).mean()}, optimisers)
+    generator = torch.Generator(mean.device).manual_seed(seed)
     for i in range(rounds):
-        set_rate(optimisers, 5e-3, i, rounds)
-        at = torch.randint(len(mean), (size,), generator=generator, device=device)
-        noise = torch.randn(size, mean.shape[1], generator=generator, device=device)
+        set_rate(optimisers, lr, i, rounds)
+        at = torch.randint(len(mean), (size,), generator=generator, device=mean.device)
+        noise = torch.randn(size, mean.shape[1], generator=generator, device=mean.device)
         step(mean[at] + (0.5 * logvar[at]).exp() * noise, mean[at], logvar[at])
 
 
-class Densities:
-    """The same of a flow, which is small enough to stay on the CPU."""
+class Run:
+    """A model in training, its folder with a checkpoint and a log, and what goes on as if
+    uninterrupted."""
 
     def __init__(self, args, model, test, device):
-        self.args, self.model, self.test, self.charted = args, model, test, 0
-        self.optimisers, self.geco = make_optimisers(model, args.lr, muon=True), GECO()
-        self.weights = compiled(model.log_weights) if args.compile else model.log_weights
+        self.args, self.model, self.test, self.device = args, model, test, device
+        self.config = {k: v for k, v in vars(args).items() if k not in HERE}
+        self.flow = args.model in FLOWS
+        self.compact = args.model == "hgn" and args.arch == "compact"
+        rates, muon = RATES if self.compact else {}, self.flow or self.compact
+        self.optimisers = make_optimisers(model, args.lr, rates, muon)
+        self.geco = GECO(args.tolerance, beta=args.beta, device=device)
+        self.batches = self.points if self.flow else Batches(args, test.data, device)
+        self.reach = None if self.flow else self.batches.most  # frames of a rollout
+        self.charted = int(CHART * args.steps) if self.compact else 0  # steps of the first stage
+        fast, geco = compiled if args.compile else lambda f: f, self.geco if args.geco else None
+        losses = [self.flow_loss] if self.flow else [self.loss, self.chart_loss]
+        self.steps = [stepper(model, fast(f), self.optimisers, geco) for f in losses]
+        self.done, self.logged, self.began = 0, 0, time.time()
 
-    def start(self):
-        """Points need no fit: the model knows their mean and scale."""
-
-    def advance(self, step):
+    def points(self, step):
+        """A batch of a flow: points x (B, D) and the noise (samples, B, D) of their momenta."""
         generator = torch.Generator().manual_seed((self.args.seed << 20) + step)
         x = self.test.draw(self.args.batch_size, generator)
-        log_w = self.weights(x, torch.randn(self.args.samples, *x.shape, generator=generator))
+        return x, torch.randn(self.args.samples, *x.shape, generator=generator)
+
+    def flow_loss(self, x, noise):
+        log_w = self.model.log_weights(x, noise)
         nll = math.log(len(log_w)) - log_w.logsumexp(0).mean()
-        descend(self.model, nll, self.optimisers)
-        return {"loss": nll, "elbo": log_w.mean(), "nll": nll}
+        return {"loss": nll, "elbo": log_w.mean()}
 
-    def look(self, folder):
-        return measure_flow(self.model, self.test, 2000, (1, 64))
+    def chart_loss(self, context, targets, times):
+        loss, mse, _ = chart_loss(self.model, targets)
+        return {"loss": loss, "mse": mse}
 
+    def loss(self, *batch):
+        if self.compact:
+            values = charted_loss(self.model, *batch, self.reach, self.geco.beta)
+        elif self.args.model == "hnn":
+            values = hnn_loss(self.model, *batch)
+        else:
+            values = self.model.loss(*batch, self.geco.beta)
+        return dict(zip(("loss", "mse", "kl"), values))
 
-# ------------------------------------------------------------------ a run
+    def advance(self, step):
+        """A training step: its losses."""
+        torch.manual_seed((self.args.seed << 20) + step)  # of z: a resumed run draws the same
+        if self.compact and not (self.args.compile or self.device.type == "cuda"):
+            self.reach = self.batches.horizon(step)  # elsewhere it is fixed
+        values = self.steps[step < self.charted](*self.batches(step))
+        if self.compact and step + 1 == self.args.steps and not self.args.deterministic:
+            self.fit_prior()
+        return values | ({"beta": self.geco.beta} if self.args.geco else {})
 
+    def start(self, folder):
+        self.folder = folder
+        self.fit()
+        self.log(config=self.config, **provenance())
+        self.save()
 
-class Run:
-    """The folder of a run: its checkpoint, its log, and what goes on as if uninterrupted."""
+    def fit(self):
+        """What needs no learning, to frames of batches after the last step. Of flows nothing."""
+        if self.flow:
+            return
+        batches, after = self.batches, self.args.steps
+        frames = [batches(after)[1 if self.compact else 0].flatten(0, 1)]
+        more = range(1, 1 + SEEN // len(frames[0]))
+        frames += [batches(after + i)[0].flatten(0, 1) for i in more]
+        self.model.fit(torch.cat(frames)[:SEEN])
 
-    def __init__(self, args, learner, folder, checkpoint=None):
-        self.args, self.learner, self.folder = args, learner, folder
-        self.config = {k: v for k, v in vars(args).items() if k not in HERE}
-        self.done, self.start = 0, time.time()
-        if checkpoint:
-            self.restore(checkpoint)
+    def fit_prior(self):
+        """As below, to the states of many clips from batches after the last step."""
+        args, rounds = self.args, min(10000, 1 + self.args.steps // 2)
+        few = argparse.Namespace(**vars(args) | {"targets": 1, "window": args.context})
+        batches = Batches(few, self.test.data, self.device)
+        n = max(1, min(STATES, 64 * rounds) // args.batch_size)
+        with torch.no_grad():
+            states = [self.model.encode(batches(args.steps + i)[0]) for i in range(n)]
+        fit_prior(self.model.prior, *(torch.cat(x) for x in zip(*states)), rounds, args.seed)
 
-    @property
-    def seconds(self):
-        return time.time() - self.start
-
-    def restore(self, checkpoint):
+    def restore(self, folder, checkpoint):
         """Optimisers and beta of a checkpoint; what was logged after it is dropped."""
-        self.done, self.start = checkpoint["step"], self.start - checkpoint["seconds"]
-        geco = self.learner.geco
+        self.folder, self.done = folder, checkpoint["step"]
+        self.began -= checkpoint["seconds"]
         try:
-            pairs = zip(self.learner.optimisers, checkpoint["optimisers"], strict=True)
-            for optimiser, state in pairs:
-                optimiser.load_state_dict({**optimiser.state_dict(), "state": state["state"]})
-                for w, kept in optimiser.state.items():
-                    assert all(x.shape in ((), w.shape) for x in kept.values())
-            for mine, kept in zip((geco.beta, geco.mse), checkpoint["geco"]):
+            for mine, kept in zip(self.optimisers, checkpoint["optimisers"], strict=True):
+                mine.load_state_dict({**mine.state_dict(), "state": kept["state"]})
+                for w, state in mine.state.items():
+                    assert all(x.shape in ((), w.shape) for x in state.values())
+            for mine, kept in zip((self.geco.beta, self.geco.mse), checkpoint["geco"]):
                 mine.fill_(kept)
+            self.logged = int(checkpoint["logged"])
         except Exception as error:  # torch checks little, and raises many kinds
-            raise ValueError(f"{self.folder} is of another version: train again") from error
-        log = self.folder / "metrics.jsonl"
-        lines = log.read_text().splitlines(True) if log.exists() else []
-        whole = [line for line in lines if line.endswith("}\n")]  # the last is cut by a kill
-        write(log, "".join(x for x in whole if json.loads(x)["step"] <= self.done).encode())
+            raise ValueError(f"{folder} holds no run of this version: train again") from error
+        with open(folder / "metrics.jsonl", "a") as log:
+            log.truncate(min(self.logged, log.tell()))
 
     def save(self):
-        learner, file = self.learner, io.BytesIO()
         state = {
-            "kind": self.args.model, "model": learner.model.state_dict(),
-            "model_config": learner.model.config, "config": self.config, "step": self.done,
-            "optimisers": [optimiser.state_dict() for optimiser in learner.optimisers],
-            "geco": (learner.geco.beta.item(), learner.geco.mse.item()), "seconds": self.seconds,
-            **provenance(),
+            "kind": self.args.model, "model": self.model.state_dict(),
+            "model_config": self.model.config, "config": self.config, "step": self.done,
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "geco": (self.geco.beta.item(), self.geco.mse.item()), "logged": self.logged,
+            "seconds": time.time() - self.began, **provenance(),
         }  # fmt: skip
+        file = io.BytesIO()
         torch.save(state, file)
         write(self.folder / "checkpoint.pt", file.getvalue())
 
     def log(self, **values):
-        line = {"step": self.done, "seconds": round(self.seconds, 1), **values}
+        line = {"step": self.done, "seconds": round(time.time() - self.began, 1), **values}
         with open(self.folder / "metrics.jsonl", "a") as log:
             log.write(json.dumps(line) + "\n")
+            self.logged = log.tell()
 
     def evaluate(self):
-        self.learner.model.eval()
-        result = self.learner.look(self.folder)
-        self.learner.model.train()
+        if self.flow:
+            result = measure_flow(self.model, self.test, 2000, (1, 64))
+        else:
+            movies(self.model, self.test, self.folder)
+            result = measure(self.model, self.test)
         self.log(**{k: v for k, v in result.items() if isinstance(v, float)})
         return result
 
+    def loop(self):
+        """Train to the last step, or to a signal."""
+        args, split, stopped, bad = self.args, self.charted, [], 0
 
-def loop(run):
-    """Train to the last step, or to a signal."""
-    args, learner, stopped, bad = run.args, run.learner, [], 0
-    split = learner.charted
+        def heed(number, _):  # between two steps
+            signal.signal(number, signal.SIG_DFL)  # asked twice, it stops at once
+            stopped.append(number)
 
-    def heed(number, _):
-        signal.signal(number, signal.SIG_DFL)  # asked twice, it stops at once
-        stopped.append(number)
-
-    for kind in (signal.SIGINT, signal.SIGTERM):  # heeded between two steps, when all agree
-        signal.signal(kind, heed)
-    with tqdm(initial=run.done, total=args.steps, unit="step") as bar:
-        while run.done < args.steps:
-            begin, end = (
-                (0, split) if run.done < split else (split, args.steps)
-            )  # stage of training
-            set_rate(learner.optimisers, args.lr, run.done - begin, end - begin)
-            values = learner.advance(run.done)
-            run.done += 1
-            bar.update()
-            last = run.done == args.steps or stopped
-            if run.done % 20 == 0 or last:
-                values = dict(
-                    zip(values, torch.stack([v.detach() for v in values.values()]).tolist())
-                )
-                bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()})
-                run.log(**values)
-                bad = 0 if math.isfinite(values["loss"]) else bad + 1
+        signal.signal(signal.SIGINT, heed)
+        signal.signal(signal.SIGTERM, heed)
+        with tqdm(initial=self.done, total=args.steps, unit="step") as bar:
+            while self.done < args.steps:
+                begin, end = (0, split) if self.done < split else (split, args.steps)
+                set_rate(self.optimisers, args.lr, self.done - begin, end - begin)
+                values = self.advance(self.done)
+                self.done += 1
+                bar.update()
+                last = self.done == args.steps or stopped
+                if self.done % 20 == 0 or last:
+                    values = {k: v.item() for k, v in values.items()}
+                    bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()})
+                    self.log(**values)
+                    bad = 0 if math.isfinite(values["loss"]) else bad + 1
                 if bad == PATIENCE:
-                    cure = f"try --lr {args.lr / 4:g}"
-                    raise ValueError(f"the loss is not finite at step {run.done}: {cure}")
-            if not bad and (run.done % args.save_every == 0 or last):
-                run.save()
-            if stopped:
-                bar.close()
-                print(f"stopped: python train.py --resume {run.folder} goes on")
-                raise SystemExit(128 + stopped[0])
-            if run.done % LOOK_EVERY == 0 and not last:
-                run.evaluate()
+                    raise ValueError(f"the loss is not finite at step {self.done}: lower --lr")
+                if not bad and (self.done % args.save_every == 0 or last):
+                    self.save()
+                if stopped:
+                    break
+                if self.done % LOOK_EVERY == 0 and not last:
+                    self.evaluate()
+        if stopped:
+            print(f"stopped: python train.py --resume {self.folder} goes on")
+            raise SystemExit(128 + stopped[0])
 
 
 def bench(args, device):
-    """Time steps, rollout and data beside a large matmul: a table, and runs/bench-<device>.json."""
-    cuda, rows, test = device.type == "cuda", [], test_set(vars(args), 2, device)
-    wait = torch.cuda.synchronize if cuda else lambda: None
+    """Time a matmul, data, a rollout and training steps: a table, and runs/bench-<device>.json."""
+    cuda, rows, threads = device.type == "cuda", [], torch.get_num_threads()
+    path, test = Path(f"runs/bench-{device.type}.json"), test_set(vars(args), 2, device)
+    path.parent.mkdir(exist_ok=True)
+    machine = torch.cuda.get_device_name(device) if cuda else f"{threads} threads"
+    report = {**provenance(), "config": vars(args), "machine": machine, "table": rows}
 
-    def row(what, clips, call, flops=0):
-        spent = []
-        _ = cuda and torch.cuda.reset_peak_memory_stats()
-        while len(spent) < 12 or sum(spent[5:]) < 2:  # the first five warm up and capture
-            start = time.perf_counter()
-            call()
-            wait()
-            spent.append(time.perf_counter() - start)
-            gc.freeze()  # a million of the compiler's objects slow Python down
-        s = statistics.median(spent[5:])
-        cell = {"what": what, "first_s": spent[0], "ms": 1e3 * s, "clips_s": clips / s}
-        cell["flop_s"] = flops / s
-        rows.append(cell)
-        cell["share_of_peak"] = cell["flop_s"] / rows[0]["flop_s"]
-        cell["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0
-        print(f"{what:<40}", *(f"{k} {v:<9.4g}" for k, v in cell.items() if k != "what"))
+    def row(what, n, call):
+        timer = Timer("call()", globals={"call": call}, num_threads=threads)
+        first = timer.timeit(1).median  # compiles
+        _ = timer.timeit(3), cuda and torch.cuda.reset_peak_memory_stats()  # warms up, captures
+        s = timer.blocked_autorange(min_run_time=2).median
+        memory = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
+        rows.append(dict(what=what, first_s=first, ms=1e3 * s, per_s=n / s, memory_mb=memory))
+        print(f"{what:<42}{1e3 * s:10.4g} ms{n / s:10.4g} a second, the first {first:.3g} s")
         write(path, json.dumps(report, indent=1).encode())
 
-    where = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
-    report = {**provenance(), "config": vars(args), "machine": where, "table": rows}
-    path, many = Path(f"runs/bench-{device.type}.json"), 8192 if cuda else 1024
-    path.parent.mkdir(exist_ok=True)
-    a = torch.randn(4096, 4096, device=device)
-    row("matmul, 4096", 1, lambda: a @ a, 2 * 4096**3)
+    a, many, size = torch.randn(4096, 4096, device=device), 8192 if cuda else 1024, args.batch_size
+    row("matmul of 4096, TFLOP", 2 * 4096**3 / 1e12, lambda: a @ a)
     for name, system in list(SYSTEMS.items())[:4]:  # the paper's
-        draw = lambda: physics.clips(system, many, size=args.size, device=device)
-        row(f"data, {many} clips of {name}", many, draw)
-    model, z = build(args, test).to(device), torch.randn(2, args.batch_size, args.latent).to(device)
+        draw = lambda: clips(system, many, size=args.size, device=device)
+        row(f"data, clips of {name}", many, draw)
+    model, z = build(args, test).to(device), torch.randn(2, size, args.latent).to(device)
     rollout = torch.no_grad()(lambda: model.decode(model.rollout(*z, 29)[0]))
-    row(f"rollout, {args.batch_size} x 30 frames", args.batch_size, rollout)
-    for arch, size in (("compact", args.batch_size), ("paper", args.batch_size), ("compact", 512)):
-        changes = {"arch": arch, "batch_size": size, "steps": 10**6}
-        changes["latent"] = args.latent if arch == "compact" else None
+    row(f"rollout, batch {size}, 30 frames", size, rollout)
+    for arch, n in (("compact", size), ("paper", size), ("compact", 512)):
+        latent = args.latent if arch == "compact" else None
+        changes = {"arch": arch, "batch_size": n, "latent": latent, "steps": 10**6}
         for compile in (False, True)[: 1 + args.compile]:
             options = argparse.Namespace(**vars(args) | changes | {"compile": compile})
-            learner = Pixels(options, build(options, test).to(device), test, device)
-            learner.start()
-            batch, eager = learner.batches(0), learner.stepper(learner.loss)
-            with FlopCounterMode(display=False) as counter:
-                eager(*batch)
-            ways = {"eager": eager} if not compile else {}
-            ways["compiled " * compile + "graph" * cuda or "eager"] = learner.steps[1]
-            for way, step in ways.items():
-                call, flops = lambda: step(*batch), counter.get_total_flops()
-                row(f"{arch} step, batch {size}, {way}", size, call, flops)
+            run = Run(options, build(options, test).to(device), test, device)
+            run.fit()
+            batch, step = run.batches(0), run.steps[0]
+            for way, call in {"eager": step.step, "graph": step}.items() if cuda else [("", step)]:
+                what = f"{arch} step, batch {n} {way}{' compiled' * compile}"
+                row(what, n, lambda: call(*batch))
     print("wrote", path)
 
 
 def train(args):
     """Train what the options ask for, measure it, and say where it is."""
-    checkpoint = model = None
-    if args.resume is not None:
-        args, model, checkpoint, folder = resumed(args)
-    else:
+    checkpoint = None
+    if args.resume is None:
         settle(args)
-    flow = args.model in FLOWS
-    device = pick_device("cpu" if flow else args.device)
+    else:
+        args, model, checkpoint, folder = resumed(args)
+    device = pick_device("cpu" if args.model in FLOWS else args.device)
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # CUDA's default one captures no graphs
     if args.bench:
         return bench(args, device)
     test = test_set(vars(args), 100, device)
     torch.manual_seed(args.seed)
-    model = (model or build(args, test)).to(device).train()
-    learner = (Densities if flow else Pixels)(args, model, test, device)
-    if not checkpoint:
-        folder = new_folder(args)
-        learner.start()
-    run = Run(args, learner, folder, checkpoint)
-    source = args.system or args.density or (args.data if flow else test.data.summary)
-    if not checkpoint:
-        run.log(config=run.config, **provenance())
-        run.save()
-    print(f"{folder}: step {run.done} of {args.steps}, {source}")
-    try:
-        loop(run)
-        result = run.evaluate()
-    except (OSError, torch.OutOfMemoryError) as error:  # disk or memory is full
-        why = str(error).splitlines()[0]
-        raise ValueError(f"{why}; the last checkpoint is whole: --resume {folder}") from error
+    model = (model if checkpoint else build(args, test)).to(device).train()
+    run = Run(args, model, test, device)
+    if checkpoint:
+        run.restore(folder, checkpoint)
+    else:
+        run.start(new_folder(args))
+    source = args.system or args.density or (args.data if run.flow else test.data.summary)
+    print(f"{run.folder}: step {run.done} of {args.steps}, {source}")
+    run.loop()
+    result = run.evaluate()
     table(run.config, result)
-    sample = "" if flow else " --sample 4"
-    print(f"\n{run.seconds:.0f} s. Then: python eval.py --checkpoint {folder}{sample}")
+    seconds, sample = time.time() - run.began, "" if run.flow else " --sample 4"
+    print(f"\n{seconds:.0f} s. Then: python eval.py --checkpoint {run.folder}{sample}")
     first = next((v for k, v in result.items() if k.startswith("mse_0_")), 0.0)
     if not first <= 0.5 * result.get("blank_mse", 0.0):
         print("The error is above half of a blank prediction's: little was learnt. Try more "
