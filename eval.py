@@ -592,7 +592,8 @@ def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
     for i, H in enumerate(getattr(model, "H", ())):
         show = lambda x, what, marks=None: heat(x, f"H{i + 1}: {what}", *inner, marks)
         V, K = (f(grid(*inner, torch.zeros(model.dim))).view(bins, bins) for f in (H.V, H.K))
-        V = V.clamp(max=H.V(model.standard(test)[0]).quantile(0.999))  # no walls far from data
+        wall = H.V(model.standard(test)[0]).quantile(0.999)  # what data reach: half the colours
+        V = V.clamp(max=2 * wall - V.min())
         times = range(i * model.steps, (i + 1) * model.steps + 1)
         lines = F.interpolate(path[:24, : times[-1] + 1].mT, 1000, mode="linear")
         row = show(V, "V(q), data's contour", edge), show(K, "K(p)")
