@@ -345,43 +345,46 @@ def measure_physics(model, clips, window, frames=300):
 
 @torch.no_grad()
 def measure_flow(model, points, n=10_000, samples=(1, 16, 256)):
-    """ELBO and log_prob, means over test points in nats; the gap of the NLL to the entropy; the
-    modes; microseconds. Raises: ValueError where the points are of another dimension."""
+    """ELBO and log_prob, means over test points in nats; the gap of the NLL to the entropy and the
+    standard error of both; the modes; microseconds. Raises: ValueError for another dimension."""
     if model.dim != points.dim:
         raise ValueError(f"a flow of {model.dim} dimensions, data of {points.dim}: train on them")
-    x, generator = points.test(n), torch.Generator().manual_seed(TEST_SEED)
-    elbo = [model.elbo(part, generator=generator) for part in x.split(2000)]
-    result = {"points": len(x), "elbo": torch.cat(elbo).mean().item()}
+    x, generator = points.held_out[:n], torch.Generator().manual_seed(TEST_SEED)
+    result = {"points": len(x), "elbo": model.elbo(x, generator).mean().item()}
     for k in samples:
         start = time.time()
-        values = [model.log_prob(part, k, generator) for part in x.split(max(1, 8192 // k))]
-        result[f"log_prob_{k}"] = torch.cat(values).mean().item()
+        log_p = model.log_prob(x, k, generator)
         result[f"us_per_log_prob_{k}"] = 1e6 * (time.time() - start) / len(x)
+        result[f"log_prob_{k}"] = log_p.mean().item()
     start = time.time()
     drawn = model.sample(n, generator)
     result["us_per_sample"] = 1e6 * (time.time() - start) / n
     result["parameters"] = sum(w.numel() for w in model.parameters())
+    result["standard_error"] = log_p.std(correction=0).item() / len(x) ** 0.5
     if density := points.density:
-        gap = -result[f"log_prob_{samples[-1]}"] - density.entropy
-        result |= {"entropy": density.entropy, "gap": gap}
+        result |= {"entropy": density.entropy, "gap": -log_p.mean().item() - density.entropy}
         if parts := density.parts:
-            share = torch.bincount(density.part_of(drawn), minlength=parts) / n
+            centres = density.centres
+            nearest = torch.cdist(drawn.to(centres), centres).argmin(1) * parts // len(centres)
+            share = torch.bincount(nearest, minlength=parts) / n
             result["mode_weights"] = share.tolist()
             result["modes_found"] = int((share * parts >= 0.5).sum())
-            if len(density.centres) == parts and hasattr(model, "H"):
-                gaps = [torch.cdist(density.centres, minima(model, H)) for H in model.H]
-                off = [gap.amin(1).max().item() if gap.numel() else None for gap in gaps]
-                result["mode_to_well"] = off
+            if len(getattr(model, "H", ())) == 1:
+                result |= wells(model, centres)
     return result
 
 
-def minima(model, H, n=161, reach=2.5):
-    """Local minima of the potential V(q) of a plane flow, in the user's units: (k, 2)."""
+def wells(model, centres, n=161, reach=2.5):
+    """How well the one V(q) of a plane flow shows the modes, whose centres are (m, 2): the largest
+    distance from a centre to the nearest minimum of V, in the user's units; the share of the
+    picture where V is below its mean over the centres."""
     side = torch.linspace(-reach, reach, n)
     grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)
-    V = H.V(grid)
+    V, on = model.H[0].V(grid), model.H[0].V(model.standard(centres)[0])
     lowest = (V == -F.max_pool2d(-V[None], 3, 1, 1)[0])[1:-1, 1:-1]
-    return grid[1:-1, 1:-1][lowest] * model.scale + model.shift
+    far = torch.cdist(centres, model.user(grid[1:-1, 1:-1][lowest]))
+    off = far.amin(1).max().item() if far.numel() else None
+    return {"mode_to_well": off, "V_below_modes": (V < on.mean()).double().mean().item()}
 
 
 LABELS = {
@@ -535,11 +538,18 @@ def gather(out, *folders):
     write(Path(f"{out}.json"), json.dumps(report, indent=1).encode())
 
 
-def heat(values, title):
-    """A picture of a field (rows from low y to high y)."""
-    values = values.flip(0).numpy()
-    low, high = values.min(), np.quantile(values, 0.999)  # one outlier shall not darken the rest
-    return panel(title, colours((values - low) / (high - low + 1e-12)).repeat(3, 0).repeat(3, 1))
+def heat(values, title, low, high, marks=None, size=288):
+    """A picture of a field (rows from low y to high y) over the box from low to high, (2,) each,
+    with points `marks` (n, 2) in white and a colour bar."""
+    bottom, top = values.min().item(), values.quantile(0.999).item()  # an outlier darkens no rest
+    level = F.interpolate(values[None, None], (size, size), mode="bilinear")[0, 0]
+    picture = colours(((level - bottom) / (top - bottom + 1e-12)).clamp(max=1).numpy())
+    if marks is not None:
+        picture[scatter(marks, low, high, size).numpy() > 0] = 255
+    bar = colours(np.linspace(0, 1, size)[:, None].repeat(12, 1))
+    x, y = (f"{a:.2g} to {b:.2g}" for a, b in zip(low, high))
+    scales = f"x {x}, y {y}, colour {bottom:.2g} to {top:.2g}"
+    return panel(title, panel(scales, np.concatenate((picture, bar), 1)[::-1]))
 
 
 def scatter(x, low, high, bins=96):
@@ -552,40 +562,46 @@ def scatter(x, low, high, bins=96):
 
 @torch.no_grad()
 def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
-    """density.png: target, learnt density, samples, V(q) and K(p) of each Hamiltonian; flow.gif:
-    base to data. Of more dimensions the first two, the others at their mean; of one nothing.
-    Returns the names of the files."""
+    """density.png: target, learnt density, samples; of each Hamiltonian V(q) with the data's
+    contour, K(p), and V with paths from base to data. flow.gif: points on V. Of more dimensions the
+    first two, the others at their mean; of one nothing. Returns the names of the files."""
     if model.dim < 2:
         return []
-    test, generator = points.test(n), torch.Generator().manual_seed(seed)
-    middle, reach = test[:, :2].mean(0), torch.full((2,), 3.0)
+    test, generator = points.held_out, torch.Generator().manual_seed(seed)
+    middle, three = test[:, :2].mean(0), torch.full((2,), 3.0)
     half = 1.25 * (test[:, :2] - middle).abs().amax(0)
-    low, high = middle - half, middle + half
-    side = (torch.arange(bins) + 0.5) / bins
-    square = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).flatten(0, 1)
+    user, inner = (middle - half, middle + half), (-three, three)
 
-    def field(f, low, high, others):
-        plane = torch.lerp(low, high, square.to(low))
-        plane = torch.cat((plane, others[2:].expand(len(plane), -1).to(low)), 1)
-        return torch.cat([f(part) for part in plane.split(2000)]).view(bins, bins)
+    def grid(low, high, others, bins=bins):
+        side = (torch.arange(bins) + 0.5) / bins
+        plane = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).flatten(0, 1)
+        plane = torch.lerp(low, high, plane.to(low))
+        return torch.cat((plane, others[2:].expand(len(plane), -1).to(low)), 1)
 
-    density = lambda x: (0.5 * model.log_prob(x, 32, generator)).exp()
-    learnt = field(density, low, high, points.shift)
-    drawn = scatter(model.sample(n, generator), low, high)
-    rows = [{"target": scatter(test, low, high), "learnt density": learnt, "samples": drawn}]
-    wrote = []
+    learnt = model.log_prob(grid(*user, points.shift), 32, generator).div(2).exp()
+    shown = {"target": scatter(test, *user), "learnt density": learnt.view(bins, bins)}
+    shown["samples"] = scatter(model.sample(n, generator), *user)
+    note = f", x1, x2 of {model.dim}" * (model.dim > 2)
+    rows, movie = [[heat(x, title + note, *user) for title, x in shown.items()]], []
     if hasattr(model, "H"):
-        qs = model.flow(*model.base.sample(2, n, model.dim, generator=generator))[0].unbind(1)
-        for i, H in enumerate(model.H, 1):
-            V, K = (field(f, -reach, reach, torch.zeros(model.dim)) for f in (H.V, H.K))
-            q = scatter(qs[i * model.steps], -reach, reach)
-            rows.append({f"V(q) of H {i}": V, f"K(p) of H {i}": K, f"q after H {i}": q})
-        qs = [q * model.scale + model.shift for q in qs]
-        states = [torch.lerp(a, b, f / 4) for a, b in zip(qs, qs[1:]) for f in range(4)]
-        movie = [heat(scatter(x, low, high), "base to data") for x in states + qs[-1:] * 8]
-        wrote = [save_picture(folder / "flow.gif", *movie, delays=100)]
-    rows = [np.concatenate([heat(x, title) for title, x in row.items()], 1) for row in rows]
-    return [save_picture(folder / "density.png", np.concatenate(rows)), *wrote]
+        dense = scatter(model.standard(test)[0], *inner)[None, None]
+        dense = F.interpolate(F.avg_pool2d(dense, 5, 1, 2), (288, 288), mode="bilinear").flatten()
+        edge = ((dense / dense.max() - 0.3).abs() < 0.03).nonzero()[:, 0]
+        edge = grid(*inner, three, 288)[edge]
+        path = model.flow(*model.noise(2, n, model.dim, generator=generator))[0][..., :2]
+    for i, H in enumerate(getattr(model, "H", ())):
+        show = lambda x, what, marks=None: heat(x, f"H{i + 1}: {what}", *inner, marks)
+        V, K = (f(grid(*inner, torch.zeros(model.dim))).view(bins, bins) for f in (H.V, H.K))
+        wall = H.V(model.standard(test)[0]).quantile(0.999)  # what data reach: half the colours
+        V = V.clamp(max=2 * wall - V.min())
+        times = range(i * model.steps, (i + 1) * model.steps + 1)
+        lines = F.interpolate(path[:24, : times[-1] + 1].mT, 1000, mode="linear")
+        row = show(V, "V(q), data's contour", edge), show(K, "K(p)")
+        rows.append([*row, show(V, "paths, base to data", lines.mT.flatten(0, 1))])
+        movie += [show(V, "q on V", path[:2000, t]) for t in times]
+    wrote = [save_picture(folder / "flow.gif", *movie, delays=150)] if movie else []
+    picture = np.concatenate([np.concatenate(row, 1) for row in rows])
+    return [save_picture(folder / "density.png", picture), *wrote]
 
 
 # ------------------------------------------------------------------ command line

@@ -1,8 +1,8 @@
 """Neural Hamiltonian Flow: a normalising flow made of Hamiltonian dynamics. Needs torch and hgn.py.
 
-Toth et al., "Hamiltonian Generative Networks", ICLR 2020, section 4. Draw a state (q, p) from a
-simple base density, roll it through a few learnt Hamiltonians with leapfrog, keep q. Leapfrog
-preserves volume, so no log-determinant appears anywhere:
+Toth et al., "Hamiltonian Generative Networks", ICLR 2020, section 4. A state (q, p) is drawn from
+N(0, I) and rolled by leapfrog through a learnt Hamiltonian; q is the datum. Leapfrog preserves
+volume, so no log-determinant appears anywhere:
 
     model = NHF(dim=2)
     loss = -model.elbo(x).mean()                    # x (B, 2)
@@ -10,68 +10,52 @@ preserves volume, so no log-determinant appears anywhere:
     model.sample(1000)                              # (1000, 2)
 """
 
-from dataclasses import dataclass
-from math import expm1, inf, log, pi
-from typing import Callable, Optional
+from math import log, pi
+from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import nn
 
-from hgn import Couplings, Energy, Hamiltonian, check, he_, leapfrog, mlp
+from hgn import Couplings, Energy, Hamiltonian, check
 
 TEST_SEED = 2**40  # of all test data; training draws from seeds below it only (train.py)
-_polar = lambda r, a: torch.stack((r * a.cos(), r * a.sin()), -1)
+_xy = lambda x, y: torch.stack((x, y), -1)
+_polar = lambda r, a: _xy(r * a.cos(), r * a.sin())
 
 
-@dataclass(frozen=True)
-class Density:
-    """A density in the plane. sample(n, generator) -> (n, 2). entropy: nats, the lowest NLL there
-    is. log_prob(x): (B, 2) -> (B,), where known. parts: how many equal modes, points or curves, it
-    has; centres: (parts * nodes, 2), where they lie."""
+class Density(NamedTuple):
+    """A density in the plane. sample(n, generator) -> (n, 2). entropy: nats. Of noise round equal
+    modes, points or curves: its width, their number, the centres (parts * nodes, 2) they are."""
 
     sample: Callable
     entropy: float
-    log_prob: Optional[Callable] = None
+    sigma: Optional[float] = None
     parts: Optional[int] = None
     centres: Optional[torch.Tensor] = None
 
-    def part_of(self, x):
-        """Which mode is nearest to each x (B, 2): (B,)."""
-        return torch.cdist(x, self.centres.to(x)).argmin(1) * self.parts // len(self.centres)
-
 
 def _around(curves, entropy, sigma, parts=1, nodes=400):
-    """Gaussian noise of width sigma round curves: curves(k, t), with part k and t in [0, 1], are
-    points (n, 2). The density is an integral over t by the midpoint rule, exact to 1e-6."""
+    """Noise of width sigma round curves(k, t), points (n, 2) of part k and t in [0, 1]."""
     t = ((torch.arange(nodes) + 0.5) / nodes).repeat(parts)
-    centres = curves(torch.arange(parts).repeat_interleave(nodes), t)
+    centres = curves(torch.arange(parts).repeat_interleave(nodes), t).double()
 
     def sample(n, generator=None):
         k, t = torch.randint(parts, (n,), generator=generator), torch.rand(n, generator=generator)
         return curves(k, t) + sigma * torch.randn(n, 2, generator=generator)
 
-    def log_prob(x):
-        square = torch.cdist(x, centres.to(x), compute_mode="donot_use_mm_for_euclid_dist").square()
-        return (-0.5 * square / sigma**2).logsumexp(1) - log(len(centres) * 2 * pi * sigma**2)
-
-    return Density(sample, entropy, log_prob, parts, centres.double())
-
-
-def _moons(k, t):
-    a, sign = pi * t, 1.0 - 2 * k  # the second is the first, turned and shifted
-    return torch.stack((2 * sign * a.cos() + 2 * k - 1, 2 * sign * a.sin() + k - 0.2), -1)
+    return Density(sample, entropy, sigma, parts, centres)
 
 
 def _pinwheel(n, generator=None):
     x, y = torch.randn(n, 2, generator=generator).unbind(1)
     x, y = 0.3 * x + 1, 0.1 * y
     a = pi / 2 * torch.randint(5, (n,), generator=generator) + 0.25 * x.exp()  # two arms coincide
-    return 2 * torch.stack((a.cos() * x - a.sin() * y, a.sin() * x + a.cos() * y), -1)
+    return 2 * _xy(a.cos() * x - a.sin() * y, a.sin() * x + a.cos() * y)
 
 
 def _spirals(n, generator=None):
     a = 3 * pi * torch.rand(n, generator=generator).sqrt()
-    arm = torch.stack((-a * a.cos(), a * a.sin()), -1) + 0.5 * torch.rand(n, 2, generator=generator)
+    arm = _polar(a, pi - a) + 0.5 * torch.rand(n, 2, generator=generator)
     sign = 2.0 * torch.randint(2, (n, 1), generator=generator) - 1
     return sign * arm / 3 + 0.1 * torch.randn(n, 2, generator=generator)
 
@@ -79,50 +63,48 @@ def _spirals(n, generator=None):
 def _checkerboard(n, generator=None):
     x, y = 4 * torch.rand(n, generator=generator) - 2, torch.rand(n, generator=generator)
     y = y - 2 * torch.randint(2, (n,), generator=generator) + x.floor() % 2
-    return 2 * torch.stack((x, y), -1)
-
-
-def _checkerboard_log_prob(x):
-    inside = (x >= -4).all(1) & (x < 4).all(1) & ((x / 2).floor().sum(1) % 2 == 0)
-    return torch.where(inside, -log(32), -inf)
+    return 2 * _xy(x, y)
 
 
 # FFJORD's toys (Grathwohl et al. 2019) where they exist. Entropies: means of -log p, +- 0.002.
 DENSITIES = {
     "eight_gaussians": _around(lambda k, t: _polar(4 / 1.414, k * pi / 4), 2.833, 1 / 2.828, 8, 1),
-    "nine_gaussians": _around(
-        lambda k, t: 2.0 * torch.stack((k % 3 - 1, k // 3 - 1), -1), 2.627, 0.3, 9, 1
+    "nine_gaussians": _around(lambda k, t: 2.0 * _xy(k % 3 - 1, k // 3 - 1), 2.627, 0.3, 9, 1),
+    "two_moons": _around(
+        lambda k, t: _polar(2, pi * (k + t)) + _xy(2 * k - 1, k - 0.2), 2.396, 0.2, 2
     ),
-    "two_moons": _around(_moons, 2.396, 0.2, 2),
     "crescents": _around(lambda k, t: _polar(2.0, pi * (k + (2 * t - 1) / 3)), 2.020, 0.2, 2),
     "circles": _around(lambda k, t: _polar(3.0 / (1 + k), 2 * pi * t), 3.268, 0.24, 2),
     "rings": _around(lambda k, t: _polar(0.75 * (1.0 + k), 2 * pi * t), 2.622, 0.08, 4),
     "pinwheel": Density(_pinwheel, 2.045),
     "two_spirals": Density(_spirals, 2.648),
-    "checkerboard": Density(_checkerboard, log(32), _checkerboard_log_prob),
+    "checkerboard": Density(_checkerboard, log(32)),
 }
 
 
 class Points:
-    """What a flow learns from: a density of `DENSITIES`, or points (N, D), a tenth of them, chosen
-    by the seed, held out. shift, scale: mean and standard deviation, (dim,). Raises: ValueError."""
+    """What a flow learns from: a density of `DENSITIES`, or points (N, D). held_out: some never
+    trained on, of points a tenth chosen by the seed. shift: the mean, (dim,); scale: the Cholesky
+    factor of the covariance, (dim, dim). Raises: ValueError."""
 
     def __init__(self, source, seed=0):
-        self.density = None
+        self.density, fixed = None, lambda seed: torch.Generator().manual_seed(seed)
         if isinstance(source, str):
             check({"density": source}, {"density": DENSITIES})
             self.density = DENSITIES[source]
-            self.rows = self.density.sample(20_000, torch.Generator().manual_seed(TEST_SEED - 1))
+            self.held_out = self.density.sample(10_000, fixed(TEST_SEED))
+            rows = self.density.sample(20_000, fixed(TEST_SEED - 1)).double()
         else:
             rows = torch.as_tensor(source, dtype=torch.float64)  # 1e7 + N(0, 1) needs as much
             if rows.dim() != 2 or len(rows) < 2 or not rows.isfinite().all():
                 raise ValueError(f"points must be (N, D), two or more, not {[*rows.shape]}, finite")
-            rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
-            self.held_out, self.rows = rows.tensor_split([max(1, len(rows) // 10)])
-        self.dim, self.shift = self.rows.shape[1], self.rows.mean(0)
-        self.scale = self.rows.std(0, correction=0)
-        if (constant := self.scale <= 1e-12 * self.rows.abs().amax(0)).any():
-            raise ValueError(f"column {int(constant.int().argmax())} is constant: remove it")
+            rows = rows[torch.randperm(len(rows), generator=fixed(seed))]
+            self.held_out, rows = rows.tensor_split([max(1, len(rows) // 10)])
+        self.rows, self.dim, self.shift = rows, rows.shape[1], rows.mean(0)
+        least = 1e-6 * rows.std(0, correction=0) + 1e-12 * rows.abs().amax(0)
+        self.scale, failed = torch.linalg.cholesky_ex(rows.mT.cov(correction=0).view(self.dim, -1))
+        if failed or (self.scale.diagonal() <= least).any():
+            raise ValueError("a column is constant or follows from others, or rows are too few")
 
     def draw(self, n, generator):
         """n training points (n, dim)."""
@@ -130,39 +112,10 @@ class Points:
             return self.density.sample(n, generator)
         return self.rows[torch.randint(len(self.rows), (n,), generator=generator)]
 
-    def test(self, n):
-        """n fixed test points, never trained on; fewer if fewer were held out."""
-        fixed = torch.Generator().manual_seed(TEST_SEED)
-        return self.density.sample(n, fixed) if self.density else self.held_out[:n]
 
-
-class Gaussian:
-    """N(0, I)."""
-
-    sample = staticmethod(torch.randn)
-
-    def log_prob(self, x):
-        return -0.5 * (x.square() + log(2 * pi)).sum(-1)
-
-
-class SoftUniform:
-    """Uniform on [-a, a] with soft edges in every coordinate, a product of two sigmoids: the law
-    of a uniform plus a logistic variable of scale 1 / beta."""
-
-    a, beta = 1.7, 10.0
-
-    def log_prob(self, x):
-        rise = nn.functional.logsigmoid
-        edges = rise(self.beta * (x + self.a)) + rise(self.beta * (self.a - x))
-        total = log(2 * self.a) - log(-expm1(-2 * self.a * self.beta))
-        return (edges - total).sum(-1)
-
-    def sample(self, *shape, **options):
-        u, v = torch.rand(2, *shape, **options)
-        return self.a * (2 * u - 1) + torch.logit(v, eps=1e-6) / self.beta
-
-
-BASES = {"gaussian": Gaussian, "soft_uniform": SoftUniform}
+def log_normal(x):
+    """log N(x; 0, I), (..., dim) -> (...): the base density of q and of p."""
+    return -0.5 * (x.square() + log(2 * pi)).sum(-1)
 
 
 class Quadratic(nn.Module):
@@ -170,7 +123,7 @@ class Quadratic(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.L = nn.Parameter(torch.eye(dim))
+        self.L = nn.Parameter(0.3 * torch.eye(dim))  # heavy: wells turn narrow p to narrow modes
 
     def forward(self, p):  # (..., dim) -> (...)
         return 0.5 * (p @ self.L).square().sum(-1)
@@ -182,8 +135,6 @@ class Quadratic(nn.Module):
 class Separable(Hamiltonian):
     """H(q, p) = K(p) + V(q). kinetic: "quadratic" or "mlp"."""
 
-    rounds = 0
-
     def __init__(self, dim, width, kinetic="quadratic"):
         super().__init__()
         self.K = Quadratic(dim) if kinetic == "quadratic" else Energy(dim, width)
@@ -192,41 +143,46 @@ class Separable(Hamiltonian):
     def forward(self, q, p):
         return self.K(p) + self.V(q)
 
-    def at(self, q):
-        return (self.V.grad(q),)
-
-    def kick(self, here, p):
-        return here[0]
-
-    def drift(self, here, p):
-        return self.K.grad(p)
+    def leap(self, q, p, dt):
+        """One leapfrog step as drift, kick, drift: it takes a single gradient of V."""
+        q = q + dt / 2 * self.K.grad(p)
+        p = p - dt * self.V.grad(q)
+        return q + dt / 2 * self.K.grad(p), p
 
 
 class Flow(nn.Module):
-    """What NHF and RealNVP share: the user's units. Inside, data are standardised to (x - shift) /
-    scale, in float64 whatever the model is, for data far from zero."""
+    """What NHF and RealNVP share: the user's units. Inside, x is scale^-1 (x - shift), computed in
+    float64 whatever the model is, for data far from zero. scale: a number, (dim,), or a lower
+    triangular matrix. Raises: ValueError."""
 
-    def __init__(self, dim, shift, scale):
+    def __init__(self, dim, shift=0.0, scale=1.0):
         super().__init__()
-        if not (torch.as_tensor(scale, device="cpu") > 0).all():
-            raise ValueError(f"scale must be above 0, not {scale}")
-        zero = torch.zeros(dim, dtype=torch.float64)
-        self.register_buffer("shift", zero + torch.as_tensor(shift))
-        self.register_buffer("scale", zero + torch.as_tensor(scale))
+        double = {"dtype": torch.float64, "device": "cpu"}
+        scale = torch.as_tensor(scale, **double)
+        scale = scale if scale.dim() == 2 else torch.diag(scale.expand(dim))
+        if not (scale.diagonal() > 0).all():
+            raise ValueError(f"scale must be above 0, not {scale.diagonal().tolist()}")
+        self.register_buffer("shift", torch.as_tensor(shift, **double).expand(dim).clone())
+        self.register_buffer("scale", scale.clone())
+        self.dim = dim
 
     def standard(self, x):
-        """Data -> standardised data, and the log of the volume that one unit of it has."""
-        x = (x - self.shift) / self.scale
-        return x.to(next(self.parameters()).dtype), self.scale.log().sum()
+        """Data (..., dim) -> standardised data, and the log of the volume that a unit of it has."""
+        x = (x - self.shift) @ self.scale.inverse().mT
+        return x.to(next(self.parameters()).dtype), self.scale.diagonal().log().sum()
 
-    def noise(self, draw, *shape, generator=None):
-        """draw(*shape) in the model's precision and place, made where the generator is."""
+    def user(self, q):
+        """Standardised data (..., dim) -> data, in float64."""
+        return q.double() @ self.scale.mT + self.shift
+
+    def noise(self, *shape, generator=None):
+        """N(0, I) in the model's precision and place, drawn where the generator is."""
         like = next(self.parameters())
         where = getattr(generator, "device", like.device)
-        return draw(*shape, generator=generator, device=where, dtype=like.dtype).to(like.device)
+        return torch.randn(shape, generator=generator, device=where, dtype=like.dtype).to(like)
 
     def elbo(self, x, generator=None):
-        """The evidence lower bound of log p(x), one draw of p a point: (B,) nats."""
+        """The evidence lower bound of log p(x), one draw of p a point: x (..., dim) -> (...)."""
         return self.log_prob(x, 1, generator)
 
 
@@ -234,85 +190,81 @@ class NHF(Flow):
     """Neural Hamiltonian Flow (Toth et al. 2020, section 4).
 
     dim: of the data. hamiltonians: how many, each H = K(p) + V(q), rolled `steps` leapfrog steps of
-    learnt length. width: of the MLPs. kinetic: "mlp" (the paper) or "quadratic" (Souveton et al.
-    2023, arXiv 2302.01955). base: of q and of p, one of BASES. shift, scale: of the data, which are
-    standardised by them. Raises: ValueError, with the cure, for a value outside these."""
+    learnt length. width: of the MLPs. kinetic: "quadratic" (Souveton et al. 2023, arXiv 2302.01955)
+    or "mlp" (the paper). units: shift and scale of the data. Raises: ValueError."""
 
-    def __init__(
-        self, dim=2, hamiltonians=8, steps=1, width=64, kinetic="mlp", base="gaussian",
-        shift=0.0, scale=1.0,
-    ):  # fmt: skip
+    def __init__(self, dim=2, hamiltonians=1, steps=6, width=96, kinetic="quadratic", **units):
         known = dict.fromkeys(("dim", "hamiltonians", "steps", "width"), range(1, 4097))
-        known |= {"kinetic": ("mlp", "quadratic"), "base": BASES}
+        known["kinetic"] = "quadratic", "mlp"
         self.config = {k: v for k, v in locals().items() if k in known}
         check(self.config, known)
-        super().__init__(dim, shift, scale)
-        self.dim, self.steps, self.base = dim, steps, BASES[base]()
-        self.H = nn.ModuleList(Separable(dim, width, kinetic=kinetic) for _ in range(hamiltonians))
-        self.log_dt = nn.Parameter(torch.full((hamiltonians,), log(0.5)))
-        self.encoder = mlp(dim, width, width, 2 * dim)  # f(p | q) = N(mean, exp(log_std)^2)
-        he_(self.encoder)
-        self.encoder[-1].weight.data.mul_(0.1)
+        super().__init__(dim, **units)
+        self.steps = steps
+        self.H = nn.ModuleList(Separable(dim, width, kinetic) for _ in range(hamiltonians))
+        self.log_dt = nn.Parameter(torch.full((hamiltonians,), log(1.6 / hamiltonians / steps)))
+        self.encoder = Couplings(2 * dim, 6, max(width // 3, 2 * dim))
+        self.encoder.masks[:, :dim] = 1  # of (q, p) only p changes: noise -> p ~ f(p|q)
 
     def flow(self, q, p, reverse=False):
-        """Roll base states (q, p), each (B, dim), to data, or with `reverse` data to base. Returns
-        q and p on the way, (2, B, hamiltonians * steps + 1, dim), in standardised units."""
-        path, sign = [torch.stack((q, p)).unsqueeze(2)], -1 if reverse else 1
+        """Roll base states (q, p), each (..., dim), to data, or with `reverse` data to base: their
+        path (2, ..., hamiltonians * steps + 1, dim), in standardised units."""
+        path, sign = [(q, p)], -1 if reverse else 1
         for H, log_dt in list(zip(self.H, self.log_dt))[::sign]:
-            states = leapfrog(H, *path[-1][:, :, -1], sign * log_dt.exp(), self.steps)
-            path.append(torch.stack(states)[:, :, 1:])
-        return torch.cat(path, 2)
+            for _ in range(self.steps):
+                path.append(H.leap(*path[-1], sign * log_dt.exp()))
+        return torch.stack([torch.stack(x, -2) for x in zip(*path)])
 
     def log_weights(self, x, noise):
         """log pi(flow^-1(q, p)) - log f(p|q) for every draw p ~ f(p|q) made of noise N(0, I),
         (samples, B, dim): (samples, B), nats in the units of x; its mean is the ELBO."""
         q, volume = self.standard(x)
-        mean, log_std = self.encoder(q).chunk(2, 1)
-        p = mean + log_std.exp() * noise
-        log_f = -(0.5 * (noise.square() + log(2 * pi)) + log_std).sum(-1)
-        path = self.flow(q.expand_as(noise).flatten(0, 1), p.flatten(0, 1), reverse=True)
-        q0, p0 = path[:, :, -1].unflatten(1, noise.shape[:2])
-        return self.base.log_prob(q0) + self.base.log_prob(p0) - log_f - volume
+        state, log_det = self.encoder.inverse(torch.cat((q.expand_as(noise), noise), -1))
+        log_f = log_normal(noise) - log_det
+        q0, p0 = self.flow(*state.chunk(2, -1), reverse=True)[..., -1, :]
+        return log_normal(q0) + log_normal(p0) - log_f - volume
 
     def log_prob(self, x, samples=16, generator=None):
-        """log p(x) by importance weighting with `samples` draws of p (IWAE, Burda et al. 2016):
-        (B,) nats. On average a lower bound, tighter for more samples; of one it is the ELBO."""
-        noise = self.noise(torch.randn, samples, *x.shape, generator=generator)
-        return self.log_weights(x, noise).logsumexp(0) - log(samples)
+        """log p(x) by importance weighting with `samples` draws of p (IWAE, Burda et al. 2016): x
+        (..., dim) -> (...), nats. On average a lower bound, tighter for more samples; of one it is
+        the ELBO. 2048 states at a time, which stay in the cache: 5 times faster."""
+        log_p = []
+        for part in x.reshape(-1, self.dim).split(max(1, 2048 // samples)):
+            noise = self.noise(samples, *part.shape, generator=generator)
+            log_p.append(self.log_weights(part, noise).logsumexp(0) - log(samples))
+        return torch.cat(log_p).view(x.shape[:-1])
 
     def sample(self, n, generator=None):
         """n points (n, dim)."""
-        q, p = self.noise(self.base.sample, 2, n, self.dim, generator=generator)
-        return self.flow(q, p)[0][:, -1] * self.scale + self.shift
+        q, p = self.noise(2, n, self.dim, generator=generator)
+        return self.user(self.flow(q, p)[0][:, -1])
 
 
 class RealNVP(Flow):
-    """The baseline that the paper compares with (Dinh et al. 2017): affine couplings with
-    alternating masks, two-layer ReLU MLPs. log_prob is exact, so `samples` changes nothing."""
+    """The baseline that the paper compares with (Dinh et al. 2017): affine couplings. log_prob is
+    exact, whatever `samples` is. Raises: ValueError in one dimension, where nothing is coupled."""
 
-    def __init__(self, dim=2, layers=8, width=128, shift=0.0, scale=1.0):
+    def __init__(self, dim=2, layers=8, width=128, **units):
         self.config = {"dim": dim, "layers": layers, "width": width}
-        check(self.config, dict.fromkeys(self.config, range(1, 4097)))
-        super().__init__(dim, shift, scale)
-        self.dim, self.base, self.couplings = dim, Gaussian(), Couplings(dim, layers, width)
+        check(self.config, dict.fromkeys(self.config, range(1, 4097)) | {"dim": range(2, 4097)})
+        super().__init__(dim, **units)
+        self.couplings = Couplings(dim, layers, width)
 
     @classmethod
     def like(cls, flow, layers=8):
         """A RealNVP with as many parameters as `flow`, to within a percent, on the same data."""
         count = lambda model: sum(w.numel() for w in model.parameters())
         off = lambda width: abs(count(cls(flow.dim, layers, width)) - count(flow))
-        return cls(flow.dim, layers, min(range(8, 513, 2), key=off), flow.shift, flow.scale)
+        size = flow.dim, layers, min(range(8, 513, 2), key=off)
+        return cls(*size, shift=flow.shift, scale=flow.scale)
 
-    def log_weights(self, x, noise):
-        """The interface of NHF: one weight a point, which is log p(x) itself."""
-        return self.log_prob(x).unsqueeze(0)
-
-    def log_prob(self, x, samples=1, generator=None):
+    def log_weights(self, x, noise=None):
+        """The interface of NHF: one weight a point, which is log p(x) itself, (1, B)."""
         x, volume = self.standard(x)
         z, log_det = self.couplings.inverse(x)
-        return self.base.log_prob(z) + log_det - volume
+        return (log_normal(z) + log_det - volume).unsqueeze(0)
+
+    def log_prob(self, x, samples=1, generator=None):
+        return self.log_weights(x)[0]
 
     def sample(self, n, generator=None):
-        """n points (n, dim)."""
-        u = self.noise(self.base.sample, n, self.dim, generator=generator)
-        return self.couplings(u) * self.scale + self.shift
+        return self.user(self.couplings(self.noise(n, self.dim, generator=generator)))

@@ -26,14 +26,14 @@ from eval import measure, measure_flow, movies, number, open_run
 from eval import pick_device, provenance, table, test_set, write
 from hgn import ARCHITECTURES, GECO, HGN, INTEGRATORS, Couplings
 from hgn import chart_loss, charted_loss, hnn_loss
-from nhf import BASES, DENSITIES, NHF, RealNVP
+from nhf import DENSITIES, NHF, RealNVP
 from physics import SYSTEMS, clips, initial_states, jitter, read_points, render, simulate
 
 DEFAULTS = {
     "hgn": {"steps": 3000, "batch_size": 16, "lr": 4e-3},
     "paper": {"steps": 5000, "batch_size": 16, "lr": 1.5e-4},  # hgn with --arch paper
     "hnn": {"steps": 5000, "batch_size": 16, "lr": 4e-4},
-    "nhf": {"steps": 5000, "batch_size": 512, "lr": 2e-2},
+    "nhf": {"steps": 4000, "batch_size": 512, "lr": 2e-2},
     "realnvp": {"steps": 10000, "batch_size": 512, "lr": 5e-3},  # twice as fast a step
 }
 FLOWS = "nhf", "realnvp"
@@ -92,10 +92,9 @@ def parse(**defaults):
     add("--no-f-psi", dest="f_psi", action="store_false", help="without f_psi (paper)")
     add("--deterministic", **flag, help="no sampling of z, no KL")
     add = parser.add_argument_group("flow").add_argument
-    add("--hamiltonians", type=count, default=8, help="how many in a row (default: 8)")
-    add("--leapfrog-steps", type=count, default=1, help="of each Hamiltonian (default: 1)")
-    add("--kinetic", choices=("mlp", "quadratic"), default="mlp", help="K(p) (default: mlp)")
-    add("--base", choices=BASES, default="gaussian", help="(default: gaussian)")
+    add("--hamiltonians", type=count, default=1, help="how many in a row (default: 1)")
+    add("--leapfrog-steps", type=count, default=6, help="of each Hamiltonian (default: 6)")
+    add("--kinetic", choices=("quadratic", "mlp"), default="quadratic", help="default: quadratic")
     add("--samples", type=count, default=1, help="draws of p in the bound (default: 1, ELBO)")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=many, help=f"default: {usual('steps')}")
@@ -235,8 +234,7 @@ class Batches:
 def build(args, test):
     """The model that args describe, for data like those of the test set."""
     if args.model in FLOWS:
-        options = {"kinetic": args.kinetic, "base": args.base}
-        options |= {"shift": test.shift, "scale": test.scale}
+        options = {"kinetic": args.kinetic, "shift": test.shift, "scale": test.scale}
         flow = NHF(test.dim, args.hamiltonians, args.leapfrog_steps, **options)
         return flow if args.model == "nhf" else RealNVP.like(flow)
     frame = {"size": test.size, "channels": test.channels, "dt": test.dt}
