@@ -566,20 +566,6 @@ def test_realnvp_is_a_density_of_the_same_size():
     close(drawn.mean(0).float(), density @ grid, rtol=0, atol=0.1)
 
 
-def test_a_flow_learns():
-    """Two separated Gaussians in three dimensions: the NLL comes near the entropy."""
-    model = NHF(3, hamiltonians=4, width=32, scale=(2.0, 0.5, 0.5))
-
-    def nll(step):
-        x = 0.5 * torch.randn(128, 2, 3, generator=seeded(step))
-        x[:, :, 0] += torch.tensor([2.0, -2.0])
-        return -model.elbo(x.flatten(0, 1), seeded(1000 + step)).mean()
-
-    descend(model, nll, 200, lr=1e-2)
-    entropy = 3 * (0.5 * math.log(2 * math.pi * math.e) + math.log(0.5)) + math.log(2)
-    assert nll(5000) < entropy + 0.3
-
-
 @each("shift, scale", ((1e7, 1.0), (0.0, 1e-20)))
 def test_points_far_from_zero_keep_their_likelihood(shift, scale):
     points = Points(shift + scale * torch.randn(4000, 2, dtype=torch.float64, generator=seeded()))
@@ -1143,21 +1129,18 @@ def test_checkpoints_of_strangers_get_one_line_and_run_nothing(command, trained)
     good, path = trained / "runs/mass_spring/checkpoint.pt", Path("runs/crafted/checkpoint.pt")
     content = torch.load(good, weights_only=True)
     change = lambda part, **values: content | {part: content[part] | values}
-    weights, adam = content["model"], content["optimisers"][0]
-    shrunk = {i: {"exp_avg": torch.zeros(7)} for i in adam["state"]}
+    weights = content["model"]
     crafted = (
         content | {"seconds": CODE}, [1, 2], content | {"kind": "x"}, content | {"config": None},
         change("config", size=10**9), change("config", dt=math.nan), content | {"model": {}},
         change("model_config", latent=10**12), change("model_config", colour=1),
         content | {"model": {k: w * math.nan for k, w in weights.items()}},
         content | {"model": {k: torch.zeros(3) for k in weights}},
-        content | {"optimisers": [adam | {"state": shrunk}]},  # which a resumed run alone reads
     )  # fmt: skip
     path.parent.mkdir(parents=True)
-    for i, value in enumerate(crafted):
+    for value in crafted:
         torch.save(value, path)
-        if i < len(crafted) - 1:
-            command("eval", f"--checkpoint {path}", status=2)
+        command("eval", f"--checkpoint {path}", status=2)
         command("train", f"--resume {path} --steps 99", status=2)
     path.write_bytes(good.read_bytes()[:-1000])
     command("eval", f"--checkpoint {path}", status=2)
