@@ -83,7 +83,7 @@ def write(path, data):
 def load(path, device="cpu"):
     """A checkpoint file -> model in eval mode, its dict; runs no code in it. Raises: ValueError."""
     if not Path(path).is_file():
-        raise ValueError(f"no checkpoint at {path}: train one with python train.py")
+        raise ValueError(f"no checkpoint at {path}: train first (python train.py --help)")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config, kind = checkpoint["config"], checkpoint["kind"]
@@ -94,7 +94,7 @@ def load(path, device="cpu"):
         if not same or config["model"] != kind:
             raise ValueError("the options are another model's")
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise ValueError(f"{path} is no checkpoint of this version: train again") from error
+        raise ValueError(f"{path} is no checkpoint of train.py at this version") from error
     if not all(w.isfinite().all() for w in model.parameters()):
         raise ValueError(f"{path} has weights that are not finite: train again, lower --lr")
     return model.to(device).eval(), checkpoint
@@ -131,7 +131,7 @@ class HeldOut:
     def __init__(self, config, n, device="cpu", data=None):
         how = {k: config[k] for k in READING}
         data = data or Recordings(config["data"], **how, least=config["context"] + 1)
-        self.data, self.device = data, device
+        self.data, self.device, self.summary = data, device, data.summary
         self.size, self.channels, self.dt = data.size, data.channels, data.dt
         lengths = data.lengths[data.held_out]
         self.length = max(lengths.tolist(), key=lambda length: length * (lengths >= length).sum())
@@ -152,8 +152,8 @@ class TestClips:
     data, channels, length = None, 3, math.inf
 
     def __init__(self, config, n, device="cpu"):
-        self.system, self.size = SYSTEMS[config["system"]], config["size"]
-        self.noise, self.dt = config["noise"], config["dt"]
+        self.system, self.summary = SYSTEMS[config["system"]], config["system"]
+        self.size, self.noise, self.dt = config["size"], config["noise"], config["dt"]
         length, generator = max(WINDOW, config["context"]), torch.Generator().manual_seed(TEST_SEED)
         how = length, self.dt, self.noise, self.size, generator, device
         self.observed, q, p = physics.clips(self.system, n, *how)
@@ -349,7 +349,7 @@ def measure_flow(model, points, n=10_000, samples=(1, 16, 256)):
     standard error of both; the modes; microseconds. Raises: ValueError for another dimension."""
     if model.dim != points.dim:
         raise ValueError(f"a flow of {model.dim} dimensions, data of {points.dim}: train on them")
-    x, generator = points.held_out[:n], torch.Generator().manual_seed(TEST_SEED)
+    x, generator = points.held_out[:n], torch.Generator().manual_seed(TEST_SEED + 5)
     result = {"points": len(x), "elbo": model.elbo(x, generator).mean().item()}
     for k in samples:
         start = time.time()
@@ -397,6 +397,9 @@ LABELS = {
     "symetric": "SyMetric: distance from symplectic (passes below 0.05)",
     "samples_valid": "share of samples that are pictures of the system",
     "samples_obey": "share of samples that move as the system does",
+    "gap": "gap: entropy - log prob of the most draws",
+    "mode_to_well": "farthest mode's distance to its minimum of V",
+    "V_below_modes": "share of the picture where V is below its mean on modes",
 }
 
 
@@ -482,7 +485,7 @@ def movies(
     if reverse:
         end = (x[:, -1] for x in model.rollout(q, p, truth.shape[1] - 1))
         rows = {"truth, backward from its last frame": truth.flip(1)}
-        films["reverse"] = rows | {"model, backward from there": roll(*end, -1)}
+        films["reverse"] = rows | {"model, backward from its own": roll(*end, -1)}
     if samples:
         drawn = model.sample(samples, frames - 1, generator=torch.Generator().manual_seed(seed))
         films["samples"] = {"samples from the prior": drawn}
@@ -638,6 +641,8 @@ def look(args):
         folder = Path("runs") / f"{path.stem}-shipped"
         folder.mkdir(parents=True, exist_ok=True)
     test = test_set(config, args.clips, device)
+    source = getattr(test, "summary", config["density"] or config["data"])
+    print(f"{path}: {source}; painting and measuring")
     if config["model"] in FLOWS:
         model = model.cpu()
         result = measure_flow(model, test)
@@ -647,7 +652,6 @@ def look(args):
         asked = args.reverse, args.speed, args.sample, args.seed, args.scale
         wrote = movies(model, shown, folder, args.frames, args.show, *asked)
         wrote.append(phase(model, test, folder, args.frames))
-        print(f"{test.data.summary if test.data else f'{args.clips} simulated clips'}; measuring")
         result = measure(model, test, args.frames, 1000)
         if test.system:
             some = TestClips(config, min(args.clips, 128), device)

@@ -574,6 +574,7 @@ def train(args):
     if args.bench:
         return bench(args, device)
     test = test_set(vars(args), 100, device)
+    print(getattr(test, "summary", args.density or args.data))
     torch.manual_seed(args.seed)
     model = (model if checkpoint else build(args, test)).to(device).train()
     run = Run(args, model, test, device)
@@ -581,8 +582,7 @@ def train(args):
         run.restore(folder, checkpoint)
     else:
         run.start(new_folder(args))
-    source = args.system or args.density or (args.data if run.flow else test.data.summary)
-    print(f"{run.folder}: step {run.done} of {args.steps}, {source}")
+    print(f"{run.folder}: step {run.done} of {args.steps}")
     run.loop()
     result = run.evaluate()
     table(run.config, result)
