@@ -67,8 +67,8 @@ def parse(**defaults):
     usual = lambda name: ", ".join(f"{model} {v[name]}" for model, v in DEFAULTS.items())
     group = parser.add_argument_group("data")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--system", choices=SYSTEMS, metavar="NAME", help=", ".join(SYSTEMS))
-    add("--density", choices=DENSITIES, metavar="NAME", help="learn this with a flow instead")
+    add("--system", choices=SYSTEMS, metavar="NAME", help="of pixels: " + ", ".join(SYSTEMS))
+    add("--density", choices=DENSITIES, metavar="NAME", help="of a flow: " + ", ".join(DENSITIES))
     add("--data", metavar="PATH", help="recordings, or points (N, D), of your own")
     add = group.add_argument
     add("--size", type=number(16, 128), help="pixels a side (default: 32)")
