@@ -398,7 +398,7 @@ LABELS = {
     "samples_valid": "share of samples that are pictures of the system",
     "samples_obey": "share of samples that move as the system does",
     "gap": "gap: entropy - log prob of the most draws",
-    "mode_to_well": "farthest mode's distance to its minimum of V",
+    "mode_to_well": "farthest point of a mode from the nearest minimum of V",
     "V_below_modes": "share of the picture where V is below its mean on modes",
 }
 
