@@ -93,9 +93,8 @@ INTEGRATORS = {"leapfrog": leapfrog, "explicit_leapfrog": explicit_leapfrog, "eu
 
 
 def slope(f, x):
-    """The gradient of f(x).sum() with respect to x."""
+    """The gradient of f(x).sum(). In inference mode torch 2.11 would return zeros, wordlessly."""
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        # torch 2.11 would return zeros, without a word
         raise RuntimeError("forces by autograd need torch.no_grad(), not torch.inference_mode()")
     return torch.func.grad(lambda x: f(x).sum())(x)
 
@@ -245,8 +244,7 @@ class PaperEncoder(nn.Module):
 
 
 class PaperPsi(nn.Module):
-    """f_psi: z -> the initial state, q and p of `maps` maps of an eighth of the size, here as
-    vectors."""
+    """f_psi: z -> the initial q and p, `maps` maps of an eighth of the size, as vectors."""
 
     def __init__(self, maps):
         super().__init__()
@@ -301,7 +299,7 @@ class PaperDecoder(nn.Module):
         he_(self)
         self.blocks[-1].weight.data.mul_(0.1)  # at first, paint one colour
 
-    def fit(self, frames):
+    def fit(self, frames, encoder):
         self.blocks[-1].bias.data.copy_(torch.logit(frames.mean((0, 2, 3)), eps=0.01))
 
     def forward(self, q):  # (n, dim) -> (n, C, H, W)
@@ -312,6 +310,7 @@ class PaperDecoder(nn.Module):
 
 FAR = 50.0  # beyond it forces grow no further and q looks the same: what goes astray stays finite
 SPREAD = 3  # features have a spread of 1/3: a step of Adam's, on hundreds of them, stays small
+CHARTED = 600  # frames whose geodesic distances start the chart: a second's work
 LEAST = 1e-2  # mass that a filter has to see before its centre counts
 FASTEST = 10  # initial velocities are cut to this: a chart that is bad yet sends no q far away
 SEEN = 32  # pixels a side, at least, of the block averages that an encoder sees of larger pictures
@@ -360,6 +359,28 @@ def bent(*sizes):
     nn.init.zeros_(net[-1].weight)
     nn.init.zeros_(net[-1].bias)
     return net
+
+
+def geodesic(y, dim, near=8):
+    """Coordinates (n, dim) whose distances are those of y (n, features) along the surface they lie
+    on (Tenenbaum et al. 2000, "Isomap"), the first of unit variance: a curve comes out straight,
+    where a principal component may fold it."""
+    d = torch.cdist(y, y)
+    reach = d.kthvalue(min(near + 1, len(d)), 1).values
+    d = torch.where(d <= torch.maximum(reach, reach[:, None]), d, 10 * d)  # no part is out of reach
+    for _ in range(math.ceil(math.log2(len(d)))):  # by way of one more point, twice as many, ...
+        d = torch.stack([(row + d).amin(1) for row in d])
+    d = d.square()
+    d = d - d.mean(0) - d.mean(1, keepdim=True) + d.mean()
+    value, axes = torch.linalg.eigh(-0.5 * d.double())
+    q = axes * (value.clamp(min=0) / value[-1].clamp(min=1e-12) * len(d)).sqrt()
+    return F.pad(q.flip(1)[:, :dim], (0, max(0, dim - len(d)))).to(y)
+
+
+def ridge(x, y, penalty):
+    """The W for which |x W - y|^2 + penalty |W|^2, means over rows, is least."""
+    one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    return torch.linalg.solve(x.T @ x / len(x) + penalty * one, x.T @ y / len(x))
 
 
 class CompactEncoder(nn.Module):
@@ -415,10 +436,16 @@ class CompactEncoder(nn.Module):
         y = torch.cat([self.features(part) for part in frames.split(256)])
         self.mean.copy_(y.mean(0))
         self.scale.copy_(SPREAD * y.std(0, correction=0) + 1e-2)
-        _, spread, axes = torch.linalg.svd((y - self.mean) / self.scale, full_matrices=False)
-        axes = axes[: len(self.linear.weight)]  # principal components, the first of unit variance
-        unit = spread[: len(axes), None] if self.space.copies == 2 else spread[0]
-        self.linear.weight[: len(axes)] = axes * len(y) ** 0.5 / (unit + 1e-6)
+        y = ((y - self.mean) / self.scale)[:CHARTED]
+        q = geodesic(y, len(self.linear.weight))
+        q = q / q.std(0).clamp(min=1e-3) if self.space.copies == 2 else q
+        self.linear.weight.copy_(ridge(y, q, 1e-2).T)
+
+    def places(self, frames, n):
+        """Centres (len(frames), 2 n), x first, of what the first n filters see."""
+        y = torch.cat([self.features(part) for part in frames.split(256)])
+        _, x, y, *_ = (y * self.scale + self.mean).split(len(self.filters[0].weight), 1)
+        return torch.cat((x[:, :n], y[:, :n]), 1)
 
     def read(self, frames):  # (B, n, C, H, W) -> (B, n, latent), of each frame by itself
         y = self.features(frames.flatten(0, 1))
@@ -516,8 +543,14 @@ class CompactDecoder(nn.Module):
         self.last.weight.data.mul_(0.1)  # at first, paint the still picture
         nn.init.zeros_(self.last.bias)
 
-    def fit(self, frames):
+    def fit(self, frames, encoder):
+        """Start from the still picture and from blobs that go with what the filters see."""
         self.still.copy_(frames.median(0).values)
+        q = self.space.see(encoder.read(frames.unsqueeze(1)).squeeze(1))
+        places = encoder.places(frames, len(self.linear.bias) // 6)
+        W = ridge(F.pad(q, (0, 1), value=1.0), places, 1e-3)
+        for start, fit in ((self.linear.weight, W[:-1].T), (self.linear.bias, W[-1])):
+            start[: len(fit)] = 0.3 * start[: len(fit)] + fit
 
     def blobs(self, q, x, y):  # (n, latent), (w,), (h,) -> (n, blobs, h, w), channels_last
         shapes = (self.linear(q) + self.bent(q)).unflatten(1, (6, -1))
@@ -622,12 +655,11 @@ class HGN(nn.Module):
 
     @torch.no_grad()
     def fit(self, frames):
-        """Before training: take what needs no learning from frames (n, C, size, size), a few
-        hundred of any times: the still picture, the scale of features, the first coordinates."""
+        """Before training: take what needs no learning from some hundred frames (n, C, H, W)."""
         if len(frames) < 2:
             raise ValueError(f"fit needs at least two frames, not {len(frames)}")
         self.encoder.fit(frames)
-        self.decoder.fit(frames)
+        self.decoder.fit(frames, self.encoder)
 
     def encode(self, frames):
         """frames (B, T >= context, C, size, size) -> mean and log-variance of q(z|x)."""
@@ -720,8 +752,7 @@ TOLERANCE = 0.1  # error, in the same units, above which a frame counts by its l
 
 def painting_error(model, q, frames):
     """Mean squared error of frames (B, n, C, size, size) painted from q (B, n, latent), over that
-    of the mean picture: (B, n). On a lattice of their pixels that starts anywhere: of 32 pixels, at
-    every second row and column, a quarter of the work."""
+    of the mean picture: (B, n). Of 32 pixels a side at every second row and column, from any on."""
     size = frames.shape[-1]
     stride = 1 if size < 32 else 2 if size < 64 else 4
     first = torch.randint(stride, (2, 1), device=q.device)
@@ -784,10 +815,9 @@ def hnn_loss(model, frames):
 class GECO:
     """Rezende & Viola 2018, "Taming VAEs": minimise the KL subject to mse <= tolerance.
 
-    Their Lagrange multiplier is 1 / beta here, which leaves the scale of the loss alone: beta
-    shrinks while the moving average of the error is above the tolerance and grows while it is
-    below, within bounds, so that a tolerance below the noise does not diverge. Tensors all, so that
-    no GPU is waited for."""
+    Their Lagrange multiplier is 1 / beta here: beta shrinks while the moving average of the error
+    is above the tolerance and grows while it is below, within bounds, so that a tolerance below the
+    noise does not diverge. Tensors all, so that no GPU is waited for."""
 
     def __init__(self, tolerance=2e-4, rate=0.01, beta=1e-3, bounds=(1e-5, 1.0), device=None):
         self.tolerance, self.rate, self.bounds = tolerance, rate, bounds
