@@ -485,7 +485,7 @@ def movies(
     if reverse:
         end = (x[:, -1] for x in model.rollout(q, p, truth.shape[1] - 1))
         rows = {"truth, backward from its last frame": truth.flip(1)}
-        films["reverse"] = rows | {"model, backward from its own": roll(*end, -1)}
+        films["reverse"] = rows | {"model, backward from its last frame": roll(*end, -1)}
     if samples:
         drawn = model.sample(samples, frames - 1, generator=torch.Generator().manual_seed(seed))
         films["samples"] = {"samples from the prior": drawn}

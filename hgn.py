@@ -752,7 +752,7 @@ TOLERANCE = 0.1  # error, in the same units, above which a frame counts by its l
 
 def painting_error(model, q, frames):
     """Mean squared error of frames (B, n, C, size, size) painted from q (B, n, latent), over that
-    of the mean picture: (B, n). Of 32 pixels a side at every second row and column, from any on."""
+    of the mean picture: (B, n). Of 32 pixels a side at every second row and column."""
     size = frames.shape[-1]
     stride = 1 if size < 32 else 2 if size < 64 else 4
     first = torch.randint(stride, (2, 1), device=q.device)
