@@ -6,7 +6,6 @@ Writes movies (truth above, model below), phase.png and metrics.json into the ru
 """
 
 import argparse
-import ctypes
 import io
 import json
 import math
@@ -27,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 import physics
 from hgn import HGN
 from nhf import DENSITIES, NHF, TEST_SEED, Points, RealNVP
-from physics import BACKGROUND, SYSTEMS, Recordings, jitter, render, simulate
+from physics import BACKGROUND, SYSTEMS, Recordings, render, simulate
 
 FLOWS = {"nhf": NHF, "realnvp": RealNVP}
 MODELS = {"hgn": HGN, "hnn": HGN, **FLOWS}
@@ -41,20 +40,15 @@ def number(low, high, kind=int):
     """An argparse type: a number of this kind from low to high."""
 
     def number(text):
-        value = kind(text)
-        if not low <= value <= high:
+        if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
-        return value
+        return kind(text)
 
     return number
 
 
 def pick_device(name=None):
     """The device called `name`, or the best there is. Raises: ValueError."""
-    if platform.libc_ver()[0] == "glibc":  # keep freed blocks: page faults cost a tenth of a step
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.zeros(1, dtype=torch.float64, device=name).device
@@ -104,7 +98,6 @@ def open_run(where=None, device="cpu", **wanted):
     """A checkpoint's path, its model and its dict. where: a file, a run's folder, or None: the
     newest run with the options `wanted`, else the system's shipped model. Raises: ValueError."""
     wanted = {k: v for k, v in wanted.items() if v is not None}
-    options = " ".join(f"--{k} {v}" for k, v in wanted.items())
     newest = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, reverse=True)
     shipped = Path(__file__).parent / f"checkpoints/{wanted.get('system', 'mass_spring')}.pt"
     for path in [Path(where)] if where else [*newest, shipped]:
@@ -113,6 +106,7 @@ def open_run(where=None, device="cpu", **wanted):
             model, checkpoint = load(path, device)
             if wanted.items() <= checkpoint["config"].items():
                 return path, model, checkpoint
+            options = " ".join(f"--{k} {v}" for k, v in wanted.items())
             problem = f"{path} was not trained with {options}: python train.py {options}"
         except ValueError as error:  # perhaps an older one is whole
             problem = error
@@ -232,21 +226,6 @@ def wrapped(x):  # angles, into (-pi, pi]
     return torch.atan2(x.sin(), x.cos())
 
 
-def inferred_and_true(model, clips):
-    """States inferred from clips that begin at every third frame, ten times, of the trajectories,
-    (n, 2 latent), and the true ones there."""
-    system, generator = clips.system, torch.Generator().manual_seed(TEST_SEED + 2)
-    turn = wrapped if system.periodic else lambda q: q  # compare angles away from the cut
-    join = lambda q, p: torch.cat((turn(q).flatten(1), p.flatten(1)), 1).double()
-    q, p = simulate(system, clips.q, clips.p, 27 + model.context, clips.dt)
-    seen = q.unfold(1, model.context, 3).permute(1, 0, 4, 2, 3).flatten(0, 1)
-    seen = jitter(system, seen, clips.noise, generator).split(128)
-    latent = torch.cat([join(*model.infer(render(system, x, clips.size))) for x in seen])
-    true = join(*(x[:, :28:3].transpose(0, 1).flatten(0, 1) for x in (q, p)))
-    near = (true[:, 0].abs() < 2.9) if system.periodic else slice(None)
-    return latent[near], true[near]
-
-
 def symetric(latent, true, orders=5):
     """SyMetric (Higgins et al. 2021, arXiv 2111.05986): is the map from latent to true states
     symplectic, up to scale? Regression (theirs is a lasso, this one ridge) on polynomials of the
@@ -334,9 +313,12 @@ def measure_physics(model, clips, window, frames=300):
         result[f"strict_vpt_{name}"] = first_bad(mse / blank, 0.1).median().item()
         good = first_bad((mse / power)[:, window:], 0.025).mean().item()
         result["vpt"] += good / (frames - window) / 2
-    latent, true = inferred_and_true(model, clips)
-    if latent.shape[1] <= len(latent) / 2:  # of so many numbers a linear map fits anything
-        result |= symetric(latent, true)
+    turn = wrapped if clips.system.periodic else lambda q: q  # compare angles away from the cut
+    states = [[turn(q).flatten(1), p.flatten(1)] for q, p in ((q0, p0), (clips.q, clips.p))]
+    latent, true = (torch.cat(x, 1).double() for x in states)
+    near = (true[:, 0].abs() < 2.9) if clips.system.periodic else slice(None)
+    if latent.shape[1] <= len(latent) / 4:  # of so many numbers a linear map fits anything
+        result |= symetric(latent[near], true[near])
     if not getattr(model, "deterministic", False):  # else it has no prior
         generator = torch.Generator().manual_seed(TEST_SEED + 4)
         drawn = model.sample(2 * len(q0), WINDOW - 1, generator=generator)
@@ -364,28 +346,28 @@ def measure_flow(model, points, n=10_000, samples=(1, 16, 256)):
     result["standard_error"] = log_p.std(correction=0).item() / len(x) ** 0.5
     if density := points.density:
         result |= {"entropy": density.entropy, "gap": -log_p.mean().item() - density.entropy}
-        if parts := density.parts:
-            centres = density.centres
-            nearest = torch.cdist(drawn.to(centres), centres).argmin(1) * parts // len(centres)
-            share = torch.bincount(nearest, minlength=parts) / n
-            result["mode_weights"] = share.tolist()
-            result["modes_found"] = int((share * parts >= 0.5).sum())
-            if len(getattr(model, "H", ())) == 1:
-                result |= wells(model, centres)
+        if density.parts:
+            result |= modes(model, density, drawn)
     return result
 
 
-def wells(model, centres, n=161, reach=2.5):
-    """How well the one V(q) of a plane flow shows the modes, whose centres are (m, 2): the largest
-    distance from a centre to the nearest minimum of V, in the user's units; the share of the
-    picture where V is below its mean over the centres."""
+def modes(model, density, drawn, n=161, reach=2.5):
+    """Each mode's share of the points drawn, (n, 2). Of a flow with one V: the farthest point of a
+    mode from the nearest minimum, in the user's units; the share of the picture where V is below
+    its mean on the modes."""
+    parts, centres = density.parts, density.centres
+    nearest = torch.cdist(drawn.to(centres), centres).argmin(1) * parts // len(centres)
+    share = torch.bincount(nearest, minlength=parts) / len(drawn)
+    result = {"mode_weights": share.tolist(), "modes_found": int((share * parts >= 0.5).sum())}
+    if len(getattr(model, "H", ())) != 1:
+        return result
     side = torch.linspace(-reach, reach, n)
     grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)
     V, on = model.H[0].V(grid), model.H[0].V(model.standard(centres)[0])
     lowest = (V == -F.max_pool2d(-V[None], 3, 1, 1)[0])[1:-1, 1:-1]
     far = torch.cdist(centres, model.user(grid[1:-1, 1:-1][lowest]))
-    off = far.amin(1).max().item() if far.numel() else None
-    return {"mode_to_well": off, "V_below_modes": (V < on.mean()).double().mean().item()}
+    result["mode_to_well"] = far.amin(1).max().item() if far.numel() else None
+    return result | {"V_below_modes": (V < on.mean()).double().mean().item()}
 
 
 LABELS = {
@@ -654,8 +636,7 @@ def look(args):
         wrote.append(phase(model, test, folder, args.frames))
         result = measure(model, test, args.frames, 1000)
         if test.system:
-            some = TestClips(config, min(args.clips, 128), device)
-            result |= measure_physics(model, some, config["window"])
+            result |= measure_physics(model, test, config["window"])
         if test.noise:
             source = torch.Generator().manual_seed(TEST_SEED + 1)
             floor = physics.noise_floor(test.system, test.noise, test.size, generator=source)

@@ -1,8 +1,7 @@
-"""Hamiltonian Generative Networks in one file that needs only torch.
+"""Hamiltonian Generative Networks (Toth et al., ICLR 2020, arXiv 1909.13789). Needs only torch.
 
-Toth et al., "Hamiltonian Generative Networks", ICLR 2020 (arXiv 1909.13789). An encoder infers an
-abstract state (q, p) from the first frames, a learnt scalar H rolls it out with leapfrog, and a
-decoder paints every frame from q alone:
+An encoder infers an abstract state (q, p) from the first frames, a learnt scalar H rolls it out
+with leapfrog, and a decoder paints every frame from q alone:
 
     model = HGN()                                   # 32x32 RGB, sees 5 frames
     model.fit(pictures)                             # (n, 3, 32, 32): where training starts
@@ -31,60 +30,57 @@ def leapfrog_step(H, q, p, here, h, rounds):
     drift = H.drift(here, half)
     new = q + h * drift
     for _ in range(rounds):
-        new = q + h / 2 * (drift + H.dp(new, half))
+        new = q + h / 2 * (drift + H.drift(H.at(new), half))
     here = H.at(new)
     return new, half - h / 2 * H.kick(here, half), here
 
 
 @once
-def euler_step(H, q, p, here, h):
+def euler_step(H, q, p, here, h, rounds):
     new, p = q + h * H.drift(here, p), p - h * H.kick(here, p)
     return new, p, H.at(new)
 
 
-def roll(step, H, q, p, dt, steps, substeps, gamma):
-    """(q, p) and what follows `substeps` times step(q, p, H.at(q), h) each: (B, steps + 1, ...)."""
+def roll(step, rounds, H, q, p, dt, steps, substeps=1, gamma=None):
+    """(q, p) and what follows `substeps` times a step of length dt / substeps each."""
     q, p, h = q.clone(), p.clone(), dt / substeps  # a compiled step takes no halves of one tensor
     here, path = H.at(q), [(q, p)]
     decay = 1.0 if gamma is None else torch.exp(-gamma * h / 2)
     for _ in range(steps):
         for _ in range(substeps):
-            q, p, here = step(q, decay * p, here, h)
+            q, p, here = step(H, q, decay * p, here, h, rounds)
             p = decay * p
         path.append((q, p))
     return tuple(torch.stack(x, 1) for x in zip(*path))
 
 
-def leapfrog(H, q, p, dt, steps, substeps=1, gamma=None):
-    """Roll (q, p) out under dq/dt = dH/dp, dp/dt = -dH/dq by leapfrog, in its form for every H.
+def leapfrog(H, *args, **kwargs):
+    """Roll (q, p) out under dq/dt = dH/dp, dp/dt = -dH/dq by leapfrog, in its form for every H:
 
-        p_{n+1/2} = p_n       - dt/2  dH/dq(q_n, p_{n+1/2})
-        q_{n+1}   = q_n       + dt/2 (dH/dp(q_n, p_{n+1/2}) + dH/dp(q_{n+1}, p_{n+1/2}))
-        p_{n+1}   = p_{n+1/2} - dt/2  dH/dq(q_{n+1}, p_{n+1/2})
+        p_{n+1/2} = p_n       - h/2  dH/dq(q_n, p_{n+1/2})
+        q_{n+1}   = q_n       + h/2 (dH/dp(q_n, p_{n+1/2}) + dH/dp(q_{n+1}, p_{n+1/2}))
+        p_{n+1}   = p_{n+1/2} - h/2  dH/dq(q_{n+1}, p_{n+1/2})
 
-    It is of order 2, symplectic and reversible (Stoermer-Verlet; Hairer, Lubich & Wanner, Geometric
-    Numerical Integration, VI.3). The first two lines are implicit and take `H.rounds` fixed-point
-    iterations. A separable H needs none: kick, drift, kick, one gradient of V and one of K a step.
+    of order 2, symplectic and reversible (Hairer, Lubich & Wanner, Geometric Numerical Integration,
+    VI.3). Two lines are implicit and take `H.rounds` fixed-point iterations; a separable H needs 0.
 
-    Args: H: a Hamiltonian. q, p: (B, ...). dt: time between the returned states, a number or a
-    tensor that broadcasts with q; negative runs backward. substeps: leapfrog steps from one
-    returned state to the next. gamma: friction, a tensor: p -> exp(-gamma h / 2) p before and after
+    Args: H, a Hamiltonian. q, p: (B, ...). dt: time between the returned states, a number or a
+    tensor that broadcasts with q; negative runs backward. steps. substeps=1: leapfrog steps from
+    one returned state to the next. gamma=None: friction, p -> exp(-gamma h / 2) p before and after
     every step of length h. Returns: q, p of shape (B, steps + 1, ...), the start included.
     """
-    step = lambda *state: leapfrog_step(H, *state, H.rounds)
-    return roll(step, H, q, p, dt, steps, substeps, gamma)
+    return roll(leapfrog_step, H.rounds, H, *args, **kwargs)
 
 
-def explicit_leapfrog(H, q, p, dt, steps, substeps=1, gamma=None):
+def explicit_leapfrog(H, *args, **kwargs):
     """The paper's leapfrog, explicit whatever H is: where H is not separable, as the paper's is
     not, of order 1 and neither symplectic nor reversible. Arguments as for `leapfrog`."""
-    step = lambda *state: leapfrog_step(H, *state, 0)
-    return roll(step, H, q, p, dt, steps, substeps, gamma)
+    return roll(leapfrog_step, 0, H, *args, **kwargs)
 
 
-def euler(H, q, p, dt, steps, substeps=1, gamma=None):
+def euler(H, *args, **kwargs):
     """Explicit Euler, the paper's ablation: order 1, not symplectic. Arguments as `leapfrog`'s."""
-    return roll(lambda *state: euler_step(H, *state), H, q, p, dt, steps, substeps, gamma)
+    return roll(euler_step, 0, H, *args, **kwargs)
 
 
 INTEGRATORS = {"leapfrog": leapfrog, "explicit_leapfrog": explicit_leapfrog, "euler": euler}
@@ -109,16 +105,11 @@ class Hamiltonian(nn.Module):
         """What `kick` and `drift` need to know of q, computed once a step: a tuple of tensors."""
         return (q,)
 
-    def kick(self, here, p):
-        """dH/dq at the q of here = at(q), of q's shape."""
+    def kick(self, here, p):  # dH/dq at the q of here = at(q), of q's shape
         return slope(lambda q: self(q, p), *here)
 
-    def drift(self, here, p):
-        """dH/dp there, of p's shape."""
+    def drift(self, here, p):  # dH/dp there, of p's shape
         return slope(lambda p: self(*here, p), p)
-
-    def dp(self, q, p):
-        return self.drift(self.at(q), p)
 
 
 class Energy(nn.Module):
@@ -134,15 +125,19 @@ class Energy(nn.Module):
             nn.init.uniform_(layer.bias, -1, 1)
         self.last = nn.Parameter(torch.randn(width) * 0.1 / width**0.5)
 
+    def hidden(self, x):  # (..., dim) -> (..., width) twice
+        a = torch.tanh(self.first(x))
+        return a, torch.tanh(self.second(a))
+
     def forward(self, x):  # (..., dim) -> (...)
-        h = torch.tanh(self.second(torch.tanh(self.first(x))))
-        return 0.5 * (x @ self.L).square().sum(-1) + h @ self.last
+        return 0.5 * (x @ self.L).square().sum(-1) + self.hidden(x)[1] @ self.last
+
+    def back(self, x, a, b, last):  # the gradient of |x L|^2 / 2 + b . last, (..., dim)
+        g = (last * (1 - b * b)) @ self.second.weight * (1 - a * a)
+        return F.linear(x @ self.L, self.L) + g @ self.first.weight
 
     def grad(self, x):  # (..., dim) -> (..., dim)
-        a = torch.tanh(self.first(x))
-        b = torch.tanh(self.second(a))
-        g = (self.last * (1 - b * b)) @ self.second.weight * (1 - a * a)
-        return F.linear(x @ self.L, self.L) + g @ self.first.weight
+        return self.back(x, *self.hidden(x), self.last)
 
 
 # ------------------------------------------------------------------ priors p(z)
@@ -299,7 +294,7 @@ class PaperDecoder(nn.Module):
         he_(self)
         self.blocks[-1].weight.data.mul_(0.1)  # at first, paint one colour
 
-    def fit(self, frames, encoder):
+    def fit(self, frames):
         self.blocks[-1].bias.data.copy_(torch.logit(frames.mean((0, 2, 3)), eps=0.01))
 
     def forward(self, q):  # (n, dim) -> (n, C, H, W)
@@ -310,10 +305,7 @@ class PaperDecoder(nn.Module):
 
 FAR = 50.0  # beyond it forces grow no further and q looks the same: what goes astray stays finite
 SPREAD = 3  # features have a spread of 1/3: a step of Adam's, on hundreds of them, stays small
-CHARTED = 600  # frames whose geodesic distances start the chart: a second's work
-LEAST = 1e-2  # mass that a filter has to see before its centre counts
 FASTEST = 10  # initial velocities are cut to this: a chart that is bad yet sends no q far away
-SEEN = 32  # pixels a side, at least, of the block averages that an encoder sees of larger pictures
 FRAME = 0.125  # time from frame to frame inside: what is learnt does not depend on the unit of dt
 
 
@@ -321,66 +313,29 @@ class Line:
     """Coordinates q that are numbers."""
 
     copies = 1  # numbers by which networks see one coordinate
-
-    def see(self, q):
-        return q.clamp(-FAR, FAR)
-
-    def pull(self, g, x):
-        """A gradient with respect to x = see(q) as one with respect to q."""
-        return g
-
-    def read(self, x):
-        return x
+    see = read = staticmethod(lambda q: q.clamp(-FAR, FAR))
+    pull = staticmethod(lambda g, x: g)  # a gradient with respect to x = see(q) -> one to q
 
 
 class Circle:
     """Coordinates q that are angles, seen as points on the unit circle."""
 
     copies = 2
+    see = staticmethod(lambda q: torch.cat((q.sin(), q.cos()), -1))  # (..., dim) -> (..., 2 dim)
+    read = staticmethod(lambda x: torch.atan2(*x.chunk(2, -1)))
 
-    def see(self, q):  # (..., dim) -> (..., 2 dim)
-        return torch.cat((q.sin(), q.cos()), -1)
-
-    def pull(self, g, x):
+    @staticmethod
+    def pull(g, x):
         (sin, cos), (g_sin, g_cos) = x.chunk(2, -1), g.chunk(2, -1)
         return g_sin * cos - g_cos * sin
 
-    def read(self, x):
-        return torch.atan2(*x.chunk(2, -1))
-
 
 def mlp(*sizes):
-    return chain(nn.Linear, nn.SiLU, sizes)
-
-
-def bent(*sizes):
     """An MLP that starts at zero: beside a linear layer, what it learns to bend."""
-    net = mlp(*sizes)
+    net = chain(nn.Linear, nn.SiLU, sizes)
     nn.init.zeros_(net[-1].weight)
     nn.init.zeros_(net[-1].bias)
     return net
-
-
-def geodesic(y, dim, near=8):
-    """Coordinates (n, dim) whose distances are those of y (n, features) along the surface they lie
-    on (Tenenbaum et al. 2000, "Isomap"), the first of unit variance: a curve comes out straight,
-    where a principal component may fold it."""
-    d = torch.cdist(y, y)
-    reach = d.kthvalue(min(near + 1, len(d)), 1).values
-    d = torch.where(d <= torch.maximum(reach, reach[:, None]), d, 10 * d)  # no part is out of reach
-    for _ in range(math.ceil(math.log2(len(d)))):  # by way of one more point, twice as many, ...
-        d = torch.stack([(row + d).amin(1) for row in d])
-    d = d.square()
-    d = d - d.mean(0) - d.mean(1, keepdim=True) + d.mean()
-    value, axes = torch.linalg.eigh(-0.5 * d.double())
-    q = axes * (value.clamp(min=0) / value[-1].clamp(min=1e-12) * len(d)).sqrt()
-    return F.pad(q.flip(1)[:, :dim], (0, max(0, dim - len(d)))).to(y)
-
-
-def ridge(x, y, penalty):
-    """The W for which |x W - y|^2 + penalty |W|^2, means over rows, is least."""
-    one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    return torch.linalg.solve(x.T @ x / len(x) + penalty * one, x.T @ y / len(x))
 
 
 class CompactEncoder(nn.Module):
@@ -394,8 +349,7 @@ class CompactEncoder(nn.Module):
 
     def __init__(self, size, channels, context, latent, space, filters=24):
         super().__init__()
-        self.lead, self.draws, self.space = context // 2, 0, space
-        self.pool = max(k for k in (1, 2, 3, 4) if k == 1 or size % k == 0 and size >= k * SEEN)
+        self.lead, self.draws, self.space, self.side = context // 2, 0, space, min(size, 32)
         first, last = nn.Conv2d(channels, filters, 3, padding=1), nn.Conv2d(filters, filters, 1)
         self.filters = nn.Sequential(first, nn.SiLU(), last)
         down = convs(channels, 16, 32, 32, stride=2, activation=nn.SiLU)
@@ -403,9 +357,8 @@ class CompactEncoder(nn.Module):
         he_(self)
         blur = torch.tensor([0.25, 0.5, 0.25])  # centres of blurred things move more smoothly
         first.weight.data = 1.5 * torch.randn(filters, channels, 1, 1) * blur[:, None] * blur
-        features = 6 * filters + 32 * math.ceil(size // self.pool / 8) ** 2
-        seen = latent * space.copies
-        self.linear, self.bent = nn.Linear(features, seen), bent(features, 128, 128, seen)
+        features, seen = 6 * filters + 32 * (self.side // 8) ** 2, latent * space.copies
+        self.linear, self.bent = nn.Linear(features, seen), mlp(features, 128, 128, seen)
         self.bent[0].weight.data.mul_(SPREAD)
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
@@ -415,37 +368,32 @@ class CompactEncoder(nn.Module):
         poly = torch.linalg.pinv(time ** torch.arange(min(context, 7)))[:2].float()
         unit = torch.tensor([[1.0], [FRAME * context]])
         self.register_buffer("poly", poly / unit)  # value and slope at the middle frame
-        self.correct = bent(context * seen + 2 * latent, 128, 128, 2 * latent)
+        self.correct = mlp(context * seen + 2 * latent, 128, 128, 2 * latent)
         self.logvar = nn.Parameter(torch.full((2 * latent,), -1.2))
 
     def features(self, frames):  # (n, C, H, W) -> (n, features)
-        frames = F.avg_pool2d(4 * (frames - self.still), self.pool)
-        side = torch.linspace(-1, 1, frames.shape[-1], dtype=frames.dtype, device=frames.device)
+        frames = F.adaptive_avg_pool2d(4 * (frames - self.still), self.side)
+        side = torch.linspace(-1, 1, self.side, dtype=frames.dtype, device=frames.device)
         x, y = (x.flatten() for x in torch.meshgrid(side, side, indexing="xy"))  # (H W,)
         powers = torch.stack((torch.ones_like(x), x, y, x * x, x * y, y * y))
         seen = self.filters(frames).square().movedim(1, 3).flatten(1, 2)  # (n, H W, filters)
-        mass, x, y, xx, xy, yy = (powers @ seen).unbind(1)
-        x, y, xx, xy, yy = (moment / (mass + LEAST) for moment in (x, y, xx, xy, yy))
+        mass, *moments = (powers @ seen).unbind(1)
+        x, y, xx, xy, yy = (moment / (mass + 0.01) for moment in moments)
         moments = (mass + 1).log(), x, y, xx - x * x, xy - x * y, yy - y * y
         return (torch.cat((*moments, self.shapes(frames)), 1) - self.mean) / self.scale
 
     def fit(self, frames):
-        """Start from frames (n, C, H, W): the still picture, the scale of features, coordinates."""
+        """Start from frames (n, C, H, W): the still picture, the scale of features, and q, their
+        principal components."""
         self.still.copy_(frames.median(0).values)
         self.blank.copy_(frames.var(0, correction=0).mean() + 1e-12)
         y = torch.cat([self.features(part) for part in frames.split(256)])
         self.mean.copy_(y.mean(0))
         self.scale.copy_(SPREAD * y.std(0, correction=0) + 1e-2)
-        y = ((y - self.mean) / self.scale)[:CHARTED]
-        q = geodesic(y, len(self.linear.weight))
-        q = q / q.std(0).clamp(min=1e-3) if self.space.copies == 2 else q
-        self.linear.weight.copy_(ridge(y, q, 1e-2).T)
-
-    def places(self, frames, n):
-        """Centres (len(frames), 2 n), x first, of what the first n filters see."""
-        y = torch.cat([self.features(part) for part in frames.split(256)])
-        _, x, y, *_ = (y * self.scale + self.mean).split(len(self.filters[0].weight), 1)
-        return torch.cat((x[:, :n], y[:, :n]), 1)
+        _, spread, axes = torch.linalg.svd((y - self.mean) / self.scale, full_matrices=False)
+        axes = axes[: len(self.linear.weight)]  # the first of unit variance
+        unit = spread[: len(axes), None] if self.space.copies == 2 else spread[0]
+        self.linear.weight[: len(axes)] = axes * len(y) ** 0.5 / (unit + 1e-6)
 
     def read(self, frames):  # (B, n, C, H, W) -> (B, n, latent), of each frame by itself
         y = self.features(frames.flatten(0, 1))
@@ -464,59 +412,44 @@ class CompactEncoder(nn.Module):
 
 class CompactHamiltonian(Hamiltonian):
     """H(q, p) = p^T M(q)^-1 p / 2 + V(q), the form of every mechanical system in every coordinates:
-    for Q = f(q), M' = J^-T M J^-1, so a chart may bend. M^-1 = L L^T + a little, with L a constant
-    and a small network of q that starts at zero."""
+    for Q = f(q), M' = J^-T M J^-1, so a chart may bend. M^-1 = W diag(exp(b(q) S)) W^T + a little,
+    where b are the hidden units of V, and S starts at zero."""
 
     rounds, least = 2, 0.3  # least eigenvalue of M^-1, with which energy bounds p
 
-    def __init__(self, dim, space, width=128, hidden=64):
+    def __init__(self, dim, space, width=128):
         super().__init__()
-        seen, self.dim, self.space = dim * space.copies, dim, space
-        self.V = Energy(seen, width)
-        self.first, self.second = nn.Linear(seen, hidden), nn.Linear(hidden, dim * dim)
-        nn.init.zeros_(self.second.weight)
-        self.second.bias.data.copy_(torch.eye(dim).flatten())
+        self.V, self.space = Energy(dim * space.copies, width), space
+        self.W = nn.Parameter(torch.cat((torch.eye(dim), 0.3 * torch.randn(dim, 3 * dim)), 1))
+        self.S = nn.Parameter(torch.zeros(width, 4 * dim))
 
     def train(self, mode=True):
         self.rounds = 2 if mode else 6  # cheap while it learns, afterwards to rounding errors
         return super().train(mode)
 
     def forward(self, q, p):  # (B, dim) twice -> (B,)
-        return 0.5 * (p * self.dp(q, p)).sum(1) + self.V(self.space.see(q))
+        return 0.5 * (p * self.drift(self.at(q), p)).sum(1) + self.V(self.space.see(q))
 
-    def factor(self, x):  # of x = see(q): L (B, dim, dim) and the hidden layer (B, hidden)
-        h = torch.tanh(self.first(x))
-        return self.second(h).unflatten(1, (self.dim, self.dim)), h
-
-    def velocity(self, L, p):  # M^-1 p, (B, dim)
-        p = p.unsqueeze(2)
-        return torch.baddbmm(p, L, L.transpose(1, 2) @ p, beta=self.least).squeeze(2)
-
-    def at(self, q):  # -> dV/dq (B, 1, dim), L (B, dim, dim), dL/dq (B, dim^2, dim)
+    def at(self, q):
         x = self.space.see(q)
-        L, h = self.factor(x)
-        slope = ((1 - h * h).unsqueeze(1) * self.second.weight) @ self.first.weight
-        force, slope = (self.space.pull(g, x[:, None]) for g in (self.V.grad(x)[:, None], slope))
-        return force, L, slope
+        a, b = self.V.hidden(x)
+        return x, a, b, (b @ self.S).exp()
 
     def kick(self, here, p):
-        force, L, slope = here
-        p = p.clamp(-FAR, FAR)
-        outer = p.unsqueeze(2) * (p.unsqueeze(1) @ L)
-        return torch.baddbmm(force, outer.flatten(1).unsqueeze(1), slope).squeeze(1)
+        x, a, b, s = here
+        twice = (p.clamp(-FAR, FAR) @ self.W).square() * s  # kinetic energy along each of W
+        return self.space.pull(self.V.back(x, a, b, self.V.last + 0.5 * twice @ self.S.T), x)
 
     def drift(self, here, p):
-        return self.velocity(here[1], p)
-
-    def dp(self, q, p):
-        return self.velocity(self.factor(self.space.see(q))[0], p)
+        return self.least * p + (p @ self.W * here[3]) @ self.W.T
 
     def momentum(self, z):
         """f_psi, the Legendre transform: z = (q, dq/dt), (B, 2 dim) -> q and p = M(q) dq/dt."""
         q, v = z.chunk(2, 1)
-        L, _ = self.factor(self.space.see(q))
-        one = torch.eye(self.dim, dtype=z.dtype, device=z.device)
-        return q, torch.linalg.solve_ex(L @ L.mT + self.least * one, v.unsqueeze(2))[0].squeeze(2)
+        s = self.at(q)[3]
+        W = self.W * s.sqrt().unsqueeze(1)  # (B, dim, 4 dim)
+        M_inverse = W @ W.mT + self.least * torch.eye(len(self.W)).to(W)
+        return q, torch.linalg.solve_ex(M_inverse, v.unsqueeze(2))[0].squeeze(2)
 
 
 class CompactDecoder(nn.Module):
@@ -525,16 +458,15 @@ class CompactDecoder(nn.Module):
 
     def __init__(self, size, channels, latent, space, blobs=20, width=24):
         super().__init__()
-        self.space, seen = space, latent * space.copies
-        self.size, self.finest = size, 3 + math.log(size / 32)  # a blob: 0.8 pixels
+        self.size, self.space, seen = size, space, latent * space.copies
         self.still = nn.Parameter(torch.full((channels, size, size), 0.5))
-        self.linear, self.bent = nn.Linear(seen, 6 * blobs), bent(seen, 128, 128, 6 * blobs)
+        self.linear, self.bent = nn.Linear(seen, 6 * blobs), mlp(seen, 128, 128, 6 * blobs)
         nn.init.normal_(self.linear.weight, std=0.3)
         self.linear.weight.data[2 * blobs :] *= 0.1
         narrow = -torch.linspace(math.log(0.1), math.log(0.6), blobs)
         start = *(0.3 * torch.randn(2, blobs)), narrow, narrow, torch.zeros(2 * blobs)
         self.linear.bias.data = torch.cat(start)
-        self.camera = bent(seen, 64, 2 + channels)  # at first, the still picture stays as it is
+        self.camera = mlp(seen, 64, 2 + channels)  # at first, the still picture stays as it is
         self.colour = nn.Linear(seen, 2 * width)
         self.first = nn.Conv2d(blobs, width, 1, bias=False)
         self.second, self.last = nn.Conv2d(width, width, 1), nn.Conv2d(width, channels, 1)
@@ -543,23 +475,17 @@ class CompactDecoder(nn.Module):
         self.last.weight.data.mul_(0.1)  # at first, paint the still picture
         nn.init.zeros_(self.last.bias)
 
-    def fit(self, frames, encoder):
-        """Start from the still picture and from blobs that go with what the filters see."""
+    def fit(self, frames):
         self.still.copy_(frames.median(0).values)
-        q = self.space.see(encoder.read(frames.unsqueeze(1)).squeeze(1))
-        places = encoder.places(frames, len(self.linear.bias) // 6)
-        W = ridge(F.pad(q, (0, 1), value=1.0), places, 1e-3)
-        for start, fit in ((self.linear.weight, W[:-1].T), (self.linear.bias, W[-1])):
-            start[: len(fit)] = 0.3 * start[: len(fit)] + fit
 
     def blobs(self, q, x, y):  # (n, latent), (w,), (h,) -> (n, blobs, h, w), channels_last
         shapes = (self.linear(q) + self.bent(q)).unflatten(1, (6, -1))
-        at_x, at_y, a, c, b, height = shapes.unbind(1)
-        a, c = a.clamp(-2, self.finest).exp(), c.clamp(-2, self.finest).exp()
-        dx = a[:, None] * (x[:, None] - at_x[:, None].clamp(-3, 3))  # (n, w, blobs)
-        dy = c[:, None] * (y[:, None] - at_y[:, None].clamp(-3, 3))  # (n, h, blobs)
-        turned = dx.unsqueeze(1) + (b[:, None].clamp(-3, 3) * dy).unsqueeze(2)  # (n, h, w, blobs)
-        height = height[:, None].clamp(max=2) - 0.5 * dy.square()
+        at_x, at_y, a, c, b, height = shapes.unsqueeze(2).unbind(1)  # (n, 1, blobs) each
+        finest = 3 + math.log(self.size / 32)  # 0.8 pixels
+        dx = a.clamp(-2, finest).exp() * (x[:, None] - at_x.clamp(-3, 3))  # (n, w, blobs)
+        dy = c.clamp(-2, finest).exp() * (y[:, None] - at_y.clamp(-3, 3))  # (n, h, blobs)
+        turned = dx.unsqueeze(1) + (b.clamp(-3, 3) * dy).unsqueeze(2)  # (n, h, w, blobs)
+        height = height.clamp(max=2) - 0.5 * dy.square()
         return (height.unsqueeze(2) - 0.5 * turned.square()).exp().movedim(3, 1)
 
     def ground(self, q, x, y):  # -> (n, C, h, w)
@@ -592,7 +518,7 @@ def check(config, known):
 
 
 def paper(size, channels, context, latent, periodic, f_psi):
-    """The published networks: encoder, f_psi, H, decoder and prior."""
+    """The published networks: encoder, f_psi, H, decoder, prior and integrator."""
     maps, low = latent or 16, size // 8
     tail = () if f_psi else (nn.LeakyReLU(), *convs(96, 64, 64, 4 * maps, stride=2))
     encoder, psi = PaperEncoder(size, channels, context, tail), PaperPsi(maps) if f_psi else no_psi
@@ -621,8 +547,7 @@ class HGN(nn.Module):
     INTEGRATORS; default leapfrog (compact), explicit_leapfrog (paper). substeps: its steps from one
     frame to the next. periodic: q are angles (compact). f_psi: False is the paper's ablation, z
     itself is the state. deterministic: no sampling of z and no KL. friction: learn gamma of
-    p -> exp(-gamma t) p. dt: time between frames. Raises: ValueError, with the cure, for a value
-    outside these.
+    p -> exp(-gamma t) p. dt: time between frames. Raises: ValueError for a value outside these.
     """
 
     def __init__(
@@ -659,13 +584,13 @@ class HGN(nn.Module):
         if len(frames) < 2:
             raise ValueError(f"fit needs at least two frames, not {len(frames)}")
         self.encoder.fit(frames)
-        self.decoder.fit(frames, self.encoder)
+        self.decoder.fit(frames)
 
     def encode(self, frames):
         """frames (B, T >= context, C, size, size) -> mean and log-variance of q(z|x)."""
-        size, channels = self.config["size"], self.config["channels"]
-        enough, picture = frames.shape[1] >= self.context, (channels, size, size)
-        if not enough or frames.shape[2:] != picture or not frames.is_floating_point():
+        picture = self.config["channels"], self.config["size"], self.config["size"]
+        enough = frames.shape[1] >= self.context and frames.is_floating_point()
+        if not enough or frames.shape[2:] != picture:
             wanted = ", ".join(map(str, ("B", f"{self.context} or more", *picture)))
             got = f"{frames.dtype} {tuple(frames.shape)}"
             raise ValueError(f"frames must be floats in [0, 1] of shape ({wanted}), not {got}")
@@ -743,7 +668,6 @@ class HGN(nn.Module):
 
 
 # ------------------------------------------------------------------ the compact model's recipe
-# A quarter of the steps by chart_loss, the others by charted_loss, whose reach grows (train.py).
 
 JITTER = 0.02  # noise on q before it is painted: finer detail carries nothing
 PRICE = 0.001  # of one nat of coordinates, in units of a blank prediction's error
@@ -762,21 +686,10 @@ def painting_error(model, q, frames):
     return error / model.encoder.blank
 
 
-def chart_loss(model, frames):
-    """Encoder and decoder as an autoencoder of single frames (B, n, C, size, size), plus a price on
-    the nats that coordinates carry beside their jitter, so that what is not needed falls still;
-    none while nothing is painted. Returns: the loss, in units of a blank prediction's error, the
-    mse, and the coordinates (B, n, latent)."""
-    e = model.encoder.read(frames)
-    error = painting_error(model, e + JITTER * torch.randn_like(e), frames).mean()
-    nats = 0.5 * torch.log1p(e.flatten(0, 1).var(0, correction=0) / JITTER**2).sum()
-    price = PRICE * (1 - error.detach()).clamp(min=0) * nats
-    return error + price, error * model.encoder.blank, e
-
-
 def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None):
-    """The ELBO on some of a clip's frames, far ones by the logarithm of their error, plus the loss
-    of a chart of single frames and the distance of what was rolled out from it.
+    """The ELBO on some of a clip's frames, far ones by the logarithm of their error, plus a chart:
+    an autoencoder of single frames, near whose coordinates the rollout shall stay, with a price on
+    the nats that they carry beside their jitter, so that what is not needed falls still.
 
     context: (B, context, C, size, size). targets: (B, n, C, size, size), at integer times (B, n)
     counted from the first frame of context. reach: the last time there can be; a number of its own,
@@ -786,15 +699,20 @@ def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None):
     q, _ = model.rollout(*model.state(z), reach)  # (B, reach + 1, latent)
     q = q[torch.arange(len(q), device=q.device).unsqueeze(1), times]  # (B, n, latent)
     error = painting_error(model, q, targets)
-    few = 1 + targets.shape[1] // 8
-    chart, _, e = chart_loss(model, targets[:, :few])
-    spread = e.detach().flatten(0, 1).var(0, correction=0).mean() + 1e-12
-    space = model.encoder.space
-    off = space.read(space.see(q[:, :few] - e)).square().mean(2) / spread
+    few, space, blank = (
+        targets[:, : 1 + targets.shape[1] // 8],
+        model.encoder.space,
+        model.encoder.blank,
+    )
+    e = model.encoder.read(few)
+    chart = painting_error(model, e + JITTER * torch.randn_like(e), few).mean()
+    spread = e.flatten(0, 1).var(0, correction=0)
+    price = PRICE * 0.5 * torch.log1p(spread / JITTER**2).sum() * (1 - chart.detach()).clamp(min=0)
+    off = space.read(space.see(q[:, : e.shape[1]] - e)).square().mean(2)
     robust = lambda x, tolerance: tolerance * torch.log1p(x / tolerance).mean()
-    kl_weight = beta / context[0, 0].numel() / model.encoder.blank
-    loss = robust(error, TOLERANCE) + chart + robust(off, 0.01) + kl_weight * kl
-    return loss, error.mean() * model.encoder.blank, kl
+    off = robust(off / (spread.detach().mean() + 1e-12), 0.01)
+    kl_weight = beta / context[0, 0].numel() / blank
+    return robust(error, TOLERANCE) + chart + price + off + kl_weight * kl, error.mean() * blank, kl
 
 
 def hnn_loss(model, frames):

@@ -304,13 +304,13 @@ def test_leapfrog_is_hamiltons_flow_symplectic_and_returns(name):
     steps = 100 if name == "twist" else 500  # whose gradients, by autograd, are slow
     H, (q, p) = shaken(make()), start(4, dim)
     x, y = (x.requires_grad_() for x in start(4, dim))
-    gradient = lambda q, p: (H.kick(H.at(q), p), H.dp(q, p))
+    gradient = lambda q, p: (H.kick(H.at(q), p), H.drift(H.at(q), p))
     close(gradient(q, p), torch.autograd.grad(H(x, y).sum(), (x, y)))
     if name == "the paper's":  # which has an integrator of its own
         with torch.inference_mode(), pytest.raises(RuntimeError, match="no_grad"):
             gradient(q, p)
         return
-    field = lambda q, p: (H.dp(q, p), -gradient(q, p)[0])
+    field = lambda q, p: (H.drift(H.at(q), p), -H.kick(H.at(q), p))
     exact = torch.cat([x[:, -1] for x in runge_kutta(field, q, p, 1.0, 1, 50)], 1)
     with torch.no_grad():
         errors = [(last(leapfrog, H, q, p, 1.0 / n, n) - exact).norm() for n in (20, 40)]
@@ -798,7 +798,7 @@ def on_loss(monkeypatch):
 
     def on_loss(heed, real=True):
         steps = itertools.count()
-        own = [(train, f"{name}_loss") for name in ("chart", "charted", "hnn")]
+        own = [(train, f"{name}_loss") for name in ("charted", "hnn")]
         for home, name in (*own, (HGN, "loss")):
 
             def loss(model, *batch, true=getattr(home, name), **options):

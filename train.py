@@ -25,24 +25,22 @@ from tqdm import tqdm
 from eval import measure, measure_flow, movies, number, open_run
 from eval import pick_device, provenance, table, test_set, write
 from hgn import ARCHITECTURES, GECO, HGN, INTEGRATORS, Couplings
-from hgn import chart_loss, charted_loss, hnn_loss
+from hgn import charted_loss, hnn_loss
 from nhf import DENSITIES, NHF, RealNVP
 from physics import SYSTEMS, clips, initial_states, jitter, read_points, render, simulate
 
 DEFAULTS = {
-    "hgn": {"steps": 3000, "batch_size": 16, "lr": 4e-3},
+    "hgn": {"steps": 2500, "batch_size": 16, "lr": 4e-3},
     "paper": {"steps": 5000, "batch_size": 16, "lr": 1.5e-4},  # hgn with --arch paper
     "hnn": {"steps": 5000, "batch_size": 16, "lr": 4e-4},
     "nhf": {"steps": 4000, "batch_size": 512, "lr": 2e-2},
     "realnvp": {"steps": 10000, "batch_size": 512, "lr": 5e-3},  # twice as fast a step
 }
 FLOWS = "nhf", "realnvp"
-LOOK_EVERY = 2000  # steps from one evaluation to the next
 POOL = 64  # batches whose trajectories are simulated together
 HERE = "device", "compile", "resume", "name", "bench"  # of the command alone, not of the run
 FREE = "steps", "window", "save_every"  # what --resume may change
-CHART = 0.25  # part of a compact run in which chart and decoder learn single frames, without H
-GROWTH = 0.5  # part of the rest over which the horizon grows to the whole window
+GROWTH = 0.5  # part of a compact run over which the horizon grows to the whole window
 SEEN = 2048  # frames that the chart starts from
 STATES = 32768  # clips whose states the prior is fitted to at the end
 # Times --lr, of parts of a compact model: a decoder is small; filters that change fast leave what
@@ -160,16 +158,14 @@ def resumed(args):
 def new_folder(args):
     """runs/<name>/, never one that holds a run already."""
     name = args.name or args.system or args.density or Path(args.data).resolve().stem or "run"
-    folder, n = Path("runs") / name, 1
-    if folder.name != name:
+    if Path(name).name != name:
         raise ValueError(f"--name {name} is not the name of a folder")
-    while folder.exists() and not args.name:
-        n += 1
-        folder = folder.with_name(f"{name}-{n}")
-    if folder.exists():
-        raise ValueError(f"{folder} exists: --resume {folder} goes on with it")
-    folder.mkdir(parents=True)
-    return folder
+    names = (name, *(f"{name}-{n}" for n in range(2, 10**6) if not args.name))
+    for folder in (Path("runs") / name for name in names):
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            return folder
+    raise ValueError(f"{folder} exists: --resume {folder} goes on with it")
 
 
 class Batches:
@@ -214,8 +210,7 @@ class Batches:
 
     def horizon(self, step):
         """How far from the first frame a compact model is scored: it grows from 3 frames."""
-        share = (step / self.args.steps - CHART) / ((1 - CHART) * GROWTH)
-        return min(self.most, 3 + int(self.args.window * max(0, share)))
+        return min(self.most, 3 + int(self.args.window * step / self.args.steps / GROWTH))
 
     def paint(self, step, times, generator):
         """Frames of the clips at times (B, n); trajectories of POOL batches are simulated at once,
@@ -374,10 +369,8 @@ class Run:
         self.geco = GECO(args.tolerance, beta=args.beta, device=device)
         self.batches = self.points if self.flow else Batches(args, test.data, device)
         self.reach = None if self.flow else self.batches.most  # frames of a rollout
-        self.charted = int(CHART * args.steps) if self.compact else 0  # steps of the first stage
-        fast, geco = compiled if args.compile else lambda f: f, self.geco if args.geco else None
-        losses = [self.flow_loss] if self.flow else [self.loss, self.chart_loss]
-        self.steps = [stepper(model, fast(f), self.optimisers, geco) for f in losses]
+        losses = compiled(self.losses) if args.compile else self.losses
+        self.step = stepper(model, losses, self.optimisers, self.geco if args.geco else None)
         self.done, self.logged, self.began = 0, 0, time.time()
 
     def points(self, step):
@@ -386,16 +379,11 @@ class Run:
         x = self.test.draw(self.args.batch_size, generator)
         return x, torch.randn(self.args.samples, *x.shape, generator=generator)
 
-    def flow_loss(self, x, noise):
-        log_w = self.model.log_weights(x, noise)
-        nll = math.log(len(log_w)) - log_w.logsumexp(0).mean()
-        return {"loss": nll, "elbo": log_w.mean()}
-
-    def chart_loss(self, context, targets, times):
-        loss, mse, _ = chart_loss(self.model, targets)
-        return {"loss": loss, "mse": mse}
-
-    def loss(self, *batch):
+    def losses(self, *batch):
+        if self.flow:
+            log_w = self.model.log_weights(*batch)
+            nll = math.log(len(log_w)) - log_w.logsumexp(0).mean()
+            return {"loss": nll, "elbo": log_w.mean()}
         if self.compact:
             values = charted_loss(self.model, *batch, self.reach, self.geco.beta)
         elif self.args.model == "hnn":
@@ -404,13 +392,15 @@ class Run:
             values = self.model.loss(*batch, self.geco.beta)
         return dict(zip(("loss", "mse", "kl"), values))
 
-    def advance(self, step):
+    def advance(self):
         """A training step: its losses."""
-        torch.manual_seed((self.args.seed << 20) + step)  # of z: a resumed run draws the same
+        torch.manual_seed((self.args.seed << 20) + self.done)  # of z: a resumed run draws the same
         if self.compact and not (self.args.compile or self.device.type == "cuda"):
-            self.reach = self.batches.horizon(step)  # elsewhere it is fixed
-        values = self.steps[step < self.charted](*self.batches(step))
-        if self.compact and step + 1 == self.args.steps and not self.args.deterministic:
+            self.reach = self.batches.horizon(self.done)  # elsewhere it is fixed
+        set_rate(self.optimisers, self.args.lr, self.done, self.args.steps)
+        values = self.step(*self.batches(self.done))
+        self.done += 1
+        if self.compact and self.done == self.args.steps and not self.args.deterministic:
             self.fit_prior()
         return values | ({"beta": self.geco.beta} if self.args.geco else {})
 
@@ -442,16 +432,13 @@ class Run:
 
     def restore(self, folder, checkpoint):
         """Optimisers and beta of a checkpoint; what was logged after it is dropped."""
-        self.folder, self.done = folder, checkpoint["step"]
+        self.folder, self.done, self.logged = folder, checkpoint["step"], checkpoint["logged"]
         self.began -= checkpoint["seconds"]
         try:
             for mine, kept in zip(self.optimisers, checkpoint["optimisers"], strict=True):
                 mine.load_state_dict({**mine.state_dict(), "state": kept["state"]})
-                for w, state in mine.state.items():
-                    assert all(x.shape in ((), w.shape) for x in state.values())
             for mine, kept in zip((self.geco.beta, self.geco.mse), checkpoint["geco"]):
                 mine.fill_(kept)
-            self.logged = int(checkpoint["logged"])
         except Exception as error:  # torch checks little, and raises many kinds
             raise ValueError(f"{folder} holds no run of this version: train again") from error
         with open(folder / "metrics.jsonl", "a") as log:
@@ -475,18 +462,9 @@ class Run:
             log.write(json.dumps(line) + "\n")
             self.logged = log.tell()
 
-    def evaluate(self):
-        if self.flow:
-            result = measure_flow(self.model, self.test, 2000, (1, 64))
-        else:
-            movies(self.model, self.test, self.folder)
-            result = measure(self.model, self.test)
-        self.log(**{k: v for k, v in result.items() if isinstance(v, float)})
-        return result
-
     def loop(self):
         """Train to the last step, or to a signal."""
-        args, split, stopped, bad = self.args, self.charted, [], 0
+        steps, stopped, bad = self.args.steps, [], 0
 
         def heed(number, _):  # between two steps
             signal.signal(number, signal.SIG_DFL)  # asked twice, it stops at once
@@ -494,14 +472,11 @@ class Run:
 
         signal.signal(signal.SIGINT, heed)
         signal.signal(signal.SIGTERM, heed)
-        with tqdm(initial=self.done, total=args.steps, unit="step") as bar:
-            while self.done < args.steps:
-                begin, end = (0, split) if self.done < split else (split, args.steps)
-                set_rate(self.optimisers, args.lr, self.done - begin, end - begin)
-                values = self.advance(self.done)
-                self.done += 1
+        with tqdm(initial=self.done, total=steps, unit="step") as bar:
+            while self.done < steps and not stopped:
+                values = self.advance()
                 bar.update()
-                last = self.done == args.steps or stopped
+                last = self.done == steps or stopped
                 if self.done % 20 == 0 or last:
                     values = {k: v.item() for k, v in values.items()}
                     bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()})
@@ -509,12 +484,8 @@ class Run:
                     bad = 0 if math.isfinite(values["loss"]) else bad + 1
                 if bad == PATIENCE:
                     raise ValueError(f"the loss is not finite at step {self.done}: lower --lr")
-                if not bad and (self.done % args.save_every == 0 or last):
+                if not bad and (self.done % self.args.save_every == 0 or last):
                     self.save()
-                if stopped:
-                    break
-                if self.done % LOOK_EVERY == 0 and not last:
-                    self.evaluate()
         if stopped:
             print(f"stopped: python train.py --resume {self.folder} goes on")
             raise SystemExit(128 + stopped[0])
@@ -539,23 +510,21 @@ def bench(args, device):
         print(f"{what:<42}{1e3 * s:10.4g} ms{n / s:10.4g} a second, the first {first:.3g} s")
         write(path, json.dumps(report, indent=1).encode())
 
-    a, many, size = torch.randn(4096, 4096, device=device), 8192 if cuda else 1024, args.batch_size
+    a, many = torch.randn(4096, 4096, device=device), 8192 if cuda else 1024
     row("matmul of 4096, TFLOP", 2 * 4096**3 / 1e12, lambda: a @ a)
     for name, system in list(SYSTEMS.items())[:4]:  # the paper's
         draw = lambda: clips(system, many, size=args.size, device=device)
         row(f"data, clips of {name}", many, draw)
-    model, z = build(args, test).to(device), torch.randn(2, size, args.latent).to(device)
-    rollout = torch.no_grad()(lambda: model.decode(model.rollout(*z, 29)[0]))
-    row(f"rollout, batch {size}, 30 frames", size, rollout)
-    for arch, n in (("compact", size), ("paper", size), ("compact", 512)):
+    for arch, n in (("compact", args.batch_size), ("paper", args.batch_size), ("compact", 512)):
         latent = args.latent if arch == "compact" else None
         changes = {"arch": arch, "batch_size": n, "latent": latent, "steps": 10**6}
         for compile in (False, True)[: 1 + args.compile]:
             options = argparse.Namespace(**vars(args) | changes | {"compile": compile})
             run = Run(options, build(options, test).to(device), test, device)
             run.fit()
-            batch, step = run.batches(0), run.steps[0]
-            for way, call in {"eager": step.step, "graph": step}.items() if cuda else [("", step)]:
+            batch = run.batches(0)
+            ways = {"eager": run.step.step, "graph": run.step} if cuda else {"": run.step}
+            for way, call in ways.items():
                 what = f"{arch} step, batch {n} {way}{' compiled' * compile}"
                 row(what, n, lambda: call(*batch))
     print("wrote", path)
@@ -584,7 +553,12 @@ def train(args):
         run.start(new_folder(args))
     print(f"{run.folder}: step {run.done} of {args.steps}")
     run.loop()
-    result = run.evaluate()
+    if run.flow:
+        result = measure_flow(model, test, 2000, (1, 64))
+    else:
+        movies(model, test, run.folder)
+        result = measure(model, test)
+    run.log(**{k: v for k, v in result.items() if isinstance(v, float)})
     table(run.config, result)
     seconds, sample = time.time() - run.began, "" if run.flow else " --sample 4"
     print(f"\n{seconds:.0f} s. Then: python eval.py --checkpoint {run.folder}{sample}")
