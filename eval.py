@@ -481,13 +481,16 @@ def movies(
     return wrote
 
 
-def plot(x, y, level, title, size=144):
-    """A picture of points y over x, each in the colour of its level; tensors of one shape."""
+def plot(title, size=144, **axes):
+    """A picture of points over two of three axes, tensors of one shape; the third is their colour.
+    A line under the title says from where to where each axis goes."""
     unit = lambda v: ((v - v.min()) / (v.max() - v.min() + 1e-12)).nan_to_num().cpu().numpy()
+    scales = ", ".join(f"{name} {v.min():.2g} to {v.max():.2g}" for name, v in axes.items())
+    x, y, level = axes.values()
     image = np.full((size, size, 3), 24, "uint8")
     row, column = ((2 + (size - 5) * unit(v)).astype(int) for v in (-y, x))
     image[row, column] = colours(0.25 + 0.75 * unit(level))
-    return panel(title, image.repeat(2, 0).repeat(2, 1))
+    return panel(title, panel(scales, image.repeat(2, 0).repeat(2, 1)))
 
 
 @torch.no_grad()
@@ -500,11 +503,11 @@ def phase(model, clips, folder, frames=90, n=24):
         q, p = simulate(clips.system, clips.q[:n], clips.p[:n], frames, clips.dt)
         states["true"] = q, p, clips.system.energy(q, p)
     for name, (q, p, H) in states.items():
-        q, p, time = q.flatten(2), p.flatten(2), torch.arange(frames).to(H).expand_as(H)
-        i = q.var((0, 1)).argmax()
-        ends = f"{H.min():.3g} to {H.max():.3g}"
-        panels.append(plot(q[..., i], p[..., i], H, f"{name}: p{i + 1} over q{i + 1}, colour H"))
-        panels.append(plot(time, H, H, f"{name}: H over {frames} frames, {ends}"))
+        q, p, frame = q.flatten(2), p.flatten(2), torch.arange(frames).to(H).expand_as(H)
+        i = q.var((0, 1)).argmax().item()
+        axes = {f"q{i + 1}": q[..., i], f"p{i + 1}": p[..., i]}
+        panels.append(plot(f"{name}: {n} orbits, colour H", **axes, H=H))
+        panels.append(plot(f"{name}: H along them", frame=frame, H=H, colour=H))
     return save_picture(folder / "phase.png", np.concatenate(panels, 1))
 
 
@@ -566,7 +569,7 @@ def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
     learnt = model.log_prob(grid(*user, points.shift), 32, generator).div(2).exp()
     shown = {"target": scatter(test, *user), "learnt density": learnt.view(bins, bins)}
     shown["samples"] = scatter(model.sample(n, generator), *user)
-    note = f", x1, x2 of {model.dim}" * (model.dim > 2)
+    note = f", x1, x2 of {model.dim}" * (model.dim > 2) + ", its square root"
     rows, movie = [[heat(x, title + note, *user) for title, x in shown.items()]], []
     if hasattr(model, "H"):
         dense = scatter(model.standard(test)[0], *inner)[None, None]
@@ -624,18 +627,21 @@ def look(args):
         folder.mkdir(parents=True, exist_ok=True)
     test = test_set(config, args.clips, device)
     source = getattr(test, "summary", config["density"] or config["data"])
-    print(f"{path}: {source}; painting and measuring")
+    print(f"{path}: {source}\nmovies and pictures ...")
     if config["model"] in FLOWS:
         model = model.cpu()
-        result = measure_flow(model, test)
         wrote = flow_pictures(model, test, folder, seed=args.seed)
+        print("likelihoods ...")
+        result = measure_flow(model, test)
     else:
         shown = test_set(config, args.show, device, test.data)
         asked = args.reverse, args.speed, args.sample, args.seed, args.scale
         wrote = movies(model, shown, folder, args.frames, args.show, *asked)
         wrote.append(phase(model, test, folder, args.frames))
+        print("errors and energies ...")
         result = measure(model, test, args.frames, 1000)
         if test.system:
+            print("prediction times, SyMetric, samples ...")
             result |= measure_physics(model, test, config["window"])
         if test.noise:
             source = torch.Generator().manual_seed(TEST_SEED + 1)

@@ -438,10 +438,10 @@ class CompactHamiltonian(Hamiltonian):
     def kick(self, here, p):
         x, a, b, s = here
         twice = (p.clamp(-FAR, FAR) @ self.W).square() * s  # kinetic energy along each of W
-        return self.space.pull(self.V.back(x, a, b, self.V.last + 0.5 * twice @ self.S.T), x)
+        return self.space.pull(self.V.back(x, a, b, self.V.last + F.linear(twice / 2, self.S)), x)
 
     def drift(self, here, p):
-        return self.least * p + (p @ self.W * here[3]) @ self.W.T
+        return self.least * p + F.linear(p @ self.W * here[3], self.W)
 
     def momentum(self, z):
         """f_psi, the Legendre transform: z = (q, dq/dt), (B, 2 dim) -> q and p = M(q) dq/dt."""

@@ -340,9 +340,9 @@ class Recordings:
         read = self._of_array if self.path.suffix in ARRAYS else self._of_files
         films = [(film[::stride], rate) for film, rate in read()]
         long, rates = [*zip(*(x for x in films if len(x[0]) >= least))] or [(), ()]
-        if not long or len(long) == 1 and len(long[0]) < 2 * least:
-            raise ValueError(f"{path} holds {len(films)} films, clips or pictures, too short for "
-                             f"{2 * least} frames: see --stride, --context")  # fmt: skip
+        need = 2 * least if 1 in (len(films), len(long)) else least
+        if not long or len(long[0]) < need:
+            raise ValueError(f"{path} holds {len(films)} recordings, none of {need} frames")
         if not (dt or fps) and max(rates) > 1.1 * min(rates):
             raise ValueError(f"{path} holds recordings of different rates: give one with --fps")
         self.dt = stride * (dt or (1 / fps if fps else rates[0] or 0.125))
@@ -358,7 +358,7 @@ class Recordings:
         self.clips = [x for group in groups for x in group]
         self.lengths, self.channels = torch.tensor([*map(len, self.clips)]), long[0].shape[3]
         self.summary = (
-            f"{path}: {len(films)} recordings, {len(films) - len(long)} too short; {len(held)} "
+            f"{path}: recordings {len(films)}, too short {len(films) - len(long)}; {len(held)} "
             f"clips of {self.lengths.min()} to {self.lengths.max()} frames, {self.lengths.sum()} "
             f"in all, {self.before} -> {self.size} x {self.size}, {1 / self.dt:.4g} a second; "
             f"passed over: {len(self.passed)} files {', '.join(self.passed[:3])}"

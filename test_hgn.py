@@ -953,16 +953,14 @@ def test_batches_are_the_clips_at_the_times_they_say(words, frames, own, command
     once, again = (batches(command, on_loss, words, 10) for _ in range(2))
     for step, (batch, same) in enumerate(zip(once, again)):
         assert all(torch.equal(a, b) for a, b in zip(batch, same) if torch.is_tensor(a))
-        if len(batch) >= 3:
+        if compact := len(batch) >= 3:
             context, targets, times = batch[:3]
             expected = torch.cat((torch.arange(5).expand(4, 5), times), 1)
             clip, at = number(torch.cat((context, targets), 1))
-            assert times.min() >= 0 and times.max() <= (3 if step == 3 else 11)
+            assert times.min() >= 0 and times.max() <= min(11, 3 + 2 * step)
         else:
             expected, (clip, at) = torch.arange(frames).expand(4, -1), number(batch[0])
-        compact = "hnn" not in words and "paper" not in words
-        if len(batch) >= 3 or not compact:  # elsewhere single frames, of any times
-            assert torch.equal(at, at[:, :1] + expected)
+        assert torch.equal(at, at[:, :1] + expected)
         assert (clip == clip[:, :1]).all() and not torch.isin(clip, held_out).any()
     assert not torch.equal(once[8][0], once[9][0]) and (not compact or once[9][2].max() > 6)
 
@@ -980,8 +978,8 @@ def test_times_are_uniform(own, command, on_loss):
 
 @each("name", SCENES)
 def test_any_picture_is_learnt(name, command, on_loss):
-    """In seconds and with nothing but the clips: when the first stage of training ends, the error
-    of what is painted from single frames is below half of a blank prediction's."""
+    """In seconds and with nothing but the clips: the error of what is painted from single frames
+    is below half of a blank prediction's."""
     frames = scene(name, 24, 24, size=16).clamp(0, 1)
     np.save(f"{name}.npy", as_bytes(frames))
     on_loss(stop_at(60))
