@@ -305,6 +305,7 @@ class PaperDecoder(nn.Module):
 
 FAR = 50.0  # beyond it forces grow no further and q looks the same: what goes astray stays finite
 SPREAD = 3  # features have a spread of 1/3: a step of Adam's, on hundreds of them, stays small
+CHARTED = 600  # frames whose geodesic distances start the chart: a second's work
 FASTEST = 10  # initial velocities are cut to this: a chart that is bad yet sends no q far away
 FRAME = 0.125  # time from frame to frame inside: what is learnt does not depend on the unit of dt
 
@@ -336,6 +337,22 @@ def mlp(*sizes):
     nn.init.zeros_(net[-1].weight)
     nn.init.zeros_(net[-1].bias)
     return net
+
+
+def geodesic(y, dim, near=8):
+    """Coordinates (n, dim) whose distances are those of y (n, features) along the surface they lie
+    on (Tenenbaum et al. 2000, "Isomap"), the first of unit variance: a curve comes out straight,
+    where a principal component may fold it."""
+    d = torch.cdist(y, y)
+    reach = d.kthvalue(min(near + 1, len(d)), 1).values
+    d = torch.where(d <= torch.maximum(reach, reach[:, None]), d, 10 * d)  # no part is out of reach
+    for _ in range(math.ceil(math.log2(len(d)))):  # by way of one more point, twice as many, ...
+        d = torch.stack([(row + d).amin(1) for row in d])
+    d = d.square()
+    d = d - d.mean(0) - d.mean(1, keepdim=True) + d.mean()
+    value, axes = torch.linalg.eigh(-0.5 * d.double())
+    q = axes * (value.clamp(min=0) / value[-1].clamp(min=1e-12) * len(d)).sqrt()
+    return F.pad(q.flip(1)[:, :dim], (0, max(0, dim - len(d)))).to(y)
 
 
 class CompactEncoder(nn.Module):
@@ -383,17 +400,18 @@ class CompactEncoder(nn.Module):
         return (torch.cat((*moments, self.shapes(frames)), 1) - self.mean) / self.scale
 
     def fit(self, frames):
-        """Start from frames (n, C, H, W): the still picture, the scale of features, and q, their
-        principal components."""
+        """Start from frames (n, C, H, W): the still picture, the scale of features, and q, a ridge
+        regression of geodesic coordinates."""
         self.still.copy_(frames.median(0).values)
         self.blank.copy_(frames.var(0, correction=0).mean() + 1e-12)
         y = torch.cat([self.features(part) for part in frames.split(256)])
         self.mean.copy_(y.mean(0))
         self.scale.copy_(SPREAD * y.std(0, correction=0) + 1e-2)
-        _, spread, axes = torch.linalg.svd((y - self.mean) / self.scale, full_matrices=False)
-        axes = axes[: len(self.linear.weight)]  # the first of unit variance
-        unit = spread[: len(axes), None] if self.space.copies == 2 else spread[0]
-        self.linear.weight[: len(axes)] = axes * len(y) ** 0.5 / (unit + 1e-6)
+        y = ((y - self.mean) / self.scale)[:CHARTED]
+        q = geodesic(y, len(self.linear.weight))
+        q = q / q.std(0).clamp(min=1e-3) if self.space.copies == 2 else q
+        A = y.T @ y / len(y) + 1e-2 * torch.eye(y.shape[1]).to(y)
+        self.linear.weight.copy_(torch.linalg.solve(A, y.T @ q / len(y)).T)
 
     def read(self, frames):  # (B, n, C, H, W) -> (B, n, latent), of each frame by itself
         y = self.features(frames.flatten(0, 1))
