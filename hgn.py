@@ -3,12 +3,15 @@
 An encoder infers an abstract state (q, p) from the first frames, a learnt scalar H rolls it out
 with leapfrog, and a decoder paints every frame from q alone:
 
-    model = HGN()                                   # 32x32 RGB, sees 5 frames
+    model = HGN(arch="paper")                       # 32x32 RGB, sees 5 frames
     model.fit(pictures)                             # (n, 3, 32, 32): where training starts
     loss, mse, kl = model.loss(frames)              # frames (B, T, 3, 32, 32) in [0, 1]
     q, p = model.infer(frames)                      # state at frame 0
     q, p = model.rollout(q, p, steps=90)            # (B, 91, latent); dt=-model.dt runs backward
     movie = model.decode(q)                         # (B, 91, 3, 32, 32)
+
+`paper` and `compact`, above HGN, list the parts of both architectures. train.py trains the paper's
+by `HGN.loss`, the ELBO, and the compact one, which needs far less time, by `charted_loss`.
 """
 
 import math
@@ -19,7 +22,8 @@ from torch import nn
 
 # ------------------------------------------------------------------ integrators (section 2.1)
 
-once = torch.compiler.nested_compile_region  # torch.compile translates it once, not every step
+# torch.compile translates a step once, not once for every step of a rollout
+once = torch.compiler.nested_compile_region
 
 
 @once
@@ -42,8 +46,8 @@ def euler_step(H, q, p, here, h, rounds):
 
 
 def roll(step, rounds, H, q, p, dt, steps, substeps=1, gamma=None):
-    """(q, p) and what follows `substeps` times a step of length dt / substeps each."""
-    q, p, h = q.clone(), p.clone(), dt / substeps  # a compiled step takes no halves of one tensor
+    """(q, p) and `steps` states after it, each `substeps` integrator steps after the last."""
+    q, p, h = q.clone(), p.clone(), dt / substeps  # a compiled step refuses views of one tensor
     here, path = H.at(q), [(q, p)]
     decay = 1.0 if gamma is None else torch.exp(-gamma * h / 2)
     for _ in range(steps):
@@ -62,12 +66,12 @@ def leapfrog(H, *args, **kwargs):
         p_{n+1}   = p_{n+1/2} - h/2  dH/dq(q_{n+1}, p_{n+1/2})
 
     of order 2, symplectic and reversible (Hairer, Lubich & Wanner, Geometric Numerical Integration,
-    VI.3). Two lines are implicit and take `H.rounds` fixed-point iterations; a separable H needs 0.
+    VI.3), as far as its implicit first two lines are solved: by `H.rounds` fixed-point iterations.
 
     Args: H, a Hamiltonian. q, p: (B, ...). dt: time between the returned states, a number or a
     tensor that broadcasts with q; negative runs backward. steps. substeps=1: leapfrog steps from
-    one returned state to the next. gamma=None: friction, p -> exp(-gamma h / 2) p before and after
-    every step of length h. Returns: q, p of shape (B, steps + 1, ...), the start included.
+    one returned state to the next. gamma=None: friction, a tensor: p -> exp(-gamma h / 2) p before
+    and after every step of length h. Returns: q, p, (B, steps + 1, ...), the start included.
     """
     return roll(leapfrog_step, H.rounds, H, *args, **kwargs)
 
@@ -89,7 +93,7 @@ INTEGRATORS = {"leapfrog": leapfrog, "explicit_leapfrog": explicit_leapfrog, "eu
 
 
 def slope(f, x):
-    """The gradient of f(x).sum(). In inference mode torch 2.11 would return zeros, wordlessly."""
+    """The gradient of f(x).sum(). In inference mode torch 2.11 would silently return zeros."""
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         raise RuntimeError("forces by autograd need torch.no_grad(), not torch.inference_mode()")
     return torch.func.grad(lambda x: f(x).sum())(x)
@@ -99,7 +103,7 @@ class Hamiltonian(nn.Module):
     """Any H(q, p): a subclass gives `forward`, (B, ...) twice -> (B,). What integrators need of it
     follows by autograd; the compact one writes it out, since rollouts spend their time there."""
 
-    rounds = 8  # fixed-point iterations of `leapfrog`; each gains a factor of order dt
+    rounds = 8  # fixed-point iterations of `leapfrog`; each gains a factor of order h; 0: separable
 
     def at(self, q):
         """What `kick` and `drift` need to know of q, computed once a step: a tuple of tensors."""
@@ -113,8 +117,8 @@ class Hamiltonian(nn.Module):
 
 
 class Energy(nn.Module):
-    """A learnt scalar of a vector, V(q) or K(p): |x L|^2 / 2 + MLP(x). The first term makes latents
-    oscillate from the first training step; the second is bounded."""
+    """A learnt scalar of a vector, V(q), or K(p) of a flow: |x L|^2 / 2 + MLP(x). The first term
+    makes numbers oscillate from the first training step; the second is bounded."""
 
     def __init__(self, dim, width):
         super().__init__()
@@ -203,9 +207,9 @@ class Couplings(nn.Module):
 # ------------------------------------------------------------------ the paper's networks (appendix)
 
 
-def he_(*modules):
+def he_(module):
     """He initialisation: with torch's own, HGN paints the mean image for over 1,000 steps."""
-    for layer in (layer for module in modules for layer in module.modules()):
+    for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             nn.init.kaiming_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -216,14 +220,15 @@ def convs(*sizes, stride=1, activation=nn.LeakyReLU):
 
 
 class PaperEncoder(nn.Module):
-    """Frames, less the still picture, stacked along channels -> eight convolutions -> q(z|x) over
-    48 maps. What `tail` makes of them is z: nothing, or without f_psi the layers that it has."""
+    """Frames, less their median (the still picture), stacked along channels -> eight convolutions
+    -> q(z|x) over 48 maps; with the `tail` of the ablation, f_psi's layers, over the state itself.
+    `infer` averages the states of `draws` of z: most of z is noise, and without it f_psi errs."""
 
     lead = 0  # z stands for the state at frame 0
-    draws = 16  # of z, whose states `infer` averages: most of z is noise, and without it f_psi errs
 
     def __init__(self, size, channels, context, tail=()):
         super().__init__()
+        self.draws = 0 if tail else 16
         self.register_buffer("still", torch.zeros(channels, size, size))
         self.convs = nn.Sequential(*convs(channels * context, 32, *(64,) * 6, 96), *tail)
         he_(self)
@@ -234,7 +239,7 @@ class PaperEncoder(nn.Module):
     def fit(self, frames):
         self.still.copy_(frames.median(0).values)
 
-    def forward(self, frames):  # (B, context, C, H, W) -> (B, 48, H, W) twice
+    def forward(self, frames):  # (B, context, C, H, W) -> mean and log-variance of z
         return self.convs(4 * (frames - self.still).flatten(1, 2)).chunk(2, 1)
 
 
@@ -303,17 +308,17 @@ class PaperDecoder(nn.Module):
 
 # ------------------------------------------------------------------ the compact networks
 
-FAR = 50.0  # beyond it forces grow no further and q looks the same: what goes astray stays finite
-SPREAD = 3  # features have a spread of 1/3: a step of Adam's, on hundreds of them, stays small
+FAR = 50.0  # q and p count as no farther, in H too: no mechanics there, but all stays finite
+SPREAD = 3  # features are divided by it: a step of Adam's, on hundreds of them, stays small
 CHARTED = 600  # frames whose geodesic distances start the chart: a second's work
-FASTEST = 10  # initial velocities are cut to this: a chart that is bad yet sends no q far away
+FASTEST = 10  # velocities read off frames are cut to this: a bad chart sends no q far away
 FRAME = 0.125  # time from frame to frame inside: what is learnt does not depend on the unit of dt
 
 
 class Line:
     """Coordinates q that are numbers."""
 
-    copies = 1  # numbers by which networks see one coordinate
+    copies = 1  # numbers by which networks see one coordinate; `read` is the way back
     see = read = staticmethod(lambda q: q.clamp(-FAR, FAR))
     pull = staticmethod(lambda g, x: g)  # a gradient with respect to x = see(q) -> one to q
 
@@ -346,7 +351,7 @@ def geodesic(y, dim, near=8):
     d = torch.cdist(y, y)
     reach = d.kthvalue(min(near + 1, len(d)), 1).values
     d = torch.where(d <= torch.maximum(reach, reach[:, None]), d, 10 * d)  # no part is out of reach
-    for _ in range(math.ceil(math.log2(len(d)))):  # by way of one more point, twice as many, ...
+    for _ in range(math.ceil(math.log2(len(d)))):  # shortest paths of 2, 4, 8, ... legs
         d = torch.stack([(row + d).amin(1) for row in d])
     d = d.square()
     d = d - d.mean(0) - d.mean(1, keepdim=True) + d.mean()
@@ -361,8 +366,8 @@ class CompactEncoder(nn.Module):
 
     Two kinds of features of a frame: the mass, centre and inertia of what each of a few learnt
     filters sees, which tell to a hundredth of a pixel where things are, and strided convolutions,
-    for shapes and colours. q is a linear map of them plus an MLP. z starts as that of a polynomial
-    that fits the q of the frames, and an MLP corrects it."""
+    for shapes and colours. q is a linear map of them plus an MLP. z is the value and the slope, at
+    the middle frame, of a polynomial through the q of the frames, plus an MLP."""
 
     def __init__(self, size, channels, context, latent, space, filters=24):
         super().__init__()
@@ -384,7 +389,7 @@ class CompactEncoder(nn.Module):
         time = torch.arange(-self.lead, context - self.lead).double().unsqueeze(1) / context
         poly = torch.linalg.pinv(time ** torch.arange(min(context, 7)))[:2].float()
         unit = torch.tensor([[1.0], [FRAME * context]])
-        self.register_buffer("poly", poly / unit)  # value and slope at the middle frame
+        self.register_buffer("poly", poly / unit)  # q of the frames -> value; slope
         self.correct = mlp(context * seen + 2 * latent, 128, 128, 2 * latent)
         self.logvar = nn.Parameter(torch.full((2 * latent,), -1.2))
 
@@ -402,13 +407,16 @@ class CompactEncoder(nn.Module):
     def fit(self, frames):
         """Start from frames (n, C, H, W): the still picture, the scale of features, and q, a ridge
         regression of geodesic coordinates."""
+        self.mean.zero_()
+        self.scale.fill_(1)
         self.still.copy_(frames.median(0).values)
         self.blank.copy_(frames.var(0, correction=0).mean() + 1e-12)
         y = torch.cat([self.features(part) for part in frames.split(256)])
         self.mean.copy_(y.mean(0))
         self.scale.copy_(SPREAD * y.std(0, correction=0) + 1e-2)
         y = ((y - self.mean) / self.scale)[:CHARTED]
-        q = geodesic(y, len(self.linear.weight))
+        q = geodesic(y, len(self.linear.weight))  # of a circle sin and cos are neighbours
+        q = q.unflatten(1, (-1, self.space.copies)).mT.flatten(1)
         q = q / q.std(0).clamp(min=1e-3) if self.space.copies == 2 else q
         A = y.T @ y / len(y) + 1e-2 * torch.eye(y.shape[1]).to(y)
         self.linear.weight.copy_(torch.linalg.solve(A, y.T @ q / len(y)).T)
@@ -429,21 +437,18 @@ class CompactEncoder(nn.Module):
 
 
 class CompactHamiltonian(Hamiltonian):
-    """H(q, p) = p^T M(q)^-1 p / 2 + V(q), the form of every mechanical system in every coordinates:
-    for Q = f(q), M' = J^-T M J^-1, so a chart may bend. M^-1 = W diag(exp(b(q) S)) W^T + a little,
-    where b are the hidden units of V, and S starts at zero."""
+    """H(q, p) = p^T M(q)^-1 p / 2 + V(q), the form of every natural mechanical system in all
+    coordinates: for Q = f(q) of Jacobian J, M' = J^-T M J^-1, so q may bend. M^-1 = W diag(e^(b S))
+    W^T + 0.3 I, where b(q) are the hidden units of V, and S starts at zero."""
 
-    rounds, least = 2, 0.3  # least eigenvalue of M^-1, with which energy bounds p
+    least = 0.3  # no eigenvalue of M^-1 is below it, so that energy bounds p
+    rounds = property(lambda self: 2 if self.training else 6)  # while it learns, cheap
 
     def __init__(self, dim, space, width=128):
         super().__init__()
         self.V, self.space = Energy(dim * space.copies, width), space
         self.W = nn.Parameter(torch.cat((torch.eye(dim), 0.3 * torch.randn(dim, 3 * dim)), 1))
         self.S = nn.Parameter(torch.zeros(width, 4 * dim))
-
-    def train(self, mode=True):
-        self.rounds = 2 if mode else 6  # cheap while it learns, afterwards to rounding errors
-        return super().train(mode)
 
     def forward(self, q, p):  # (B, dim) twice -> (B,)
         return 0.5 * (p * self.drift(self.at(q), p)).sum(1) + self.V(self.space.see(q))
@@ -455,8 +460,8 @@ class CompactHamiltonian(Hamiltonian):
 
     def kick(self, here, p):
         x, a, b, s = here
-        twice = (p.clamp(-FAR, FAR) @ self.W).square() * s  # kinetic energy along each of W
-        return self.space.pull(self.V.back(x, a, b, self.V.last + F.linear(twice / 2, self.S)), x)
+        K = 0.5 * (p.clamp(-FAR, FAR) @ self.W).square() * s  # kinetic energy along each of W
+        return self.space.pull(self.V.back(x, a, b, self.V.last + F.linear(K, self.S)), x)
 
     def drift(self, here, p):
         return self.least * p + F.linear(p @ self.W * here[3], self.W)
@@ -472,7 +477,8 @@ class CompactHamiltonian(Hamiltonian):
 
 class CompactDecoder(nn.Module):
     """A still picture, moved and lit as q says, plus what 1x1 convolutions make, pixel by pixel, of
-    q and of Gaussians whose centres, shapes and heights follow q, by a linear map plus an MLP."""
+    q and of Gaussians exp(h - dy^2 / 2 - (dx + b dy)^2 / 2), dx = a (x - at_x), dy = c (y - at_y),
+    of which h, b, log a, log c, at_x and at_y are a linear map of q plus an MLP."""
 
     def __init__(self, size, channels, latent, space, blobs=20, width=24):
         super().__init__()
@@ -629,18 +635,18 @@ class HGN(nn.Module):
 
     def infer(self, frames):
         """The state q, p at frame 0 of clips: that of the mean of q(z|x), or, where the encoder
-        asks for draws of z, their states' mean. The draws are the same ones at every call."""
+        asks for draws of z, their states' mean. The draws are the same for every clip and call."""
         mean, logvar = self.encode(frames)
         if self.deterministic or not self.encoder.draws:
             return self.state(mean)
         source, states = torch.Generator().manual_seed(0), []
         for _ in range(self.encoder.draws):
-            noise = torch.randn(mean.shape, generator=source).to(mean)
+            noise = torch.randn(mean.shape[1:], generator=source).to(mean)
             states.append(self.state(mean + (0.5 * logvar).exp() * noise))
         return tuple(torch.stack(x).mean(0) for x in zip(*states))
 
     def energy(self, q, p):
-        """The learnt H of states (B, ...): (B,). It has no natural zero and no natural unit."""
+        """The learnt H of states (B, ...): (B,). Its zero and its unit mean nothing."""
         return self.H(q, p)
 
     def rollout(self, q, p, steps, dt=None):
@@ -677,67 +683,19 @@ class HGN(nn.Module):
             mse + beta KL(q(z|x) || p(z)) / (C size size)
 
         the paper's -(1/T) sum_t log p(x_t|q_t) + KL for a Gaussian p of variance beta / 2, over the
-        numbers of a frame. frames: (B, T, C, size, size); the encoder sees the first `context`, all
-        are scored. noise: of z, N(0, I). Returns: loss, mse, kl (nats)."""
+        numbers of a frame, but for a constant. frames: (B, T, C, size, size); the encoder sees the
+        first `context`, all are scored. noise: of z, N(0, I). Returns: loss, mse, kl (nats)."""
         z, kl = self.posterior(frames, noise)
         q, p = self.rollout(*self.state(z), frames.shape[1] - 1)
         mse = (self.decode(q) - frames).square().mean()
         return mse + beta * kl / frames[0, 0].numel(), mse, kl
 
 
-# ------------------------------------------------------------------ the compact model's recipe
-
-JITTER = 0.02  # noise on q before it is painted: finer detail carries nothing
-PRICE = 0.001  # of one nat of coordinates, in units of a blank prediction's error
-TOLERANCE = 0.1  # error, in the same units, above which a frame counts by its logarithm
-
-
-def painting_error(model, q, frames):
-    """Mean squared error of frames (B, n, C, size, size) painted from q (B, n, latent), over that
-    of the mean picture: (B, n). Of 32 pixels a side at every second row and column."""
-    size = frames.shape[-1]
-    stride = 1 if size < 32 else 2 if size < 64 else 4
-    first = torch.randint(stride, (2, 1), device=q.device)
-    rows, columns = first + torch.arange(0, size, stride, device=q.device)
-    painted = model.decoder(q.flatten(0, 1), rows, columns).unflatten(0, q.shape[:2])
-    error = (painted - frames[..., rows, :][..., columns]).square().mean((2, 3, 4))
-    return error / model.encoder.blank
-
-
-def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None):
-    """The ELBO on some of a clip's frames, far ones by the logarithm of their error, plus a chart:
-    an autoencoder of single frames, near whose coordinates the rollout shall stay, with a price on
-    the nats that they carry beside their jitter, so that what is not needed falls still.
-
-    context: (B, context, C, size, size). targets: (B, n, C, size, size), at integer times (B, n)
-    counted from the first frame of context. reach: the last time there can be; a number of its own,
-    as a GPU shall not wait for times.max(). Returns: the sum, in units of a blank prediction's
-    error; the mse of all targets; the kl."""
-    z, kl = model.posterior(context, noise)
-    q, _ = model.rollout(*model.state(z), reach)  # (B, reach + 1, latent)
-    q = q[torch.arange(len(q), device=q.device).unsqueeze(1), times]  # (B, n, latent)
-    error = painting_error(model, q, targets)
-    few, space, blank = (
-        targets[:, : 1 + targets.shape[1] // 8],
-        model.encoder.space,
-        model.encoder.blank,
-    )
-    e = model.encoder.read(few)
-    chart = painting_error(model, e + JITTER * torch.randn_like(e), few).mean()
-    spread = e.flatten(0, 1).var(0, correction=0)
-    price = PRICE * 0.5 * torch.log1p(spread / JITTER**2).sum() * (1 - chart.detach()).clamp(min=0)
-    off = space.read(space.see(q[:, : e.shape[1]] - e)).square().mean(2)
-    robust = lambda x, tolerance: tolerance * torch.log1p(x / tolerance).mean()
-    off = robust(off / (spread.detach().mean() + 1e-12), 0.01)
-    kl_weight = beta / context[0, 0].numel() / blank
-    return robust(error, TOLERANCE) + chart + price + off + kl_weight * kl, error.mean() * blank, kl
-
-
 def hnn_loss(model, frames):
     """The baseline of Greydanus et al. 2019, "Hamiltonian Neural Networks", on the networks of
     `model`: an autoencoder of states whose change from frame to frame H's symplectic gradient is
-    asked to be; nothing is rolled out. frames: (B, T > context, C, size, size). Returns: loss, mse,
-    zero."""
+    asked to be (their third term, p = dq/dt, is left out); nothing is rolled out. frames: (B, T >
+    context, C, size, size). Returns: loss, mse, zero."""
     clips = frames.unfold(1, model.context, 1).movedim(-1, 2)  # (B, n, context, C, size, size)
     q, p = model.f_psi(model.encode(clips.flatten(0, 1))[0])
     q, p = (x.unflatten(0, clips.shape[:2]) for x in (q, p))  # (B, n, dim)
@@ -752,8 +710,9 @@ class GECO:
     """Rezende & Viola 2018, "Taming VAEs": minimise the KL subject to mse <= tolerance.
 
     Their Lagrange multiplier is 1 / beta here: beta shrinks while the moving average of the error
-    is above the tolerance and grows while it is below, within bounds, so that a tolerance below the
-    noise does not diverge. Tensors all, so that no GPU is waited for."""
+    is above the tolerance and grows while it is below, at a rate that follows their ratio (theirs:
+    the difference), within bounds: a tolerance below the noise does not diverge. beta and mse are
+    tensors, so that no GPU is waited for."""
 
     def __init__(self, tolerance=2e-4, rate=0.01, beta=1e-3, bounds=(1e-5, 1.0), device=None):
         self.tolerance, self.rate, self.bounds = tolerance, rate, bounds
@@ -765,3 +724,53 @@ class GECO:
         self.mse.copy_(torch.where(self.mse.isnan(), mse, 0.95 * self.mse + 0.05 * mse))
         push = (self.tolerance / self.mse.clamp(min=1e-12)).log().clamp(-1, 1).nan_to_num(0)
         self.beta.mul_((self.rate * push).exp()).clamp_(*self.bounds)
+
+
+# ------------------------------------------------------------------ the compact model's recipe
+
+JITTER = 0.02  # noise on q before it is painted: finer detail carries nothing
+PRICE = 0.001  # of one nat of coordinates, in units of a blank prediction's error
+TOLERANCE = 0.1  # error, in the same units, above which a frame counts by its logarithm
+
+
+def painting_error(model, q, frames):
+    """Mean squared error of frames (B, n, C, size, size) painted from q (B, n, latent), over that
+    of the mean picture: (B, n). Of 32 pixels a side every second row and column is scored, of 64
+    every fourth."""
+    size = frames.shape[-1]
+    stride = 1 if size < 32 else 2 if size < 64 else 4
+    first = torch.randint(stride, (2, 1), device=q.device)
+    rows, columns = first + torch.arange(0, size, stride, device=q.device)
+    painted = model.decoder(q.flatten(0, 1), rows, columns).unflatten(0, q.shape[:2])
+    error = (painted - frames[..., rows, :][..., columns]).square().mean((2, 3, 4))
+    return error / model.encoder.blank
+
+
+def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None):
+    """The compact model's loss, in units of E, a blank prediction's error:
+
+        r(mse / E, 0.1) + beta KL / (C size size E)     the ELBO; r(x, c) = c log(1 + x / c)
+        + chart mse / E                                 of frames painted from their own `read`
+        + r(|q - read|^2 / var read, 0.01)              the rollout stays near the chart
+        + price                                         of the nats that coordinates carry
+
+    r lets frames of large error count by their logarithm. The price grows as the chart gets good:
+    what is not needed to paint falls still. context: (B, context, C, size, size). targets: (B, n,
+    C, size, size), at integer times (B, n) in any order, counted from the first frame of context.
+    reach: the last time there can be (a number, as a GPU shall not wait for times.max()). Returns:
+    the sum; the mse of the pixels scored; the kl."""
+    z, kl = model.posterior(context, noise)
+    q, _ = model.rollout(*model.state(z), reach)  # (B, reach + 1, latent)
+    q = q[torch.arange(len(q), device=q.device).unsqueeze(1), times]  # (B, n, latent)
+    error = painting_error(model, q, targets)
+    few = targets[:, : 1 + targets.shape[1] // 8]  # to read more costs more than it teaches
+    space, blank = model.encoder.space, model.encoder.blank
+    e = model.encoder.read(few)
+    chart = painting_error(model, e + JITTER * torch.randn_like(e), few).mean()
+    spread = e.flatten(0, 1).var(0, correction=0)
+    price = PRICE * 0.5 * torch.log1p(spread / JITTER**2).sum() * (1 - chart.detach()).clamp(min=0)
+    off = space.read(space.see(q[:, : e.shape[1]] - e)).square().mean(2)
+    robust = lambda x, tolerance: tolerance * torch.log1p(x / tolerance).mean()
+    off = robust(off / (spread.detach().mean() + 1e-12), 0.01)
+    kl_weight = beta / context[0, 0].numel() / blank
+    return robust(error, TOLERANCE) + chart + price + off + kl_weight * kl, error.mean() * blank, kl
