@@ -15,18 +15,14 @@ by `HGN.loss`, the ELBO, and the compact one, which needs far less time, by `cha
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ------------------------------------------------------------------ integrators (section 2.1)
 
-# torch.compile translates a step once, not once for every step of a rollout
-once = torch.compiler.nested_compile_region
-
-
-@once
+@torch.compiler.nested_compile_region  # compiled once, not once for every step of a rollout
 def leapfrog_step(H, q, p, here, h, rounds):
     half = p
     for _ in range(1 + rounds):
@@ -39,17 +35,28 @@ def leapfrog_step(H, q, p, here, h, rounds):
     return new, half - h / 2 * H.kick(here, half), here
 
 
-@once
+@torch.compiler.nested_compile_region
 def euler_step(H, q, p, here, h, rounds):
     new, p = q + h * H.drift(here, p), p - h * H.kick(here, p)
     return new, p, H.at(new)
 
 
-def roll(step, rounds, H, q, p, dt, steps, substeps=1, gamma=None):
-    """(q, p) and `steps` states after it, each `substeps` integrator steps after the last."""
+def leapfrog(H, q, p, dt, steps, substeps=1, gamma=None, step=leapfrog_step, rounds=None):
+    """Roll (q, p) out under dq/dt = dH/dp, dp/dt = -dH/dq by leapfrog, in its form for every H:
+
+        p_{n+1/2} = p_n       - h/2  dH/dq(q_n, p_{n+1/2})
+        q_{n+1}   = q_n       + h/2 (dH/dp(q_n, p_{n+1/2}) + dH/dp(q_{n+1}, p_{n+1/2}))
+        p_{n+1}   = p_{n+1/2} - h/2  dH/dq(q_{n+1}, p_{n+1/2})
+
+    of order 2, symplectic and reversible (Hairer, Lubich & Wanner, Geometric Numerical Integration,
+    VI.3) as far as its implicit first two lines are solved: by `rounds` fixed-point iterations, by
+    default H.rounds. q, p: (B, ...). dt: time between the returned states, negative runs backward.
+    substeps: steps, of length h, from one to the next. gamma: friction, a tensor, p -> exp(-gamma h
+    / 2) p before and after every step. Returns: q, p, (B, steps + 1, ...), the start included."""
     q, p, h = q.clone(), p.clone(), dt / substeps  # a compiled step refuses views of one tensor
     here, path = H.at(q), [(q, p)]
     decay = 1.0 if gamma is None else torch.exp(-gamma * h / 2)
+    rounds = H.rounds if rounds is None else rounds
     for _ in range(steps):
         for _ in range(substeps):
             q, p, here = step(H, q, decay * p, here, h, rounds)
@@ -58,62 +65,28 @@ def roll(step, rounds, H, q, p, dt, steps, substeps=1, gamma=None):
     return tuple(torch.stack(x, 1) for x in zip(*path))
 
 
-def leapfrog(H, *args, **kwargs):
-    """Roll (q, p) out under dq/dt = dH/dp, dp/dt = -dH/dq by leapfrog, in its form for every H:
-
-        p_{n+1/2} = p_n       - h/2  dH/dq(q_n, p_{n+1/2})
-        q_{n+1}   = q_n       + h/2 (dH/dp(q_n, p_{n+1/2}) + dH/dp(q_{n+1}, p_{n+1/2}))
-        p_{n+1}   = p_{n+1/2} - h/2  dH/dq(q_{n+1}, p_{n+1/2})
-
-    of order 2, symplectic and reversible (Hairer, Lubich & Wanner, Geometric Numerical Integration,
-    VI.3), as far as its implicit first two lines are solved: by `H.rounds` fixed-point iterations.
-
-    Args: H, a Hamiltonian. q, p: (B, ...). dt: time between the returned states, a number or a
-    tensor that broadcasts with q; negative runs backward. steps. substeps=1: leapfrog steps from
-    one returned state to the next. gamma=None: friction, a tensor: p -> exp(-gamma h / 2) p before
-    and after every step of length h. Returns: q, p, (B, steps + 1, ...), the start included.
-    """
-    return roll(leapfrog_step, H.rounds, H, *args, **kwargs)
-
-
-def explicit_leapfrog(H, *args, **kwargs):
-    """The paper's leapfrog, explicit whatever H is: where H is not separable, as the paper's is
-    not, of order 1 and neither symplectic nor reversible. Arguments as for `leapfrog`."""
-    return roll(leapfrog_step, 0, H, *args, **kwargs)
-
-
-def euler(H, *args, **kwargs):
-    """Explicit Euler, the paper's ablation: order 1, not symplectic. Arguments as `leapfrog`'s."""
-    return roll(euler_step, 0, H, *args, **kwargs)
-
-
+# The paper's is explicit whatever H is: where H is not separable, as the paper's is not, of order 1
+# and neither symplectic nor reversible. So is its ablation, Euler's.
+explicit_leapfrog, euler = partial(leapfrog, rounds=0), partial(leapfrog, step=euler_step)
 INTEGRATORS = {"leapfrog": leapfrog, "explicit_leapfrog": explicit_leapfrog, "euler": euler}
-
-# ------------------------------------------------------------------ energies
-
-
-def slope(f, x):
-    """The gradient of f(x).sum(). In inference mode torch 2.11 would silently return zeros."""
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        raise RuntimeError("forces by autograd need torch.no_grad(), not torch.inference_mode()")
-    return torch.func.grad(lambda x: f(x).sum())(x)
 
 
 class Hamiltonian(nn.Module):
     """Any H(q, p): a subclass gives `forward`, (B, ...) twice -> (B,). What integrators need of it
-    follows by autograd; the compact one writes it out, since rollouts spend their time there."""
+    follows by autograd, where the subclass does not write it out."""
 
     rounds = 8  # fixed-point iterations of `leapfrog`; each gains a factor of order h; 0: separable
 
-    def at(self, q):
-        """What `kick` and `drift` need to know of q, computed once a step: a tuple of tensors."""
+    def at(self, q):  # what both below need to know of q, computed once a step: some tensors
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # they'd be 0
+            raise RuntimeError("autograd's forces need torch.no_grad(), not torch.inference_mode()")
         return (q,)
 
     def kick(self, here, p):  # dH/dq at the q of here = at(q), of q's shape
-        return slope(lambda q: self(q, p), *here)
+        return torch.func.grad(lambda q: self(q, p).sum())(*here)
 
     def drift(self, here, p):  # dH/dp there, of p's shape
-        return slope(lambda p: self(*here, p), p)
+        return torch.func.grad(lambda p: self(*here, p).sum())(p)
 
 
 class Energy(nn.Module):
@@ -144,40 +117,38 @@ class Energy(nn.Module):
         return self.back(x, *self.hidden(x), self.last)
 
 
-# ------------------------------------------------------------------ priors p(z)
-
-
-def chain(layer, activation, sizes):
-    """layer(sizes[0], sizes[1]), activation(), layer(sizes[1], sizes[2]), ... and last a layer."""
+def chain(*sizes, layer=nn.Linear, activation=nn.ReLU, flat=False, **options):
+    """layer(sizes[0], sizes[1]), activation(), ... and last a layer, which with `flat` is zero."""
     pairs = zip(sizes, sizes[1:])
-    layers = [m for a, b in pairs for m in (layer(a, b), activation())]
-    return nn.Sequential(*layers[:-1])
+    layers = [m for a, b in pairs for m in (layer(a, b, **options), activation())][:-1]
+    for w in layers[-1].parameters() if flat else ():
+        nn.init.zeros_(w)
+    return nn.Sequential(*layers)
 
 
-class StandardNormal(nn.Module):
-    """The paper's prior, N(0, I) over z of shape (B, *shape)."""
+convs = partial(chain, layer=nn.Conv2d, activation=nn.LeakyReLU, kernel_size=3, padding=1)
+mlp = partial(chain, activation=nn.SiLU, flat=True)  # beside a linear layer: what it learns to bend
+
+
+class StandardNormal(nn.Identity):
+    """The paper's prior p(z), N(0, I) over z of shape (B, *shape): noise itself is a z."""
 
     def __init__(self, *shape):
         super().__init__()
         self.shape = shape
 
-    def kl(self, z, mean, logvar):
-        """KL(q(z|x) || p(z)) of each clip, nats, (B,): in closed form."""
+    def kl(self, z, mean, logvar):  # KL(q(z|x) || p(z)) of each clip, nats, (B,)
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
-
-    def forward(self, u):  # N(0, I) noise (B, *shape) -> z
-        return u
 
 
 class Couplings(nn.Module):
-    """A learnt prior over z (B, dim): N(0, I) through an invertible map, affine couplings with
-    alternating masks (Dinh et al. 2017, "RealNVP")."""
+    """A learnt prior over z (B, dim): N(0, I) through affine couplings (Dinh et al. 2017)."""
 
     def __init__(self, dim, layers=8, width=64):
         super().__init__()
-        self.shape, sizes = (dim,), (dim, width, width, 2 * dim)
+        self.shape = (dim,)
         self.register_buffer("masks", (torch.arange(dim) + torch.arange(layers)[:, None]) % 2.0)
-        self.nets = nn.ModuleList(chain(nn.Linear, nn.ReLU, sizes) for _ in range(layers))
+        self.nets = nn.ModuleList(chain(dim, width, width, 2 * dim) for _ in range(layers))
 
     def coupling(self, net, mask, x):
         log_s, t = (net(mask * x) * (1 - mask).repeat(2)).chunk(2, -1)
@@ -189,16 +160,14 @@ class Couplings(nn.Module):
             u = (u - t) * (-log_s).exp()
         return u
 
-    def inverse(self, z):
-        """The u that `forward` takes to z, and log |det du/dz|, (B,)."""
+    def inverse(self, z):  # -> the u that `forward` takes to z, and log |det du/dz|, (B,)
         log_det = 0
         for net, mask in zip(self.nets, self.masks):
             log_s, t = self.coupling(net, mask, z)
             z, log_det = z * log_s.exp() + t, log_det + log_s.sum(-1)
         return z, log_det
 
-    def kl(self, z, mean, logvar):
-        """log q(z|x) - log p(z) at a sample z of q(z|x), (B,): its mean is the KL."""
+    def kl(self, z, mean, logvar):  # log q(z|x) - log p(z) at a z ~ q(z|x): its mean is the KL
         u, log_det = self.inverse(z)
         off = (z - mean).square() * (-logvar).exp()
         return 0.5 * (u.square() - off - logvar).sum(1) - log_det
@@ -215,21 +184,15 @@ def he_(module):
             nn.init.zeros_(layer.bias)
 
 
-def convs(*sizes, stride=1, activation=nn.LeakyReLU):
-    return chain(lambda a, b: nn.Conv2d(a, b, 3, stride, 1), activation, sizes)
-
-
 class PaperEncoder(nn.Module):
-    """Frames, less their median (the still picture), stacked along channels -> eight convolutions
-    -> q(z|x) over 48 maps; with the `tail` of the ablation, f_psi's layers, over the state itself.
-    `infer` averages the states of `draws` of z: most of z is noise, and without it f_psi errs."""
-
-    lead = 0  # z stands for the state at frame 0
+    """Frames, less their median, stacked along channels -> eight convolutions -> q(z|x), 48 maps;
+    with the `tail` of the ablation, f_psi's layers, the state itself."""
 
     def __init__(self, size, channels, context, tail=()):
         super().__init__()
-        self.draws = 0 if tail else 16
-        self.register_buffer("still", torch.zeros(channels, size, size))
+        self.lead = 0  # the frame whose state z stands for
+        self.draws = 0 if tail else 16  # of z, for `infer`: f_psi errs at a z without noise
+        self.still = nn.Buffer(torch.zeros(channels, size, size))
         self.convs = nn.Sequential(*convs(channels * context, 32, *(64,) * 6, 96), *tail)
         he_(self)
         last = self.convs[-1]  # at first the variance is exp(-8): with that of the prior the
@@ -244,20 +207,15 @@ class PaperEncoder(nn.Module):
 
 
 class PaperPsi(nn.Module):
-    """f_psi: z -> the initial q and p, `maps` maps of an eighth of the size, as vectors."""
+    """f_psi: z -> q and p, `maps` maps of an eighth of the size, as vectors; ablated, z is both."""
 
-    def __init__(self, maps):
+    def __init__(self, maps, ablated):
         super().__init__()
-        self.convs = convs(48, 64, 64, 2 * maps, stride=2)
+        self.convs = nn.Identity() if ablated else convs(48, 64, 64, 2 * maps, stride=2)
         he_(self)
 
-    def forward(self, z):  # (B, 48, H, W) -> (B, dim) twice
+    def forward(self, z):  # (B, 48 or 2 maps, H, W) -> (B, dim) twice
         return self.convs(z).flatten(1).chunk(2, 1)
-
-
-def no_psi(z):
-    """The paper's ablation of f_psi: z, (B, 2 maps, side, side), is the state."""
-    return z.flatten(1).chunk(2, 1)
 
 
 class PaperHamiltonian(Hamiltonian):
@@ -274,9 +232,7 @@ class PaperHamiltonian(Hamiltonian):
         return self.convs(x.contiguous(memory_format=torch.channels_last)).sum((1, 2, 3))
 
 
-class ResidualUp(nn.Module):
-    """Nearest x2 upsampling, then two 3x3 convolutions with a skip."""
-
+class ResidualUp(nn.Module):  # nearest x2 upsampling, then two 3x3 convolutions with a skip
     def __init__(self, channels, width):
         super().__init__()
         self.first = nn.Conv2d(channels, width, 3, 1, 1)
@@ -315,17 +271,13 @@ FASTEST = 10  # velocities read off frames are cut to this: a bad chart sends no
 FRAME = 0.125  # time from frame to frame inside: what is learnt does not depend on the unit of dt
 
 
-class Line:
-    """Coordinates q that are numbers."""
-
+class Line:  # coordinates q that are numbers
     copies = 1  # numbers by which networks see one coordinate; `read` is the way back
     see = read = staticmethod(lambda q: q.clamp(-FAR, FAR))
     pull = staticmethod(lambda g, x: g)  # a gradient with respect to x = see(q) -> one to q
 
 
-class Circle:
-    """Coordinates q that are angles, seen as points on the unit circle."""
-
+class Circle:  # coordinates q that are angles, seen as points on the unit circle
     copies = 2
     see = staticmethod(lambda q: torch.cat((q.sin(), q.cos()), -1))  # (..., dim) -> (..., 2 dim)
     read = staticmethod(lambda x: torch.atan2(*x.chunk(2, -1)))
@@ -336,18 +288,9 @@ class Circle:
         return g_sin * cos - g_cos * sin
 
 
-def mlp(*sizes):
-    """An MLP that starts at zero: beside a linear layer, what it learns to bend."""
-    net = chain(nn.Linear, nn.SiLU, sizes)
-    nn.init.zeros_(net[-1].weight)
-    nn.init.zeros_(net[-1].bias)
-    return net
-
-
 def geodesic(y, dim, near=8):
-    """Coordinates (n, dim) whose distances are those of y (n, features) along the surface they lie
-    on (Tenenbaum et al. 2000, "Isomap"), the first of unit variance: a curve comes out straight,
-    where a principal component may fold it."""
+    """Coordinates (n, dim), the first of unit variance, whose distances are those of y (n, k) along
+    the surface they lie on (Tenenbaum et al. 2000, "Isomap"): a curve comes out straight."""
     d = torch.cdist(y, y)
     reach = d.kthvalue(min(near + 1, len(d)), 1).values
     d = torch.where(d <= torch.maximum(reach, reach[:, None]), d, 10 * d)  # no part is out of reach
@@ -361,13 +304,10 @@ def geodesic(y, dim, near=8):
 
 
 class CompactEncoder(nn.Module):
-    """Every frame by itself -> its q (`read`); a few in a row -> q(z|x) of z = (q, dq/dt) at the
-    middle one, where both are known best.
-
-    Two kinds of features of a frame: the mass, centre and inertia of what each of a few learnt
-    filters sees, which tell to a hundredth of a pixel where things are, and strided convolutions,
-    for shapes and colours. q is a linear map of them plus an MLP. z is the value and the slope, at
-    the middle frame, of a polynomial through the q of the frames, plus an MLP."""
+    """Every frame by itself -> its q (`read`), a linear map plus an MLP of features: the mass,
+    centre and inertia of what each learnt filter sees, which tell to a hundredth of a pixel where
+    things are, and strided convolutions, for shapes and colours. A few in a row -> q(z|x) of z =
+    (q, dq/dt) at the middle one: of a polynomial through the q of the frames, plus an MLP."""
 
     def __init__(self, size, channels, context, latent, space, filters=24):
         super().__init__()
@@ -382,14 +322,13 @@ class CompactEncoder(nn.Module):
         features, seen = 6 * filters + 32 * (self.side // 8) ** 2, latent * space.copies
         self.linear, self.bent = nn.Linear(features, seen), mlp(features, 128, 128, seen)
         self.bent[0].weight.data.mul_(SPREAD)
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("scale", torch.ones(features))
-        self.register_buffer("still", torch.zeros(channels, size, size))
-        self.register_buffer("blank", torch.ones(()))  # mean squared error of the mean picture
+        self.mean, self.scale = nn.Buffer(torch.zeros(features)), nn.Buffer(torch.ones(features))
+        self.still = nn.Buffer(torch.zeros(channels, size, size))
+        self.blank = nn.Buffer(torch.ones(()))  # mean squared error of the mean picture
         time = torch.arange(-self.lead, context - self.lead).double().unsqueeze(1) / context
         poly = torch.linalg.pinv(time ** torch.arange(min(context, 7)))[:2].float()
         unit = torch.tensor([[1.0], [FRAME * context]])
-        self.register_buffer("poly", poly / unit)  # q of the frames -> value; slope
+        self.poly = nn.Buffer(poly / unit)  # q of the frames -> value; slope
         self.correct = mlp(context * seen + 2 * latent, 128, 128, 2 * latent)
         self.logvar = nn.Parameter(torch.full((2 * latent,), -1.2))
 
@@ -402,13 +341,11 @@ class CompactEncoder(nn.Module):
         mass, *moments = (powers @ seen).unbind(1)
         x, y, xx, xy, yy = (moment / (mass + 0.01) for moment in moments)
         moments = (mass + 1).log(), x, y, xx - x * x, xy - x * y, yy - y * y
-        return (torch.cat((*moments, self.shapes(frames)), 1) - self.mean) / self.scale
+        return torch.cat((*moments, self.shapes(frames)), 1)
 
     def fit(self, frames):
-        """Start from frames (n, C, H, W): the still picture, the scale of features, and q, a ridge
+        """Of frames (n, C, H, W): the still picture, the scale of features, and as q a ridge
         regression of geodesic coordinates."""
-        self.mean.zero_()
-        self.scale.fill_(1)
         self.still.copy_(frames.median(0).values)
         self.blank.copy_(frames.var(0, correction=0).mean() + 1e-12)
         y = torch.cat([self.features(part) for part in frames.split(256)])
@@ -422,7 +359,7 @@ class CompactEncoder(nn.Module):
         self.linear.weight.copy_(torch.linalg.solve(A, y.T @ q / len(y)).T)
 
     def read(self, frames):  # (B, n, C, H, W) -> (B, n, latent), of each frame by itself
-        y = self.features(frames.flatten(0, 1))
+        y = (self.features(frames.flatten(0, 1)) - self.mean) / self.scale
         return self.space.read(self.linear(y) + self.bent(y)).unflatten(0, frames.shape[:2])
 
     def forward(self, frames):  # (B, context, C, H, W) -> (B, 2 latent) twice
@@ -438,8 +375,9 @@ class CompactEncoder(nn.Module):
 
 class CompactHamiltonian(Hamiltonian):
     """H(q, p) = p^T M(q)^-1 p / 2 + V(q), the form of every natural mechanical system in all
-    coordinates: for Q = f(q) of Jacobian J, M' = J^-T M J^-1, so q may bend. M^-1 = W diag(e^(b S))
-    W^T + 0.3 I, where b(q) are the hidden units of V, and S starts at zero."""
+    coordinates: for Q = f(q) of Jacobian J, M' = J^-T M J^-1, so q may bend. M^-1 = W diag(s) W^T +
+    0.3 I, s = 2 sigmoid(b(q) S), b the hidden units of V; S starts at zero. Without a bound on s
+    motions ran off in training."""
 
     least = 0.3  # no eigenvalue of M^-1 is below it, so that energy bounds p
     rounds = property(lambda self: 2 if self.training else 6)  # while it learns, cheap
@@ -456,18 +394,18 @@ class CompactHamiltonian(Hamiltonian):
     def at(self, q):
         x = self.space.see(q)
         a, b = self.V.hidden(x)
-        return x, a, b, (b @ self.S).exp()
+        return x, a, b, 2 * torch.sigmoid(b @ self.S)
 
     def kick(self, here, p):
         x, a, b, s = here
         K = 0.5 * (p.clamp(-FAR, FAR) @ self.W).square() * s  # kinetic energy along each of W
-        return self.space.pull(self.V.back(x, a, b, self.V.last + F.linear(K, self.S)), x)
+        last = self.V.last + F.linear(K * (1 - s / 2), self.S)
+        return self.space.pull(self.V.back(x, a, b, last), x)
 
     def drift(self, here, p):
         return self.least * p + F.linear(p @ self.W * here[3], self.W)
 
-    def momentum(self, z):
-        """f_psi, the Legendre transform: z = (q, dq/dt), (B, 2 dim) -> q and p = M(q) dq/dt."""
+    def momentum(self, z):  # f_psi, the Legendre transform: z = (q, dq/dt) -> q and p = M(q) dq/dt
         q, v = z.chunk(2, 1)
         s = self.at(q)[3]
         W = self.W * s.sqrt().unsqueeze(1)  # (B, dim, 4 dim)
@@ -488,8 +426,8 @@ class CompactDecoder(nn.Module):
         nn.init.normal_(self.linear.weight, std=0.3)
         self.linear.weight.data[2 * blobs :] *= 0.1
         narrow = -torch.linspace(math.log(0.1), math.log(0.6), blobs)
-        start = *(0.3 * torch.randn(2, blobs)), narrow, narrow, torch.zeros(2 * blobs)
-        self.linear.bias.data = torch.cat(start)
+        places = 0.3 * torch.randn(2 * blobs)
+        self.linear.bias.data = torch.cat((places, narrow, narrow, torch.zeros(2 * blobs)))
         self.camera = mlp(seen, 64, 2 + channels)  # at first, the still picture stays as it is
         self.colour = nn.Linear(seen, 2 * width)
         self.first = nn.Conv2d(blobs, width, 1, bias=False)
@@ -512,21 +450,18 @@ class CompactDecoder(nn.Module):
         height = height.clamp(max=2) - 0.5 * dy.square()
         return (height.unsqueeze(2) - 0.5 * turned.square()).exp().movedim(3, 1)
 
-    def ground(self, q, x, y):  # -> (n, C, h, w)
-        move, light = self.camera(q).split((2, len(self.still)), 1)
-        move = move.clamp(-2, 2).nan_to_num()  # grid_sample reads any memory where a place is nan
-        at = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2) + move[:, None, None]
-        still = self.still.expand(len(q), -1, -1, -1)
-        still = F.grid_sample(still, at, padding_mode="border", align_corners=True)
-        return still * (1 + light[:, :, None, None])
-
     def forward(self, q, rows=slice(None), columns=slice(None)):  # (n, latent) -> (n, C, h, w)
         q, side = self.space.see(q), torch.linspace(-1, 1, self.size, device=q.device).to(q)
         x, y = side[columns], side[rows]
         shift, gain = self.colour(q)[:, :, None, None].chunk(2, 1)
         paint = F.leaky_relu(self.first(self.blobs(q, x, y)) + shift, 0.1)
         paint = self.last(F.leaky_relu(self.second(paint), 0.1) * (1 + gain))
-        return self.ground(q, x, y) + paint
+        move, light = self.camera(q).split((2, len(self.still)), 1)
+        move = move.clamp(-2, 2).nan_to_num()  # grid_sample reads any memory where a place is nan
+        at = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2) + move[:, None, None]
+        still = self.still.expand(len(q), -1, -1, -1)
+        still = F.grid_sample(still, at, padding_mode="border", align_corners=True)
+        return still * (1 + light[:, :, None, None]) + paint
 
 
 # ------------------------------------------------------------------ HGN (section 3)
@@ -545,7 +480,7 @@ def paper(size, channels, context, latent, periodic, f_psi):
     """The published networks: encoder, f_psi, H, decoder, prior and integrator."""
     maps, low = latent or 16, size // 8
     tail = () if f_psi else (nn.LeakyReLU(), *convs(96, 64, 64, 4 * maps, stride=2))
-    encoder, psi = PaperEncoder(size, channels, context, tail), PaperPsi(maps) if f_psi else no_psi
+    encoder, psi = PaperEncoder(size, channels, context, tail), PaperPsi(maps, not f_psi)
     z = (48, size, size) if f_psi else (2 * maps, low, low)
     H, decoder = PaperHamiltonian(maps, low), PaperDecoder(size, channels, maps)
     return encoder, psi, H, decoder, StandardNormal(*z), explicit_leapfrog
@@ -565,14 +500,13 @@ ARCHITECTURES = {"compact": compact, "paper": paper}
 class HGN(nn.Module):
     """Hamiltonian Generative Network (Toth et al. 2020, section 3).
 
-    Args: size: height and width of a frame, a multiple of 8 from 16 to 128. channels: of a frame.
-    context: first frames that the encoder sees. arch: "compact" (vectors) or "paper" (the published
-    networks). latent: numbers in q (compact, default 6) or maps in q (paper, 16). integrator: of
-    INTEGRATORS; default leapfrog (compact), explicit_leapfrog (paper). substeps: its steps from one
-    frame to the next. periodic: q are angles (compact). f_psi: False is the paper's ablation, z
-    itself is the state. deterministic: no sampling of z and no KL. friction: learn gamma of
-    p -> exp(-gamma t) p. dt: time between frames. Raises: ValueError for a value outside these.
-    """
+    size: height and width of a frame, a multiple of 8 from 16 to 128. context: first frames that
+    the encoder sees. arch: "compact" (vectors) or "paper" (the published networks). latent: numbers
+    in q (compact, default 6) or maps in q (paper, 16). integrator: of INTEGRATORS; default leapfrog
+    (compact), explicit_leapfrog (paper). substeps: its steps from one frame to the next. periodic:
+    q are angles (compact). f_psi: False is the paper's ablation, z itself is the state.
+    deterministic: no sampling of z and no KL. friction: learn gamma of p -> exp(-gamma t) p.
+    dt: time between frames. Raises: ValueError for a value outside these."""
 
     def __init__(
         self, size=32, channels=3, context=5, arch="compact", latent=None, integrator=None,
@@ -612,12 +546,12 @@ class HGN(nn.Module):
 
     def encode(self, frames):
         """frames (B, T >= context, C, size, size) -> mean and log-variance of q(z|x)."""
-        picture = self.config["channels"], self.config["size"], self.config["size"]
+        C, S = self.config["channels"], self.config["size"]
         enough = frames.shape[1] >= self.context and frames.is_floating_point()
-        if not enough or frames.shape[2:] != picture:
-            wanted = ", ".join(map(str, ("B", f"{self.context} or more", *picture)))
+        if not enough or frames.shape[2:] != (C, S, S):
+            wanted = f"(B, {self.context} or more, {C}, {S}, {S})"
             got = f"{frames.dtype} {tuple(frames.shape)}"
-            raise ValueError(f"frames must be floats in [0, 1] of shape ({wanted}), not {got}")
+            raise ValueError(f"frames must be floats in [0, 1] of shape {wanted}, not {got}")
         return self.encoder(frames[:, : self.context])
 
     def posterior(self, frames, noise=None):
@@ -630,19 +564,17 @@ class HGN(nn.Module):
 
     def state(self, z):
         """z (B, ...) -> q, p at frame 0, back from the frame whose state the encoder infers."""
-        path = self.rollout(*self.f_psi(z), self.encoder.lead, -self.dt)
-        return tuple(x[:, -1] for x in path)
+        return tuple(x[:, -1] for x in self.rollout(*self.f_psi(z), self.encoder.lead, -self.dt))
 
     def infer(self, frames):
-        """The state q, p at frame 0 of clips: that of the mean of q(z|x), or, where the encoder
-        asks for draws of z, their states' mean. The draws are the same for every clip and call."""
+        """The state q, p at frame 0 of clips: that of the mean of q(z|x), or the mean of those of
+        the draws that the encoder asks for, which are the same for every clip and call."""
         mean, logvar = self.encode(frames)
         if self.deterministic or not self.encoder.draws:
             return self.state(mean)
-        source, states = torch.Generator().manual_seed(0), []
-        for _ in range(self.encoder.draws):
-            noise = torch.randn(mean.shape[1:], generator=source).to(mean)
-            states.append(self.state(mean + (0.5 * logvar).exp() * noise))
+        source, std = torch.Generator().manual_seed(0), (0.5 * logvar).exp()
+        draw = lambda: torch.randn(mean.shape[1:], generator=source).to(mean)
+        states = [self.state(mean + std * draw()) for _ in range(self.encoder.draws)]
         return tuple(torch.stack(x).mean(0) for x in zip(*states))
 
     def energy(self, q, p):
@@ -650,17 +582,16 @@ class HGN(nn.Module):
         return self.H(q, p)
 
     def rollout(self, q, p, steps, dt=None):
-        """States at `steps` frames after (q, p), the start included: (B, steps + 1, ...) twice. dt:
-        time from frame to frame, by default that of training; -dt runs backward, 2 dt at double
-        speed, in steps never longer than those of training."""
+        """(q, p) and the states at `steps` frames after it: (B, steps + 1, ...) twice. dt: from
+        frame to frame; -model.dt runs backward, twice it at double speed, in steps no longer."""
         frames = 1.0 if dt is None else dt / self.dt
         substeps = self.substeps * max(1, math.ceil(abs(frames) - 1e-6))
         gamma = None if self.log_gamma is None else self.log_gamma.exp()
         return self.integrate(self.H, q, p, FRAME * frames, steps, substeps, gamma)
 
     def decode(self, q, block=256):
-        """Paint q (B, T, ...) -> frames (B, T, C, size, size). Without gradients they are cut to
-        [0, 1], and painted in blocks, so that memory beside the output stays constant."""
+        """Paint q (B, T, ...) -> frames (B, T, C, size, size); without gradients cut to [0, 1], and
+        in blocks, so that memory stays constant."""
         flat = q.flatten(0, 1)
         if torch.is_grad_enabled():
             return self.decoder(flat).unflatten(0, q.shape[:2])
@@ -682,9 +613,9 @@ class HGN(nn.Module):
 
             mse + beta KL(q(z|x) || p(z)) / (C size size)
 
-        the paper's -(1/T) sum_t log p(x_t|q_t) + KL for a Gaussian p of variance beta / 2, over the
-        numbers of a frame, but for a constant. frames: (B, T, C, size, size); the encoder sees the
-        first `context`, all are scored. noise: of z, N(0, I). Returns: loss, mse, kl (nats)."""
+        the paper's -(1/T) sum_t log p(x_t|q_t) + KL for a Gaussian p of variance beta / 2, but for
+        a factor and a constant. All frames (B, T, C, size, size) are scored; the encoder sees the
+        first `context`. noise: of z, N(0, I). Returns: loss, mse, kl (nats)."""
         z, kl = self.posterior(frames, noise)
         q, p = self.rollout(*self.state(z), frames.shape[1] - 1)
         mse = (self.decode(q) - frames).square().mean()
@@ -692,10 +623,9 @@ class HGN(nn.Module):
 
 
 def hnn_loss(model, frames):
-    """The baseline of Greydanus et al. 2019, "Hamiltonian Neural Networks", on the networks of
-    `model`: an autoencoder of states whose change from frame to frame H's symplectic gradient is
-    asked to be (their third term, p = dq/dt, is left out); nothing is rolled out. frames: (B, T >
-    context, C, size, size). Returns: loss, mse, zero."""
+    """The baseline of Greydanus et al. 2019, "Hamiltonian Neural Networks": an autoencoder of
+    states whose change from frame to frame H's symplectic gradient is asked to be (their third
+    term, p = dq/dt, is left out). frames: (B, T > context, C, S, S). Returns: loss, mse, zero."""
     clips = frames.unfold(1, model.context, 1).movedim(-1, 2)  # (B, n, context, C, size, size)
     q, p = model.f_psi(model.encode(clips.flatten(0, 1))[0])
     q, p = (x.unflatten(0, clips.shape[:2]) for x in (q, p))  # (B, n, dim)
@@ -707,19 +637,16 @@ def hnn_loss(model, frames):
 
 
 class GECO:
-    """Rezende & Viola 2018, "Taming VAEs": minimise the KL subject to mse <= tolerance.
-
-    Their Lagrange multiplier is 1 / beta here: beta shrinks while the moving average of the error
-    is above the tolerance and grows while it is below, at a rate that follows their ratio (theirs:
-    the difference), within bounds: a tolerance below the noise does not diverge. beta and mse are
-    tensors, so that no GPU is waited for."""
+    """Rezende & Viola 2018, "Taming VAEs": minimise the KL subject to mse <= tolerance. beta, the
+    inverse of their Lagrange multiplier, shrinks while the moving average of the error is above the
+    tolerance and grows while it is below, at a rate that follows their ratio (theirs: difference),
+    within bounds. beta and mse are tensors, so that no GPU is waited for."""
 
     def __init__(self, tolerance=2e-4, rate=0.01, beta=1e-3, bounds=(1e-5, 1.0), device=None):
         self.tolerance, self.rate, self.bounds = tolerance, rate, bounds
         self.beta, self.mse = torch.tensor([beta, math.nan], device=device).unbind()
 
-    def update(self, mse):
-        """Take one batch's mse, a tensor, after the step: changes beta, in place."""
+    def update(self, mse):  # after a step, with its batch's mse, a tensor: changes beta, in place
         mse = torch.where(mse.isfinite(), mse.detach(), self.mse)
         self.mse.copy_(torch.where(self.mse.isnan(), mse, 0.95 * self.mse + 0.05 * mse))
         push = (self.tolerance / self.mse.clamp(min=1e-12)).log().clamp(-1, 1).nan_to_num(0)
@@ -735,8 +662,7 @@ TOLERANCE = 0.1  # error, in the same units, above which a frame counts by its l
 
 def painting_error(model, q, frames):
     """Mean squared error of frames (B, n, C, size, size) painted from q (B, n, latent), over that
-    of the mean picture: (B, n). Of 32 pixels a side every second row and column is scored, of 64
-    every fourth."""
+    of the mean picture: (B, n). Of large frames not every row and column is scored."""
     size = frames.shape[-1]
     stride = 1 if size < 32 else 2 if size < 64 else 4
     first = torch.randint(stride, (2, 1), device=q.device)
@@ -756,9 +682,9 @@ def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None):
 
     r lets frames of large error count by their logarithm. The price grows as the chart gets good:
     what is not needed to paint falls still. context: (B, context, C, size, size). targets: (B, n,
-    C, size, size), at integer times (B, n) in any order, counted from the first frame of context.
-    reach: the last time there can be (a number, as a GPU shall not wait for times.max()). Returns:
-    the sum; the mse of the pixels scored; the kl."""
+    C, size, size), at integer times (B, n) in any order, counted from the first frame of context,
+    up to `reach` (a number, as no GPU shall wait for times.max()). Returns: the sum; the mse of the
+    pixels scored; the kl."""
     z, kl = model.posterior(context, noise)
     q, _ = model.rollout(*model.state(z), reach)  # (B, reach + 1, latent)
     q = q[torch.arange(len(q), device=q.device).unsqueeze(1), times]  # (B, n, latent)
