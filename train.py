@@ -1,11 +1,8 @@
 """Train a Hamiltonian Generative Network from pixels, or a Neural Hamiltonian Flow on points.
 
-    python train.py --system three_body         # writes runs/three_body/
-    python train.py --data film.mp4             # recordings of your own, see README
-    python train.py --density two_moons         # a flow; --data points.npy, (N, D), for your own
-    python train.py --resume                    # goes on with the newest run
-
-Batches of a system are simulated and painted afresh: nothing but the run's folder is written.
+python train.py --system three_body         # writes runs/three_body/ and nothing else
+python train.py --data film.mp4             # recordings of your own, see README
+python train.py --density two_moons         # a flow; --data points.npy, (N, D), for your own
 """
 
 import argparse
@@ -13,7 +10,6 @@ import io
 import json
 import math
 import signal
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -22,53 +18,42 @@ import torch
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from eval import measure, measure_flow, movies, number, open_run
+from eval import FLOWS, MODELS, measure, measure_flow, movies, number, open_run
 from eval import pick_device, provenance, table, test_set, write
-from hgn import ARCHITECTURES, GECO, HGN, INTEGRATORS, Couplings
-from hgn import charted_loss, hnn_loss
+from hgn import ARCHITECTURES, GECO, HGN, INTEGRATORS, Couplings, charted_loss, hnn_loss
 from nhf import DENSITIES, NHF, RealNVP
 from physics import SYSTEMS, clips, initial_states, jitter, read_points, render, simulate
 
-DEFAULTS = {
-    "hgn": {"steps": 2500, "batch_size": 16, "lr": 4e-3},
-    "paper": {"steps": 5000, "batch_size": 16, "lr": 1.5e-4},  # hgn with --arch paper
-    "hnn": {"steps": 5000, "batch_size": 16, "lr": 4e-4},
-    "nhf": {"steps": 4000, "batch_size": 512, "lr": 2e-2},
-    "realnvp": {"steps": 10000, "batch_size": 512, "lr": 5e-3},  # twice as fast a step
+DEFAULTS = {  # of both --arch of hgn, and of the other models; a step of realnvp is twice as fast
+    "steps": {"compact": 2500, "paper": 5000, "hnn": 5000, "nhf": 4000, "realnvp": 10000},
+    "batch_size": {"compact": 16, "paper": 16, "hnn": 16, "nhf": 512, "realnvp": 512},
+    "lr": {"compact": 4e-3, "paper": 1.5e-4, "hnn": 4e-4, "nhf": 2e-2, "realnvp": 5e-3},
 }
-FLOWS = "nhf", "realnvp"
 POOL = 64  # batches whose trajectories are simulated together
 HERE = "device", "compile", "resume", "name", "bench"  # of the command alone, not of the run
 FREE = "steps", "window", "save_every"  # what --resume may change
-GROWTH = 0.5  # part of a compact run over which the horizon grows to the whole window
+GROWTH = 0.5  # part of a compact run over which the times that are scored grow to the whole window
 SEEN = 2048  # frames that the chart starts from
 STATES = 32768  # clips whose states the prior is fitted to at the end
-# Times --lr, of parts of a compact model: a decoder is small; filters that change fast leave what
-# is made of their features behind.
-RATES = {"decoder": 3.0, "encoder.filters": 0.1, "encoder.shapes": 0.1}
+RATES = {"decoder": 3.0, "encoder.filters": 0.1, "encoder.shapes": 0.1}  # times --lr, if compact
 PATIENCE = 5  # looks at a loss that is not finite before a run stops
 
 
 def parse(**defaults):
-    """The command line as a namespace. Raises: ValueError."""
-    parser = argparse.ArgumentParser("python train.py", "%(prog)s [options]")
-
-    def refuse(message):
-        raise ValueError(f"{message} (--help lists the options)")
+    """The command line as a namespace."""
 
     def noise(text):
         return text if text == "paper" else number(0, 1e3, float)(text)
 
-    parser.error = refuse
+    parser = argparse.ArgumentParser("python train.py", "%(prog)s [options]")
+    parser.print_usage = lambda file: None  # a mistake gets one line; --help says more
     count, many, positive = number(1, 1000), number(1, 10**9), number(1e-9, 1e6, float)
-    flag = {"action": "store_true"}
-    usual = lambda name: ", ".join(f"{model} {v[name]}" for model, v in DEFAULTS.items())
-    group = parser.add_argument_group("data")
-    add = group.add_mutually_exclusive_group().add_argument
+    usual = lambda name: ", ".join(f"{model} {v}" for model, v in DEFAULTS[name].items())
+    add = parser.add_argument_group("data").add_mutually_exclusive_group().add_argument
     add("--system", choices=SYSTEMS, metavar="NAME", help="of pixels: " + ", ".join(SYSTEMS))
     add("--density", choices=DENSITIES, metavar="NAME", help="of a flow: " + ", ".join(DENSITIES))
     add("--data", metavar="PATH", help="recordings, or points (N, D), of your own")
-    add = group.add_argument
+    add = parser.add_argument_group("of pictures").add_argument
     add("--size", type=number(16, 128), help="pixels a side (default: 32)")
     add("--dt", type=positive, help="time between frames (default: 0.125, or the film's)")
     add("--fps", type=positive, help="frames a second of recordings, instead of --dt")
@@ -78,57 +63,51 @@ def parse(**defaults):
     add("--window", type=count, default=30, help="frames to learn from (default: 30)")
     add("--targets", type=count, default=8, help="frames of it painted for the loss (default: 8)")
     add = parser.add_argument_group("model").add_argument
-    models = [name for name in DEFAULTS if name != "paper"]
-    add("--model", choices=models, help="default: hgn; of densities nhf")
+    add("--model", choices=MODELS, help="default: hgn; of densities nhf")
     add("--arch", choices=ARCHITECTURES, default="compact", help="of hgn (default: compact)")
     add("--latent", type=number(1, 64), help="numbers in q; of the paper's, maps in q")
     add("--context", type=count, default=5, help="first frames the encoder sees (default: 5)")
     add("--integrator", choices=INTEGRATORS, help="default: that of --arch")
     add("--substeps", type=count, default=1, help="integrator steps a frame (default: 1)")
     add("--periodic", action=argparse.BooleanOptionalAction, help="q are angles")
-    add("--friction", **flag, help="motion dies out, at a rate that is learnt")
+    add("--friction", action="store_true", help="motion dies out, at a rate that is learnt")
     add("--no-f-psi", dest="f_psi", action="store_false", help="without f_psi (paper)")
-    add("--deterministic", **flag, help="no sampling of z, no KL")
-    add = parser.add_argument_group("flow").add_argument
-    add("--hamiltonians", type=count, default=1, help="how many in a row (default: 1)")
-    add("--leapfrog-steps", type=count, default=6, help="of each Hamiltonian (default: 6)")
+    add("--deterministic", action="store_true", help="no sampling of z, no KL")
+    add("--hamiltonians", type=count, default=1, help="of a flow, in a row (default: 1)")
+    add("--leapfrog-steps", type=count, default=6, help="of each of them (default: 6)")
     add("--kinetic", choices=("quadratic", "mlp"), default="quadratic", help="default: quadratic")
     add("--samples", type=count, default=1, help="draws of p in the bound (default: 1, ELBO)")
-    add = parser.add_argument_group("training").add_argument
+    add = parser.add_argument_group("run").add_argument
     add("--steps", type=many, help=f"default: {usual('steps')}")
     add("--batch-size", type=many, help="default: 16, of flows 512")
     add("--lr", type=positive, help=f"default: {usual('lr')}")
     add("--beta", type=number(0, 1e6, float), default=1e-3, help="of the KL (default: 0.001)")
-    add("--geco", **flag, help="the paper's constraint, no fixed beta")
+    add("--geco", action="store_true", help="the paper's constraint, no fixed beta")
     add("--tolerance", type=positive, default=2e-4, help="MSE of --geco (default: 0.0002)")
     add("--seed", type=number(0, 2**20 - 1), default=0, help="(default: 0)")
-    add = parser.add_argument_group("run").add_argument
     add("--name", help="folder under runs/ (default: the system's name)")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on (default: the newest run)")
     add("--save-every", type=many, default=250, help="steps between checkpoints (default: 250)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    add("--compile", **flag, help="fuse the step: a minute at first")
-    add("--bench", **flag, help="measure the speed here; --compile adds rows")
+    add("--compile", action="store_true", help="fuse the step: a minute at first")
+    add("--bench", action="store_true", help="measure the speed here; --compile adds rows")
     parser.set_defaults(**defaults)
     return parser.parse_args()
 
 
 def settle(args):
     """Fill in what depends on other options. Raises: ValueError for what does not go together."""
-
-    def fill(**usual):  # what was not given
-        vars(args).update((k, v) for k, v in usual.items() if getattr(args, k) is None)
-
+    fill = lambda **own: vars(args).update((k, v) for k, v in own.items() if vars(args)[k] is None)
     flow = bool(args.density or args.data and read_points(args.data) is not None)
     fill(model="nhf" if flow else "hgn")
     if flow != (args.model in FLOWS):
         raise ValueError(f"--model {args.model} is not for {'points' if flow else 'pictures'}")
-    if args.bench and (args.model != "hgn" or args.data):
+    if args.bench and (args.model, args.arch, args.data) != ("hgn", "compact", None):
         raise ValueError("--bench chooses the model itself: give a --system, or none")
     if args.model == "hnn":  # the published networks, with another loss
         args.arch, args.context, args.deterministic = "paper", 2, True
-    compact = args.arch == "compact"
-    fill(**DEFAULTS[args.model if args.model != "hgn" or compact else "paper"])
+    kind = args.arch if args.model == "hgn" else args.model
+    fill(**{name: usual[kind] for name, usual in DEFAULTS.items()})
     if flow:
         return
     if args.noise if args.data else args.fps or args.stride > 1:
@@ -136,16 +115,19 @@ def settle(args):
     if not args.data:
         fill(system="mass_spring", size=32, dt=0.125)
         system = SYSTEMS[args.system]
-        fill(periodic=compact and system.periodic)
-        fill(latent=initial_states(system, 1)[0].numel() if compact else None)
+        if kind == "compact":
+            fill(latent=initial_states(system, 1)[0].numel(), periodic=system.periodic)
     fill(periodic=False)
     row = args.window if args.model == "hgn" else min(args.window, args.targets)
     if row < max(3, args.context):
         raise ValueError(f"{row} frames are too few to learn from: --window, --targets, --context")
 
 
-def resumed(args):
-    """The options of the run that --resume names, its model, its checkpoint and its folder."""
+def opened(args):
+    """All options; of the run that --resume names also its model, its checkpoint and its folder."""
+    if args.resume is None:
+        settle(args)
+        return args, None, None, None
     path, model, checkpoint = open_run(args.resume or None)
     config = {k: v for k, v in checkpoint["config"].items() if k in vars(args) and k not in HERE}
     # As text, which the parser reads like a command line's: a stranger's file gets no further.
@@ -160,8 +142,8 @@ def new_folder(args):
     name = args.name or args.system or args.density or Path(args.data).resolve().stem or "run"
     if Path(name).name != name:
         raise ValueError(f"--name {name} is not the name of a folder")
-    names = (name, *(f"{name}-{n}" for n in range(2, 10**6) if not args.name))
-    for folder in (Path("runs") / name for name in names):
+    for n in range(1, 2 if args.name else 10**6):
+        folder = Path("runs") / (name if n == 1 else f"{name}-{n}")
         if not folder.exists():
             folder.mkdir(parents=True)
             return folder
@@ -169,61 +151,51 @@ def new_folder(args):
 
 
 class Batches:
-    """Batch number `step` of a run, the same whenever it is asked for: a resumed run sees what it
-    would have seen. Of the compact model: the frames that the encoder sees (B, context, C, S, S),
-    frames to score (B, targets, C, S, S) and their times (B, targets), counted from the first that
-    it sees. Of the paper's and HNN: frames in a row (B, row, C, S, S)."""
+    """Batch number `step` of a run, the same whenever it is asked for. Of the compact model: frames
+    that the encoder sees (B, context, C, S, S), frames to score (B, targets, C, S, S), and their
+    times (B, targets) from its first. Of the paper's and HNN: frames in a row (B, row, C, S, S)."""
 
     def __init__(self, args, data, device):
         self.args, self.data, self.device, self.pool = args, data, device, None
         lengths = data.lengths[data.train] if data else torch.tensor([args.window])
         longest = min(args.window, int(lengths.max()))
-        self.most = longest - 1  # the farthest time that is scored
-        row = longest if args.model == "hgn" else min(longest, args.targets)
-        self.row = 0 if args.arch == "compact" else row
-        if data:
-            self.clips, self.lengths = (x[lengths >= self.row] for x in (data.train, lengths))
+        row = min(longest, args.targets) if args.model == "hnn" else longest
+        self.most, self.row = longest - 1, 0 if args.arch == "compact" else row
+        if data:  # the clip of every frame there is: long ones are drawn more often
+            self.clips = data.train.repeat_interleave(lengths * (lengths >= self.row))
 
     def __call__(self, step):
         args, device = self.args, "cpu" if self.data else self.device
         generator = torch.Generator(device).manual_seed((args.seed << 20) + step + 2**19)
         uniform = lambda n: torch.rand(args.batch_size, n, generator=generator, device=device)
-        if self.data:  # long clips are drawn more often, so that every frame counts
-            ends = self.lengths.cumsum(0)
-            clips = torch.searchsorted(ends, (uniform(1) * ends[-1]).long(), right=True)
-            length, clips = self.lengths[clips], self.clips[clips.flatten()]
-            read = lambda times: self.data.read(clips, times).to(self.device)
+        if self.data:
+            clips = self.clips[(uniform(1) * len(self.clips)).long()]
+            length = self.data.lengths[clips]
+            read = lambda times: self.data.read(clips.flatten(), times).to(self.device)
         else:
             length = torch.full((args.batch_size, 1), args.window, device=device)
             read = lambda times: self.paint(step, times, generator)
         if self.row:
             first = (uniform(1) * (length - self.row + 1)).long()
             return [read(first + torch.arange(self.row, device=device))]
-        reach = self.horizon(step)
+        reach = min(self.most, 3 + int(args.window * step / args.steps / GROWTH))
+        self.reach = self.most if args.compile or self.device.type == "cuda" else reach  # one graph
         ahead = (length // 2 if self.data else length).clamp(max=reach)  # recordings start late too
         first = (uniform(1) * (length - ahead.clamp(min=args.context - 1))).long()
-        far = (length - 1 - first).clamp(max=reach)
-        times = (uniform(args.targets) * (far + 1)).long()
+        times = (uniform(args.targets) * (length - first).clamp(max=reach + 1)).long()
         context = first + torch.arange(args.context, device=device)
         frames = read(torch.cat((context, first + times), 1))
         return [*frames.split([args.context, args.targets], 1), times.to(self.device)]
 
-    def horizon(self, step):
-        """How far from the first frame a compact model is scored: it grows from 3 frames."""
-        return min(self.most, 3 + int(self.args.window * step / self.args.steps / GROWTH))
-
     def paint(self, step, times, generator):
-        """Frames of the clips at times (B, n); trajectories of POOL batches are simulated at once,
-        true q (POOL, B, window, bodies, dims)."""
+        """Frames of simulated clips at times (B, n). POOL batches are simulated at once."""
         args, system, pool = self.args, SYSTEMS[self.args.system], step // POOL
         if self.pool != pool:
             start = torch.Generator(self.device).manual_seed((args.seed << 20) + pool)
             start = initial_states(system, args.batch_size * POOL, start, self.device)
-            q = simulate(system, *start, args.window, args.dt)[0]
-            self.pool, self.q = pool, q.unflatten(0, (POOL, -1))
-        clips = torch.arange(len(times), device=self.device).unsqueeze(1)
-        q = jitter(system, self.q[step % POOL][clips, times], args.noise, generator)
-        return render(system, q, args.size)
+            self.pool, self.q = pool, simulate(system, *start, args.window, args.dt)[0]
+        q = self.q.chunk(POOL)[step % POOL].take_along_dim(times[..., None, None], 1)
+        return render(system, jitter(system, q, args.noise, generator), args.size)
 
 
 def build(args, test):
@@ -232,15 +204,13 @@ def build(args, test):
         options = {"kinetic": args.kinetic, "shift": test.shift, "scale": test.scale}
         flow = NHF(test.dim, args.hamiltonians, args.leapfrog_steps, **options)
         return flow if args.model == "nhf" else RealNVP.like(flow)
-    frame = {"size": test.size, "channels": test.channels, "dt": test.dt}
     names = "context arch latent integrator substeps periodic f_psi deterministic friction".split()
-    return HGN(**frame, **{k: getattr(args, k) for k in names})
+    return HGN(test.size, test.channels, dt=test.dt, **{k: getattr(args, k) for k in names})
 
 
 def make_optimisers(model, lr, rates={}, muon=False):
-    """Adam, with rates[prefix] times lr for the parameters that the prefix names. With muon, that
-    for matrices elsewhere, which learns small and large directions alike. Every rate is a tensor:
-    a graph that replays steps reads it anew."""
+    """Adam, with rates[prefix] times lr for the parameters that the prefix names; with muon, that
+    for other matrices. Every rate is a tensor, which a graph that replays steps reads anew."""
     groups, matrices = {}, []
     for name, w in model.named_parameters():
         times = next((v for prefix, v in rates.items() if name.startswith(prefix)), 1.0)
@@ -253,9 +223,8 @@ def make_optimisers(model, lr, rates={}, muon=False):
 
 
 class Muon(torch.optim.Optimizer):
-    """Jordan et al. 2024: momentum, made orthogonal by five Newton-Schulz iterations. As
-    torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in float32, as most CPUs are slow at
-    bfloat16, and at a rate that is a tensor."""
+    """Jordan et al. 2024: momentum made orthogonal. torch.optim.Muon's "match_rms_adamw", in
+    float32, as most CPUs are slow at bfloat16, and at a rate that is a tensor."""
 
     @torch.no_grad()
     def step(self):
@@ -281,9 +250,8 @@ def set_rate(optimisers, lr, step, steps):
 
 
 def stepper(model, losses, optimisers, geco=None, most=1.0):
-    """step(*batch) -> losses(*batch), and one step down the gradient of "loss" among them, clipped
-    to the norm `most`; where that is not finite the weights stay as they are. Nothing in it waits
-    for a GPU, where it is replayed as a graph."""
+    """step(*batch) -> losses(*batch), and a step down the gradient of "loss" among them, clipped to
+    the norm `most`: none where it is not finite. On a GPU it waits for nothing: see Graphed."""
 
     def step(*batch):
         values = losses(*batch)
@@ -305,10 +273,9 @@ def stepper(model, losses, optimisers, geco=None, most=1.0):
 
 
 class Graphed:
-    """step(*tensors) -> tensors on a GPU: three times as it is, from then on replayed as one CUDA
-    graph, so that thousands of small kernels cost one launch. The stream must be one's own, not
-    CUDA's default. Inputs are copied from the first call on: a compiled step that met other strides
-    later would compile again, which fails while a graph is captured."""
+    """step(*tensors) -> tensors on a GPU: three times as it is, then replayed as one CUDA graph, in
+    one launch. The stream must be one's own. Inputs are copied from the first call on: a compiled
+    step that met other strides later would compile again, which fails during a capture."""
 
     def __init__(self, step):
         self.step, self.calls, self.batch = step, 0, None
@@ -329,8 +296,7 @@ class Graphed:
 
 
 def compiled(function):
-    """`function` as one region without graph breaks, compiled once for its shapes. Too many
-    recompilations are an error instead of a silent fall-back."""
+    """`function` as one region, compiled for its shapes. Many recompilations are an error."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     warnings.filterwarnings("ignore", message="invoke_subgraph traced multiple backward graphs")
     # torch 2.13 gets the strides of convolutions inside a nested region wrong if Inductor chooses
@@ -340,9 +306,8 @@ def compiled(function):
 
 
 def fit_prior(prior, mean, logvar, rounds=1500, seed=0, lr=5e-3):
-    """The learnt prior alone and anew, at a run's end, to q(z|x) of many clips, (n, dim) twice: in
-    batches of hundreds it learns what sixteen states a step leave blurred. Anew, as one that
-    followed the states while they moved stays folded as they were then."""
+    """The learnt prior anew, at a run's end, to q(z|x) of many clips, (n, dim) twice: in batches of
+    hundreds it learns what sixteen states a step, which moved, leave blurred and folded."""
     torch.manual_seed(seed)
     prior.load_state_dict(Couplings(*prior.shape).state_dict())
     optimisers, size = make_optimisers(prior, lr), min(512, rounds)
@@ -356,8 +321,7 @@ def fit_prior(prior, mean, logvar, rounds=1500, seed=0, lr=5e-3):
 
 
 class Run:
-    """A model in training, its folder with a checkpoint and a log, and what goes on as if
-    uninterrupted."""
+    """A model in training, and its folder with a checkpoint and a log."""
 
     def __init__(self, args, model, test, device):
         self.args, self.model, self.test, self.device = args, model, test, device
@@ -368,7 +332,6 @@ class Run:
         self.optimisers = make_optimisers(model, args.lr, rates, muon)
         self.geco = GECO(args.tolerance, beta=args.beta, device=device)
         self.batches = self.points if self.flow else Batches(args, test.data, device)
-        self.reach = None if self.flow else self.batches.most  # frames of a rollout
         losses = compiled(self.losses) if args.compile else self.losses
         self.step = stepper(model, losses, self.optimisers, self.geco if args.geco else None)
         self.done, self.logged, self.began = 0, 0, time.time()
@@ -382,57 +345,27 @@ class Run:
     def losses(self, *batch):
         if self.flow:
             log_w = self.model.log_weights(*batch)
-            nll = math.log(len(log_w)) - log_w.logsumexp(0).mean()
-            return {"loss": nll, "elbo": log_w.mean()}
+            return {"loss": math.log(len(log_w)) - log_w.logsumexp(0).mean(), "elbo": log_w.mean()}
         if self.compact:
-            values = charted_loss(self.model, *batch, self.reach, self.geco.beta)
+            values = charted_loss(self.model, *batch, self.batches.reach, self.geco.beta)
         elif self.args.model == "hnn":
             values = hnn_loss(self.model, *batch)
         else:
             values = self.model.loss(*batch, self.geco.beta)
         return dict(zip(("loss", "mse", "kl"), values))
 
-    def advance(self):
-        """A training step: its losses."""
-        torch.manual_seed((self.args.seed << 20) + self.done)  # of z: a resumed run draws the same
-        if self.compact and not (self.args.compile or self.device.type == "cuda"):
-            self.reach = self.batches.horizon(self.done)  # elsewhere it is fixed
-        set_rate(self.optimisers, self.args.lr, self.done, self.args.steps)
-        values = self.step(*self.batches(self.done))
-        self.done += 1
-        if self.compact and self.done == self.args.steps and not self.args.deterministic:
-            self.fit_prior()
-        return values | ({"beta": self.geco.beta} if self.args.geco else {})
-
-    def start(self, folder):
+    def start(self, folder, checkpoint=None):
+        """Anew, or where the checkpoint was made: what was logged after it is dropped."""
         self.folder = folder
-        self.fit()
-        self.log(config=self.config, **provenance())
-        self.save()
-
-    def fit(self):
-        """What needs no learning, to frames of batches after the last step. Of flows nothing."""
-        if self.flow:
-            return
-        batches, after = self.batches, self.args.steps
-        frames = [batches(after)[1 if self.compact else 0].flatten(0, 1)]
-        more = range(1, 1 + SEEN // len(frames[0]))
-        frames += [batches(after + i)[0].flatten(0, 1) for i in more]
-        self.model.fit(torch.cat(frames)[:SEEN])
-
-    def fit_prior(self):
-        """As below, to the states of many clips from batches after the last step."""
-        args, rounds = self.args, min(10000, 1 + self.args.steps // 2)
-        few = argparse.Namespace(**vars(args) | {"targets": 1, "window": args.context})
-        batches = Batches(few, self.test.data, self.device)
-        n = max(1, min(STATES, 64 * rounds) // args.batch_size)
-        with torch.no_grad():
-            states = [self.model.encode(batches(args.steps + i)[0]) for i in range(n)]
-        fit_prior(self.model.prior, *(torch.cat(x) for x in zip(*states)), rounds, args.seed)
-
-    def restore(self, folder, checkpoint):
-        """Optimisers and beta of a checkpoint; what was logged after it is dropped."""
-        self.folder, self.done, self.logged = folder, checkpoint["step"], checkpoint["logged"]
+        if not checkpoint:
+            if not self.flow:  # what needs no learning, to frames of batches after the last step
+                read = lambda i, part=0: self.batches(self.args.steps + i)[part].flatten(0, 1)
+                first = read(0, 1 if self.compact else 0)
+                more = [read(i) for i in range(1, 1 + SEEN // len(first))]
+                self.model.fit(torch.cat((first, *more))[:SEEN])
+            self.log(config=self.config, **provenance())
+            return self.save()
+        self.done, self.logged = checkpoint["step"], checkpoint["logged"]
         self.began -= checkpoint["seconds"]
         try:
             for mine, kept in zip(self.optimisers, checkpoint["optimisers"], strict=True):
@@ -444,16 +377,23 @@ class Run:
         with open(folder / "metrics.jsonl", "a") as log:
             log.truncate(min(self.logged, log.tell()))
 
+    def fit_prior(self):
+        """The prior anew, to the states of many clips from batches after the last step."""
+        args, rounds = self.args, min(10000, 1 + self.args.steps // 2)
+        few = argparse.Namespace(**vars(args) | {"targets": 1, "window": args.context})
+        batches = Batches(few, self.test.data, self.device)
+        n = max(1, min(STATES, 64 * rounds) // args.batch_size)
+        with torch.no_grad():
+            states = [self.model.encode(batches(args.steps + i)[0]) for i in range(n)]
+        fit_prior(self.model.prior, *(torch.cat(x) for x in zip(*states)), rounds, args.seed)
+
     def save(self):
-        state = {
-            "kind": self.args.model, "model": self.model.state_dict(),
-            "model_config": self.model.config, "config": self.config, "step": self.done,
-            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-            "geco": (self.geco.beta.item(), self.geco.mse.item()), "logged": self.logged,
-            "seconds": time.time() - self.began, **provenance(),
-        }  # fmt: skip
-        file = io.BytesIO()
-        torch.save(state, file)
+        state = {"kind": self.args.model, "model": self.model.state_dict(), **provenance(),
+                 "model_config": self.model.config, "config": self.config, "step": self.done,
+                 "optimisers": [x.state_dict() for x in self.optimisers], "logged": self.logged,
+                 "geco": (self.geco.beta.item(), self.geco.mse.item()),
+                 "seconds": time.time() - self.began}  # fmt: skip
+        torch.save(state, file := io.BytesIO())
         write(self.folder / "checkpoint.pt", file.getvalue())
 
     def log(self, **values):
@@ -463,28 +403,30 @@ class Run:
             self.logged = log.tell()
 
     def loop(self):
-        """Train to the last step, or to a signal."""
-        steps, stopped, bad = self.args.steps, [], 0
-
-        def heed(number, _):  # between two steps
-            signal.signal(number, signal.SIG_DFL)  # asked twice, it stops at once
-            stopped.append(number)
-
+        """Train to the last step or to a signal, heeded between two steps; a second one at once."""
+        args, stopped, bad = self.args, [], 0
+        heed = lambda number, _: stopped.append(number) or signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, heed)
         signal.signal(signal.SIGTERM, heed)
-        with tqdm(initial=self.done, total=steps, unit="step") as bar:
-            while self.done < steps and not stopped:
-                values = self.advance()
+        with tqdm(initial=self.done, total=args.steps, unit="step") as bar:
+            while self.done < args.steps and not stopped:
+                torch.manual_seed((args.seed << 20) + self.done)  # of z: the same when resumed
+                set_rate(self.optimisers, args.lr, self.done, args.steps)
+                values = self.step(*self.batches(self.done))
+                self.done += 1
+                if self.done == args.steps and self.compact and not args.deterministic:
+                    self.fit_prior()
                 bar.update()
-                last = self.done == steps or stopped
+                last = self.done == args.steps or stopped
                 if self.done % 20 == 0 or last:
-                    values = {k: v.item() for k, v in values.items()}
+                    beta = {"beta": self.geco.beta} if args.geco else {}
+                    values = {k: v.item() for k, v in (values | beta).items()}
                     bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()})
                     self.log(**values)
                     bad = 0 if math.isfinite(values["loss"]) else bad + 1
                 if bad == PATIENCE:
                     raise ValueError(f"the loss is not finite at step {self.done}: lower --lr")
-                if not bad and (self.done % self.args.save_every == 0 or last):
+                if not bad and (self.done % args.save_every == 0 or last):
                     self.save()
         if stopped:
             print(f"stopped: python train.py --resume {self.folder} goes on")
@@ -492,7 +434,7 @@ class Run:
 
 
 def bench(args, device):
-    """Time a matmul, data, a rollout and training steps: a table, and runs/bench-<device>.json."""
+    """Time a matmul, data and training steps: a table, and runs/bench-<device>.json."""
     cuda, rows, threads = device.type == "cuda", [], torch.get_num_threads()
     path, test = Path(f"runs/bench-{device.type}.json"), test_set(vars(args), 2, device)
     path.parent.mkdir(exist_ok=True)
@@ -501,79 +443,57 @@ def bench(args, device):
 
     def row(what, n, call):
         timer = Timer("call()", globals={"call": call}, num_threads=threads)
-        first = timer.timeit(1).median  # compiles
-        timer.timeit(3)  # warms up, captures
-        s = timer.blocked_autorange(min_run_time=2).median
-        rows.append({"what": what, "first_s": first, "ms": 1e3 * s, "per_s": n / s})
-        if cuda:
-            rows[-1]["peak_memory_mb_so_far"] = torch.cuda.max_memory_allocated() / 2**20
+        first, _ = timer.timeit(1).median, timer.timeit(3)  # compiles; warms up, captures
+        s, peak = timer.blocked_autorange(min_run_time=2).median, torch.cuda.max_memory_allocated()
+        rows.append({"what": what, "first_s": first, "s": s, "per_s": n / s, "peak_bytes": peak})
         print(f"{what:<42}{1e3 * s:10.4g} ms{n / s:10.4g} a second, the first {first:.3g} s")
         write(path, json.dumps(report, indent=1).encode())
 
     a, many = torch.randn(4096, 4096, device=device), 8192 if cuda else 1024
     row("matmul of 4096, TFLOP", 2 * 4096**3 / 1e12, lambda: a @ a)
     for name, system in list(SYSTEMS.items())[:4]:  # the paper's
-        draw = lambda: clips(system, many, size=args.size, device=device)
-        row(f"data, clips of {name}", many, draw)
-    for arch, n in (("compact", args.batch_size), ("paper", args.batch_size), ("compact", 512)):
-        latent = args.latent if arch == "compact" else None
-        changes = {"arch": arch, "batch_size": n, "latent": latent, "steps": 10**6}
+        row(f"clips of {name}", many, lambda: clips(system, many, size=args.size, device=device))
+    paper = {"arch": "paper", "latent": None, "periodic": False}
+    for changes in ({}, paper, {"batch_size": 512}):
         for compile in (False, True)[: 1 + args.compile]:
-            options = argparse.Namespace(**vars(args) | changes | {"compile": compile})
-            run = Run(options, build(options, test).to(device), test, device)
-            run.fit()
-            batch = run.batches(0)
+            own = argparse.Namespace(**vars(args) | changes | {"compile": compile})
+            run = Run(own, build(own, test).to(device), test, device)
+            batch = run.batches(own.steps)  # of the farthest horizon
             ways = {"eager": run.step.step, "graph": run.step} if cuda else {"": run.step}
             for way, call in ways.items():
-                what = f"{arch} step, batch {n} {way}{' compiled' * compile}"
-                row(what, n, lambda: call(*batch))
+                what = f"{own.arch} step, batch {own.batch_size} {way}{' compiled' * compile}"
+                row(what, own.batch_size, lambda: call(*batch))
     print("wrote", path)
 
 
-def train(args):
-    """Train what the options ask for, measure it, and say where it is."""
-    checkpoint = None
-    if args.resume is None:
-        settle(args)
-    else:
-        args, model, checkpoint, folder = resumed(args)
-    device = pick_device("cpu" if args.model in FLOWS else args.device)
-    if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # CUDA's default one captures no graphs
-    if args.bench:
-        return bench(args, device)
-    test = test_set(vars(args), 100, device)
-    print(getattr(test, "summary", args.density or args.data))
-    torch.manual_seed(args.seed)
-    model = (model if checkpoint else build(args, test)).to(device).train()
-    run = Run(args, model, test, device)
-    if checkpoint:
-        run.restore(folder, checkpoint)
-    else:
-        run.start(new_folder(args))
-    print(f"{run.folder}: step {run.done} of {args.steps}")
-    run.loop()
-    if run.flow:
-        result = measure_flow(model, test, 2000, (1, 64))
-    else:
-        movies(model, test, run.folder)
-        result = measure(model, test)
-    run.log(**{k: v for k, v in result.items() if isinstance(v, float)})
-    table(run.config, result)
-    seconds, sample = time.time() - run.began, "" if run.flow else " --sample 4"
-    print(f"\n{seconds:.0f} s. Then: python eval.py --checkpoint {run.folder}{sample}")
-    first = next((v for k, v in result.items() if k.startswith("mse_0_")), 0.0)
-    if not first <= 0.5 * result.get("blank_mse", 0.0):
-        print("The error is above half of a blank prediction's: little was learnt. Try more "
-              "--steps, more --latent, a lower --lr, and check --dt.")  # fmt: skip
-
-
 def main():
+    """Train what the options ask for, measure it, and say where it is."""
     try:
-        train(parse())
+        args, model, checkpoint, folder = opened(parse())
+        device = pick_device("cpu" if args.model in FLOWS else args.device)
+        if device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream(device))  # the default captures no graphs
+        if args.bench:
+            return bench(args, device)
+        test = test_set(vars(args), 100, device)
+        print(getattr(test, "summary", args.density or args.data))
+        torch.manual_seed(args.seed)
+        model = (model or build(args, test)).to(device).train()
+        run = Run(args, model, test, device)
+        run.start(folder or new_folder(args), checkpoint)
+        print(f"{run.folder}: step {run.done} of {args.steps}")
+        run.loop()
+        if not run.flow:
+            movies(model, test, run.folder)
+        result = measure_flow(model, test, 2000, (1, 64)) if run.flow else measure(model, test)
+        run.log(**{k: v for k, v in result.items() if isinstance(v, float)})
+        table(run.config, result)
+        print(f"\n{time.time() - run.began:.0f} s. Then: python eval.py --checkpoint {run.folder}")
+        first = next((v for k, v in result.items() if k.startswith("mse_0_")), 0.0)
+        if not first <= 0.5 * result.get("blank_mse", 0.0):
+            print("Above half of blank's error: little was learnt. Try more --steps, a lower --lr.")
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
+        argparse.ArgumentParser().exit(2, f"error: {str(error).splitlines()[0]}\n")
 
 
 if __name__ == "__main__":
