@@ -552,8 +552,7 @@ def main():
     try:
         look(parser.parse_args())
     except (ValueError, OSError) as error:  # a user's mistake
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"error: {str(error).splitlines()[0]}\n")
 
 
 if __name__ == "__main__":

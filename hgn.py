@@ -421,6 +421,7 @@ class CompactDecoder(nn.Module):
     def __init__(self, size, channels, latent, space, blobs=20, width=24):
         super().__init__()
         self.size, self.space, seen = size, space, latent * space.copies
+        self.finest = 3 + math.log(size / 32)  # 0.8 pixels
         self.still = nn.Parameter(torch.full((channels, size, size), 0.5))
         self.linear, self.bent = nn.Linear(seen, 6 * blobs), mlp(seen, 128, 128, 6 * blobs)
         nn.init.normal_(self.linear.weight, std=0.3)
@@ -443,9 +444,8 @@ class CompactDecoder(nn.Module):
     def blobs(self, q, x, y):  # (n, latent), (w,), (h,) -> (n, blobs, h, w), channels_last
         shapes = (self.linear(q) + self.bent(q)).unflatten(1, (6, -1))
         at_x, at_y, a, c, b, height = shapes.unsqueeze(2).unbind(1)  # (n, 1, blobs) each
-        finest = 3 + math.log(self.size / 32)  # 0.8 pixels
-        dx = a.clamp(-2, finest).exp() * (x[:, None] - at_x.clamp(-3, 3))  # (n, w, blobs)
-        dy = c.clamp(-2, finest).exp() * (y[:, None] - at_y.clamp(-3, 3))  # (n, h, blobs)
+        dx = a.clamp(-2, self.finest).exp() * (x[:, None] - at_x.clamp(-3, 3))  # (n, w, blobs)
+        dy = c.clamp(-2, self.finest).exp() * (y[:, None] - at_y.clamp(-3, 3))  # (n, h, blobs)
         turned = dx.unsqueeze(1) + (b.clamp(-3, 3) * dy).unsqueeze(2)  # (n, h, w, blobs)
         height = height.clamp(max=2) - 0.5 * dy.square()
         return (height.unsqueeze(2) - 0.5 * turned.square()).exp().movedim(3, 1)

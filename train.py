@@ -11,7 +11,6 @@ import json
 import math
 import signal
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -298,7 +297,6 @@ class Graphed:
 def compiled(function):
     """`function` as one region, compiled for its shapes. Many recompilations are an error."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    warnings.filterwarnings("ignore", message="invoke_subgraph traced multiple backward graphs")
     # torch 2.13 gets the strides of convolutions inside a nested region wrong if Inductor chooses
     # layouts, and overwrites states that such a region keeps for the way back if it reuses buffers.
     options = {"layout_optimization": False, "allow_buffer_reuse": False, "inplace_buffers": False}
@@ -443,9 +441,11 @@ def bench(args, device):
 
     def row(what, n, call):
         timer = Timer("call()", globals={"call": call}, num_threads=threads)
-        begin, _, end, _ = time.time(), call(), time.time(), timer.timeit(3)  # compiles; captures
+        begin = time.time()
+        call()
+        first = time.time() - begin  # compiles
+        timer.timeit(3)  # warms up, captures
         s, peak = timer.blocked_autorange(min_run_time=2).median, torch.cuda.max_memory_allocated()
-        first = end - begin
         rows.append({"what": what, "first_s": first, "s": s, "per_s": n / s, "peak_bytes": peak})
         print(f"{what:<42}{1e3 * s:10.4g} ms{n / s:10.4g} a second, the first {first:.3g} s")
         write(path, json.dumps(report, indent=1).encode())
