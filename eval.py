@@ -495,7 +495,7 @@ def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
         leg = path[:, i * model.steps : (i + 1) * model.steps + 1]
         lines = F.interpolate(leg[:24].mT, 1000, mode="linear").mT.flatten(0, 1)
         show = lambda what, marks: chart(f"H{i + 1}: {what}", V, box, marks)
-        K = chart(f"H{i + 1}: K(p)", field(H.K(3 * plane)), {"x": (-3, 3), "y": (-3, 3)})
+        K = chart(f"H{i + 1}: K(p)", field(H.K(3 * plane)), {"p1": (-3, 3), "p2": (-3, 3)})
         rows.append([show("V(q), data's contour", edge), K, show("paths of q", dots(lines))])
         movie += [show("q on V", dots(q)) for q in leg.unbind(1)]
     wrote = [save_picture(folder / "flow.gif", *movie, delays=150)] if movie else []
