@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 import physics
 from hgn import HGN
@@ -124,9 +125,8 @@ class TestClips:
 
     def truth(self, frames, speed=1.0, block=32):
         """Clean frames from frame 0 on at `speed` (negative: backward), `block` clips at a time."""
-        q = simulate(self.system, self.q, self.p, frames, speed * self.dt)[0]
-        for part in q.split(block):
-            yield render(self.system, part, self.size)
+        for q in simulate(self.system, self.q, self.p, frames, speed * self.dt)[0].split(block):
+            yield render(self.system, q, self.size)
 
 
 class HeldOut:
@@ -160,6 +160,7 @@ def test_set(config, n, device="cpu", data=None):
 def errors(model, clips, q0, p0, frames, speed=1.0):
     """Pixel MSE against the clean truth, and mean square of the truth: (2, clips, frames)."""
     q = model.rollout(q0, p0, frames - 1, speed * model.dt)[0].split(32)
+    q = tqdm(q, f"{frames} frames at speed {speed:g}", leave=False)
     pairs = ((model.decode(x) - truth, truth) for x, truth in zip(q, clips.truth(frames, speed)))
     return torch.cat([torch.stack(pair).square().mean((3, 4, 5)) for pair in pairs], 1)
 
@@ -251,7 +252,8 @@ def read(system, frames):
 def judge(system, frames, dt, seen=10):
     """Shares of clips (n, T, 3, S, S) that show the system (excess pixel MSE at most 5e-4 in every
     frame), and that stay within 0.15 of its motion from the state that fits `seen` frames best."""
-    q = torch.cat([read(system, part) for part in frames.split(8)])
+    parts = tqdm(frames.split(8), "samples", leave=False)
+    q = torch.cat([read(system, part) for part in parts])
     excess = (render(system, q, frames.shape[-1]) - frames).square().mean((2, 3, 4))
     shown = system.position(q)
     v = wrapped(q[:, 1] - q[:, 0]) / dt  # roughly: where the fit starts
@@ -518,9 +520,8 @@ def look(args):
         result = measure_flow(model, test)
     else:
         shown = test_set(config, args.show, device, test.data)
-        asked = args.reverse, args.speed, args.sample, args.seed, args.scale
-        wrote = movies(model, shown, folder, args.frames, args.show, *asked)
-        wrote.append(phase(model, test, folder, args.frames))
+        how = args.frames, args.show, args.reverse, args.speed, args.sample, args.seed, args.scale
+        wrote = [*movies(model, shown, folder, *how), phase(model, test, folder, args.frames)]
         result = measure(model, test, args.frames, 1000)
         if test.system:
             some = TestClips(config, min(args.clips, 128), device)  # of whose samples many are read

@@ -110,7 +110,8 @@ class Energy(nn.Module):
         return 0.5 * (x @ self.L).square().sum(-1) + self.hidden(x)[1] @ self.last
 
     def back(self, x, a, b, last):  # the gradient of |x L|^2 / 2 + b . last, (..., dim)
-        g = (last * (1 - b * b)) @ self.second.weight * (1 - a * a)
+        tanh_backward = torch.ops.aten.tanh_backward  # (g, y = tanh x) -> g (1 - y^2): one kernel
+        g = tanh_backward(tanh_backward(last.expand_as(b), b) @ self.second.weight, a)
         return F.linear(x @ self.L, self.L) + g @ self.first.weight
 
     def grad(self, x):  # (..., dim) -> (..., dim)
@@ -549,9 +550,8 @@ class HGN(nn.Module):
         C, S = self.config["channels"], self.config["size"]
         enough = frames.shape[1] >= self.context and frames.is_floating_point()
         if not enough or frames.shape[2:] != (C, S, S):
-            wanted = f"(B, {self.context} or more, {C}, {S}, {S})"
-            got = f"{frames.dtype} {tuple(frames.shape)}"
-            raise ValueError(f"frames must be floats in [0, 1] of shape {wanted}, not {got}")
+            want = f"floats in [0, 1], (B, {self.context} or more, {C}, {S}, {S})"
+            raise ValueError(f"frames must be {want}, not {frames.dtype} {[*frames.shape]}")
         return self.encoder(frames[:, : self.context])
 
     def posterior(self, frames, noise=None):
