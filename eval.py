@@ -1,8 +1,6 @@
-"""Look at a trained model and measure it.
+"""Look at a trained model and measure it: movies, pictures and figures, into the run's folder.
 
-    python eval.py --reverse --speed 2      # the newest run; --system NAME, --checkpoint PATH
-
-Writes movies (truth above, model below), phase.png and metrics.json into the run's folder.
+python eval.py --reverse --speed 2      # the newest run; --system NAME, --checkpoint PATH
 """
 
 import argparse
@@ -32,17 +30,18 @@ FLOWS = {"nhf": NHF, "realnvp": RealNVP}
 MODELS = {"hgn": HGN, "hnn": HGN, **FLOWS}
 WINDOW = 30  # frames of the paper's test clips
 SIZE = 288  # pixels of a chart's side
+PLAIN = str | float | int | None  # what options are
 wrapped = lambda x: torch.atan2(x.sin(), x.cos())  # angles, into (-pi, pi]
 first_bad = lambda x, limit: (x <= limit).cumprod(1).sum(1).float()  # in each row, above or NaN
 
 
-def number(low, high, kind=int):
-    """An argparse type: a number of this kind from low to high."""
+def number(low, high, kind=int, word=None):
+    """An argparse type: a number of this kind from low to high, or the word."""
 
     def number(text):
-        if not low <= kind(text) <= high:
+        if text != word and not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
-        return kind(text)
+        return text if text == word else kind(text)
 
     return number
 
@@ -66,10 +65,14 @@ def provenance():
 def write(path, data):
     """Bytes to a file, all or nothing, on the disk before it gets its name. Returns the name."""
     new = path.with_name(f"{path.name}.new")
-    with open(new, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(new, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk gets back what was written
+        new.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error.strerror}. Make room, go on") from error
     return new.replace(path).name
 
 
@@ -85,7 +88,8 @@ def load(path, device="cpu", **wanted):
             model = MODELS[kind](**checkpoint["model_config"])
         model.load_state_dict(checkpoint["model"], assign=True)
         same = all(model.config.get(k, v) == v for k, v in config.items() if config["system"])
-        if not same or config["model"] != kind:
+        plain = *config.values(), *map(checkpoint.get, ("command", "step", "seconds", "logged"))
+        if not same or config["model"] != kind or not all(isinstance(v, PLAIN) for v in plain):
             raise ValueError("the options are another model's")
         other = [f"--{k} {v}" for k, v in wanted.items() if v not in (None, config[k])]
     except Exception as error:  # torch raises many kinds for a damaged file
@@ -178,8 +182,8 @@ def measure(model, clips, frames=90, steps=90):
         result[f"mse_{start}_{start + len(part) - 1}"] = part.mean().item()
     speeds = {"backward": -1.0, "double_speed": 2.0, "half_speed": 0.5} if clips.system else {}
     for name, speed in speeds.items():
-        error = errors(model, clips, q0, p0, min(WINDOW, frames), speed)[0]
-        result[f"mse_{name}"] = error.mean().item()
+        error = errors(model, clips, q0, p0, min(WINDOW, frames), speed)
+        result[f"mse_{name}"] = error[0].mean().item()
     if clips.noise:
         painted = model.decode(model.rollout(q0, p0, WINDOW - 1)[0])
         result["mse_noisy"] = (painted - clips.observed[:, :WINDOW]).square().mean().item()
@@ -188,9 +192,6 @@ def measure(model, clips, frames=90, steps=90):
     if len(q0) > 1:  # of one clip there is no spread
         result["energy_std_ratio"] = (H.std(1).median() / H[:, 0].std()).item()
     result["energy_variance"] = H.var(1).mean().item()
-    back = model.rollout(q[:, -1], p[:, -1], steps - 1, -model.dt)
-    back, start = torch.cat([x[:, -1] for x in back], 1), torch.cat((q0, p0), 1)
-    result["reversal_error"] = ((back - start).norm(dim=1) / start.norm(dim=1)).median().item()
     if getattr(model, "gamma", None) is not None:
         result["friction"] = model.gamma.item()
     return result
@@ -252,8 +253,7 @@ def read(system, frames):
 def judge(system, frames, dt, seen=10):
     """Shares of clips (n, T, 3, S, S) that show the system (excess pixel MSE at most 5e-4 in every
     frame), and that stay within 0.15 of its motion from the state that fits `seen` frames best."""
-    parts = tqdm(frames.split(8), "samples", leave=False)
-    q = torch.cat([read(system, part) for part in parts])
+    q = torch.cat([read(system, part) for part in tqdm(frames.split(8), "samples", leave=False)])
     excess = (render(system, q, frames.shape[-1]) - frames).square().mean((2, 3, 4))
     shown = system.position(q)
     v = wrapped(q[:, 1] - q[:, 0]) / dt  # roughly: where the fit starts
@@ -424,7 +424,7 @@ def chart(title, level, box, marks=False):
     picture = np.stack((level**0.5, level**2, 0.7 - 0.6 * level), 2)  # blue, purple, orange, yellow
     picture = np.rint(255 * np.nan_to_num(picture)).astype("uint8")
     picture[:, :SIZE][marks] = 255
-    scales = [f"{k} {a:.2g} to {b:.2g}" for k, (a, b) in (box | {"colour": ends}).items()]
+    scales = [f"{k} {a:.3g} to {b:.3g}" for k, (a, b) in (box | {"colour": ends}).items()]
     return panel(title, panel(", ".join(scales), picture[::-1]))
 
 
@@ -552,8 +552,8 @@ def main():
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     try:
         look(parser.parse_args())
-    except (ValueError, OSError) as error:  # a user's mistake
-        parser.exit(2, f"error: {str(error).splitlines()[0]}\n")
+    except (ValueError, OSError, MemoryError) as error:  # a user's mistake
+        parser.exit(2, f"error: {(str(error) or 'no memory').splitlines()[0]}\n")
 
 
 if __name__ == "__main__":

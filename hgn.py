@@ -170,8 +170,7 @@ class Couplings(nn.Module):
 
     def kl(self, z, mean, logvar):  # log q(z|x) - log p(z) at a z ~ q(z|x): its mean is the KL
         u, log_det = self.inverse(z)
-        off = (z - mean).square() * (-logvar).exp()
-        return 0.5 * (u.square() - off - logvar).sum(1) - log_det
+        return 0.5 * (u.square() - (z - mean).square() / logvar.exp() - logvar).sum(1) - log_det
 
 
 # ------------------------------------------------------------------ the paper's networks (appendix)
@@ -408,8 +407,7 @@ class CompactHamiltonian(Hamiltonian):
 
     def momentum(self, z):  # f_psi, the Legendre transform: z = (q, dq/dt) -> q and p = M(q) dq/dt
         q, v = z.chunk(2, 1)
-        s = self.at(q)[3]
-        W = self.W * s.sqrt().unsqueeze(1)  # (B, dim, 4 dim)
+        W = self.W * self.at(q)[3].sqrt().unsqueeze(1)  # (B, dim, 4 dim)
         M_inverse = W @ W.mT + self.least * torch.eye(len(self.W)).to(W)
         return q, torch.linalg.solve_ex(M_inverse, v.unsqueeze(2))[0].squeeze(2)
 
@@ -605,7 +603,7 @@ class HGN(nn.Module):
             raise ValueError("a deterministic model has no prior to draw samples from")
         where = getattr(generator, "device", None)
         u = torch.randn(n, *self.prior.shape, generator=generator, device=where)
-        z = self.prior(u.to(next(self.parameters()).device))
+        z = self.prior(u.to(next(self.parameters())))
         return self.decode(self.rollout(*self.state(z), steps, dt)[0])
 
     def loss(self, frames, beta=1e-3, noise=None):

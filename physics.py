@@ -342,7 +342,7 @@ class Recordings:
         long, rates = [*zip(*(x for x in films if len(x[0]) >= least))] or [(), ()]
         need = 2 * least if 1 in (len(films), len(long)) else least
         if not long or len(long[0]) < need:
-            raise ValueError(f"{path} has {len(films)} recordings, none of {need} frames: --stride")
+            raise ValueError(f"{path} has {len(films)} recordings, none of {need} frames")
         if not (dt or fps) and max(rates) > 1.1 * min(rates):
             raise ValueError(f"{path} holds recordings of different rates: give one with --fps")
         self.dt = stride * (dt or (1 / fps if fps else rates[0] or 0.125))

@@ -628,7 +628,7 @@ def test_measures_of_a_perfect_model():
     result = measure(model, test, 40)
     errors = [result[f"mse_{k}"] for k in "0_29 30_39 backward double_speed half_speed".split()]
     assert max(result["mse_per_frame"] + errors) < 5e-5
-    assert result["energy_std_ratio"] < 1e-3 and result["reversal_error"] < 1e-8
+    assert result["energy_std_ratio"] < 1e-3
     assert result["blank_mse"] == pytest.approx(100e-4, rel=0.3)
     result = measure_physics(model, test, 30, frames=60)
     assert all(result[f"strict_vpt_{k}"] == 60 for k in ("forward", "backward"))

@@ -40,10 +40,6 @@ PATIENCE = 5  # looks at a loss that is not finite before a run stops
 
 def parse(**defaults):
     """The command line as a namespace."""
-
-    def noise(text):
-        return text if text == "paper" else number(0, 1e3, float)(text)
-
     parser = argparse.ArgumentParser("python train.py", "%(prog)s [options]")
     parser.print_usage = lambda file: None  # a mistake gets one line; --help says more
     count, many, positive = number(1, 1000), number(1, 10**9), number(1e-9, 1e6, float)
@@ -51,13 +47,15 @@ def parse(**defaults):
     add = parser.add_argument_group("data").add_mutually_exclusive_group().add_argument
     add("--system", choices=SYSTEMS, metavar="NAME", help="of pixels: " + ", ".join(SYSTEMS))
     add("--density", choices=DENSITIES, metavar="NAME", help="of a flow: " + ", ".join(DENSITIES))
-    add("--data", metavar="PATH", help="recordings, or points (N, D), of your own")
+    whole = lambda path: str(Path(path).resolve())  # so that eval.py finds it from anywhere
+    add("--data", metavar="PATH", type=whole, help="recordings, or points (N, D), of your own")
     add = parser.add_argument_group("of pictures").add_argument
-    add("--size", type=number(16, 128), help="pixels a side (default: 32)")
+    add("--size", type=int, choices=range(16, 129, 8), metavar="N", help="pixels (default: 32)")
     add("--dt", type=positive, help="time between frames (default: 0.125, or the film's)")
     add("--fps", type=positive, help="frames a second of recordings, instead of --dt")
     add("--stride", type=count, default=1, help="take every k-th frame of recordings")
     add("--clip", type=many, default=60, help="frames of a clip cut from recordings (default: 60)")
+    noise = number(0, 1e3, float, "paper")
     add("--noise", type=noise, default=0.0, help="on every coordinate; or 'paper'")
     add("--window", type=count, default=30, help="frames to learn from (default: 30)")
     add("--targets", type=count, default=8, help="frames of it painted for the loss (default: 8)")
@@ -109,8 +107,8 @@ def settle(args):
     fill(**{name: usual[kind] for name, usual in DEFAULTS.items()})
     if flow:
         return
-    if args.noise if args.data else args.fps or args.stride > 1:
-        raise ValueError("--noise is for a simulated --system, --fps and --stride are for --data")
+    if (args.noise or args.fps and args.dt) if args.data else (args.fps or args.stride > 1):
+        raise ValueError("--noise is of a --system; --stride and --fps, instead of --dt, of --data")
     if not args.data:
         fill(system="mass_spring", size=32, dt=0.125)
         system = SYSTEMS[args.system]
@@ -120,6 +118,8 @@ def settle(args):
     row = args.window if args.model == "hgn" else min(args.window, args.targets)
     if row < max(3, args.context):
         raise ValueError(f"{row} frames are too few to learn from: --window, --targets, --context")
+    if args.batch_size * (args.context + args.window) * (args.size or 32) ** 2 > 2**27:
+        raise ValueError("batches are gigabytes: less of --batch-size, --context, --window, --size")
 
 
 def opened(args):
@@ -138,7 +138,7 @@ def opened(args):
 
 def new_folder(args):
     """runs/<name>/, never one that holds a run already."""
-    name = args.name or args.system or args.density or Path(args.data).resolve().stem or "run"
+    name = args.name or args.system or args.density or Path(args.data).stem or "run"
     if Path(name).name != name:
         raise ValueError(f"--name {name} is not the name of a folder")
     for n in range(1, 2 if args.name else 10**6):
@@ -363,9 +363,9 @@ class Run:
                 self.model.fit(torch.cat((first, *more))[:SEEN])
             self.log(config=self.config, **provenance())
             return self.save()
-        self.done, self.logged = checkpoint["step"], checkpoint["logged"]
-        self.began -= checkpoint["seconds"]
         try:
+            self.done, self.logged = checkpoint["step"], checkpoint["logged"]
+            self.began -= checkpoint["seconds"]
             for mine, kept in zip(self.optimisers, checkpoint["optimisers"], strict=True):
                 mine.load_state_dict({**mine.state_dict(), "state": kept["state"]})
             for mine, kept in zip((self.geco.beta, self.geco.mse), checkpoint["geco"]):
@@ -454,8 +454,7 @@ def bench(args, device):
     row("matmul of 4096, TFLOP", 2 * 4096**3 / 1e12, lambda: a @ a)
     for name, system in list(SYSTEMS.items())[:4]:  # the paper's
         row(f"clips of {name}", many, lambda: clips(system, many, size=args.size, device=device))
-    paper = {"arch": "paper", "latent": None, "periodic": False}
-    for changes in ({}, paper, {"batch_size": 512}):
+    for changes in ({}, {"arch": "paper", "latent": None, "periodic": False}, {"batch_size": 512}):
         for compile in (False, True)[: 1 + args.compile]:
             own = argparse.Namespace(**vars(args) | changes | {"compile": compile})
             run = Run(own, build(own, test).to(device), test, device)
@@ -492,8 +491,8 @@ def main():
         first = next((v for k, v in result.items() if k.startswith("mse_0_")), 0.0)
         if not first <= 0.5 * result.get("blank_mse", 0.0):
             print("Above half of blank's error: little was learnt. Try more --steps, a lower --lr.")
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        argparse.ArgumentParser().exit(2, f"error: {str(error).splitlines()[0]}\n")
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        argparse.ArgumentParser().exit(2, f"error: {(str(error) or 'no memory').splitlines()[0]}\n")
 
 
 if __name__ == "__main__":
