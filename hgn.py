@@ -10,8 +10,7 @@ with leapfrog, and a decoder paints every frame from q alone:
     q, p = model.rollout(q, p, steps=90)            # (B, 91, latent); dt=-model.dt runs backward
     movie = model.decode(q)                         # (B, 91, 3, 32, 32)
 
-`paper` and `compact`, above HGN, list the parts of both architectures. train.py trains the paper's
-by `HGN.loss`, the ELBO, and the compact one, which needs far less time, by `charted_loss`.
+`paper` and `compact`, above HGN, list the parts. train.py trains the second by `charted_loss`.
 """
 
 import math
@@ -271,21 +270,25 @@ FASTEST = 10  # velocities read off frames are cut to this: a bad chart sends no
 FRAME = 0.125  # time from frame to frame inside: what is learnt does not depend on the unit of dt
 
 
-class Line:  # coordinates q that are numbers
-    copies = 1  # numbers by which networks see one coordinate; `read` is the way back
-    see = read = staticmethod(lambda q: q.clamp(-FAR, FAR))
-    pull = staticmethod(lambda g, x: g)  # a gradient with respect to x = see(q) -> one to q
+class Space:
+    """Coordinates q (..., dim), of which the last are angles (periodic: all, None: half of them):
+    networks see numbers as they are, and angles as points on the unit circle."""
 
+    def __init__(self, dim, periodic=None):
+        circles = dim // 2 if periodic is None else dim * periodic
+        self.dim, self.ends, self.seen = dim, (dim - circles, dim), dim + circles
 
-class Circle:  # coordinates q that are angles, seen as points on the unit circle
-    copies = 2
-    see = staticmethod(lambda q: torch.cat((q.sin(), q.cos()), -1))  # (..., dim) -> (..., 2 dim)
-    read = staticmethod(lambda x: torch.atan2(*x.chunk(2, -1)))
+    def see(self, q):  # (..., dim) -> (..., seen): numbers, sines, cosines
+        line, angle = q.tensor_split(self.ends[:1], -1)
+        return torch.cat((line.clamp(-FAR, FAR), angle.sin(), angle.cos()), -1)
 
-    @staticmethod
-    def pull(g, x):
-        (sin, cos), (g_sin, g_cos) = x.chunk(2, -1), g.chunk(2, -1)
-        return g_sin * cos - g_cos * sin
+    def read(self, x):  # the way back
+        line, sin, cos = x.tensor_split(self.ends, -1)
+        return torch.cat((line.clamp(-FAR, FAR), torch.atan2(sin, cos)), -1)
+
+    def pull(self, g, x):  # a gradient with respect to x = see(q) -> one to q
+        (line, g_sin, g_cos), (_, sin, cos) = (y.tensor_split(self.ends, -1) for y in (g, x))
+        return torch.cat((line, g_sin * cos - g_cos * sin), -1)
 
 
 def geodesic(y, dim, near=8):
@@ -309,7 +312,7 @@ class CompactEncoder(nn.Module):
     things are, and strided convolutions, for shapes and colours. A few in a row -> q(z|x) of z =
     (q, dq/dt) at the middle one: of a polynomial through the q of the frames, plus an MLP."""
 
-    def __init__(self, size, channels, context, latent, space, filters=24):
+    def __init__(self, size, channels, context, space, filters=24):
         super().__init__()
         self.lead, self.draws, self.space, self.side = context // 2, 0, space, min(size, 32)
         first, last = nn.Conv2d(channels, filters, 3, padding=1), nn.Conv2d(filters, filters, 1)
@@ -319,7 +322,7 @@ class CompactEncoder(nn.Module):
         he_(self)
         blur = torch.tensor([0.25, 0.5, 0.25])  # centres of blurred things move more smoothly
         first.weight.data = 1.5 * torch.randn(filters, channels, 1, 1) * blur[:, None] * blur
-        features, seen = 6 * filters + 32 * (self.side // 8) ** 2, latent * space.copies
+        features, seen, dim = 6 * filters + 32 * (self.side // 8) ** 2, space.seen, space.dim
         self.linear, self.bent = nn.Linear(features, seen), mlp(features, 128, 128, seen)
         self.bent[0].weight.data.mul_(SPREAD)
         self.mean, self.scale = nn.Buffer(torch.zeros(features)), nn.Buffer(torch.ones(features))
@@ -327,10 +330,9 @@ class CompactEncoder(nn.Module):
         self.blank = nn.Buffer(torch.ones(()))  # mean squared error of the mean picture
         time = torch.arange(-self.lead, context - self.lead).double().unsqueeze(1) / context
         poly = torch.linalg.pinv(time ** torch.arange(min(context, 7)))[:2].float()
-        unit = torch.tensor([[1.0], [FRAME * context]])
-        self.poly = nn.Buffer(poly / unit)  # q of the frames -> value; slope
-        self.correct = mlp(context * seen + 2 * latent, 128, 128, 2 * latent)
-        self.logvar = nn.Parameter(torch.full((2 * latent,), -1.2))
+        self.poly = nn.Buffer(poly / torch.tensor([[1.0], [FRAME * context]]))  # -> value; slope
+        self.correct = mlp(context * seen + 2 * dim, 128, 128, 2 * dim)
+        self.logvar = nn.Parameter(torch.full((2 * dim,), -1.2))
 
     def features(self, frames):  # (n, C, H, W) -> (n, features)
         frames = F.adaptive_avg_pool2d(4 * (frames - self.still), self.side)
@@ -352,9 +354,9 @@ class CompactEncoder(nn.Module):
         self.mean.copy_(y.mean(0))
         self.scale.copy_(SPREAD * y.std(0, correction=0) + 1e-2)
         y = ((y - self.mean) / self.scale)[:CHARTED]
-        q = geodesic(y, len(self.linear.weight))  # of a circle sin and cos are neighbours
-        q = q.unflatten(1, (-1, self.space.copies)).mT.flatten(1)
-        q = q / q.std(0).clamp(min=1e-3) if self.space.copies == 2 else q
+        q, (lines, dim) = geodesic(y, 2 * self.space.dim), self.space.ends
+        circles = q[:, : 2 * (dim - lines)].unflatten(1, (-1, 2)).mT.flatten(1)  # of neighbours
+        q = torch.cat((q[:, :lines], F.normalize(circles, dim=0) * len(q) ** 0.5), 1)
         A = y.T @ y / len(y) + 1e-2 * torch.eye(y.shape[1]).to(y)
         self.linear.weight.copy_(torch.linalg.solve(A, y.T @ q / len(y)).T)
 
@@ -382,9 +384,9 @@ class CompactHamiltonian(Hamiltonian):
     least = 0.3  # no eigenvalue of M^-1 is below it, so that energy bounds p
     rounds = property(lambda self: 2 if self.training else 6)  # while it learns, cheap
 
-    def __init__(self, dim, space, width=128):
+    def __init__(self, space, width=128):
         super().__init__()
-        self.V, self.space = Energy(dim * space.copies, width), space
+        self.V, self.space, dim = Energy(space.seen, width), space, space.dim
         self.W = nn.Parameter(torch.cat((torch.eye(dim), 0.3 * torch.randn(dim, 3 * dim)), 1))
         self.S = nn.Parameter(torch.zeros(width, 4 * dim))
 
@@ -417,9 +419,9 @@ class CompactDecoder(nn.Module):
     q and of Gaussians exp(h - dy^2 / 2 - (dx + b dy)^2 / 2), dx = a (x - at_x), dy = c (y - at_y),
     of which h, b, log a, log c, at_x and at_y are a linear map of q plus an MLP."""
 
-    def __init__(self, size, channels, latent, space, blobs=20, width=24):
+    def __init__(self, size, channels, space, blobs=20, width=24):
         super().__init__()
-        self.size, self.space, seen = size, space, latent * space.copies
+        self.size, self.space, seen = size, space, space.seen
         self.finest = 3 + math.log(size / 32)  # 0.8 pixels
         self.still = nn.Parameter(torch.full((channels, size, size), 0.5))
         self.linear, self.bent = nn.Linear(seen, 6 * blobs), mlp(seen, 128, 128, 6 * blobs)
@@ -487,10 +489,10 @@ def paper(size, channels, context, latent, periodic, f_psi):
 
 def compact(size, channels, context, latent, periodic, f_psi):
     """Vector latents, H = p^T M(q)^-1 p / 2 + V(q); z = (q, dq/dt), of which f_psi makes (q, p)."""
-    latent, space = latent or 6, Circle() if periodic else Line()
-    encoder = CompactEncoder(size, channels, context, latent, space)
-    H, decoder = CompactHamiltonian(latent, space), CompactDecoder(size, channels, latent, space)
-    return encoder, H.momentum, H, decoder, Couplings(2 * latent), leapfrog
+    space = Space(latent or 6, periodic)
+    encoder = CompactEncoder(size, channels, context, space)
+    H, decoder = CompactHamiltonian(space), CompactDecoder(size, channels, space)
+    return encoder, H.momentum, H, decoder, Couplings(2 * space.dim), leapfrog
 
 
 ARCHITECTURES = {"compact": compact, "paper": paper}
@@ -503,13 +505,13 @@ class HGN(nn.Module):
     the encoder sees. arch: "compact" (vectors) or "paper" (the published networks). latent: numbers
     in q (compact, default 6) or maps in q (paper, 16). integrator: of INTEGRATORS; default leapfrog
     (compact), explicit_leapfrog (paper). substeps: its steps from one frame to the next. periodic:
-    q are angles (compact). f_psi: False is the paper's ablation, z itself is the state.
-    deterministic: no sampling of z and no KL. friction: learn gamma of p -> exp(-gamma t) p.
-    dt: time between frames. Raises: ValueError for a value outside these."""
+    q are angles; None: the last half of them (compact). f_psi: False is the paper's ablation, z
+    itself is the state. deterministic: no sampling of z and no KL. friction: learn gamma of p ->
+    exp(-gamma t) p. dt: time between frames. Raises: ValueError for a value outside these."""
 
     def __init__(
         self, size=32, channels=3, context=5, arch="compact", latent=None, integrator=None,
-        substeps=1, periodic=False, f_psi=True, deterministic=False, friction=False, dt=0.125,
+        substeps=1, periodic=None, f_psi=True, deterministic=False, friction=False, dt=0.125,
     ):  # fmt: skip
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
@@ -637,8 +639,8 @@ def hnn_loss(model, frames):
 class GECO:
     """Rezende & Viola 2018, "Taming VAEs": minimise the KL subject to mse <= tolerance. beta, the
     inverse of their Lagrange multiplier, shrinks while the moving average of the error is above the
-    tolerance and grows while it is below, at a rate that follows their ratio (theirs: difference),
-    within bounds. beta and mse are tensors, so that no GPU is waited for."""
+    tolerance and grows while it is below, as their ratio says (theirs: difference), within bounds.
+    beta and mse are tensors, so that no GPU is waited for."""
 
     def __init__(self, tolerance=2e-4, rate=0.01, beta=1e-3, bounds=(1e-5, 1.0), device=None):
         self.tolerance, self.rate, self.bounds = tolerance, rate, bounds

@@ -25,7 +25,7 @@ from torch.distributions import Normal, kl_divergence
 import eval as evaluation
 import train
 from eval import TestClips, judge, load, measure, measure_physics, symetric
-from hgn import GECO, HGN, Circle, CompactHamiltonian, Hamiltonian, Line, PaperHamiltonian
+from hgn import GECO, HGN, CompactHamiltonian, Hamiltonian, PaperHamiltonian, Space
 from hgn import charted_loss, euler, explicit_leapfrog, hnn_loss, leapfrog
 from nhf import DENSITIES, NHF, Points, RealNVP, Separable, log_normal
 from physics import BACKGROUND, SYSTEMS, Recordings, clips, initial_states, noise_floor
@@ -263,8 +263,8 @@ class Twist(Hamiltonian):
 HAMILTONIANS = {
     "twist": (Twist, 1), "separable": (lambda: Separable(3, 32), 3),
     "separable, a network for K": (lambda: Separable(3, 32, kinetic="mlp"), 3),
-    "compact": (lambda: CompactHamiltonian(3, Line(), 32), 3),
-    "compact, of angles": (lambda: CompactHamiltonian(3, Circle(), 32), 3),
+    "compact": (lambda: CompactHamiltonian(Space(3), 32), 3),
+    "compact, of angles": (lambda: CompactHamiltonian(Space(3, True), 32), 3),
     "the paper's": (lambda: PaperHamiltonian(6, 4, width=8), 96),
 }  # fmt: skip
 

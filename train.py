@@ -66,7 +66,7 @@ def parse(**defaults):
     add("--context", type=count, default=5, help="first frames the encoder sees (default: 5)")
     add("--integrator", choices=INTEGRATORS, help="default: that of --arch")
     add("--substeps", type=count, default=1, help="integrator steps a frame (default: 1)")
-    add("--periodic", action=argparse.BooleanOptionalAction, help="q are angles")
+    add("--periodic", action=argparse.BooleanOptionalAction, help="q are angles (default: half)")
     add("--friction", action="store_true", help="motion dies out, at a rate that is learnt")
     add("--no-f-psi", dest="f_psi", action="store_false", help="without f_psi (paper)")
     add("--deterministic", action="store_true", help="no sampling of z, no KL")
@@ -114,7 +114,6 @@ def settle(args):
         system = SYSTEMS[args.system]
         if kind == "compact":
             fill(latent=initial_states(system, 1)[0].numel(), periodic=system.periodic)
-    fill(periodic=False)
     row = args.window if args.model == "hgn" else min(args.window, args.targets)
     if row < max(3, args.context):
         raise ValueError(f"{row} frames are too few to learn from: --window, --targets, --context")
