@@ -64,8 +64,7 @@ def leapfrog(H, q, p, dt, steps, substeps=1, gamma=None, step=leapfrog_step, rou
     return tuple(torch.stack(x, 1) for x in zip(*path))
 
 
-# The paper's is explicit whatever H is: where H is not separable, as the paper's is not, of order 1
-# and neither symplectic nor reversible. So is its ablation, Euler's.
+# The paper's, explicit though its H is not separable, and its ablation: order 1, not symplectic.
 explicit_leapfrog, euler = partial(leapfrog, rounds=0), partial(leapfrog, step=euler_step)
 INTEGRATORS = {"leapfrog": leapfrog, "explicit_leapfrog": explicit_leapfrog, "euler": euler}
 
@@ -378,8 +377,7 @@ class CompactEncoder(nn.Module):
 class CompactHamiltonian(Hamiltonian):
     """H(q, p) = p^T M(q)^-1 p / 2 + V(q), the form of every natural mechanical system in all
     coordinates: for Q = f(q) of Jacobian J, M' = J^-T M J^-1, so q may bend. M^-1 = W diag(s) W^T +
-    0.3 I, s = 2 sigmoid(b(q) S), b the hidden units of V; S starts at zero. Without a bound on s
-    motions ran off in training."""
+    0.3 I, s = 2 sigmoid(b(q) S), b the hidden units of V; S starts at zero, M constant."""
 
     least = 0.3  # no eigenvalue of M^-1 is below it, so that energy bounds p
     rounds = property(lambda self: 2 if self.training else 6)  # while it learns, cheap
@@ -540,19 +538,21 @@ class HGN(nn.Module):
     @torch.no_grad()
     def fit(self, frames):
         """Before training: take what needs no learning from some hundred frames (n, C, H, W)."""
-        if len(frames) < 2:
-            raise ValueError(f"fit needs at least two frames, not {len(frames)}")
+        self.valid(frames[None], least=2)
         self.encoder.fit(frames)
         self.decoder.fit(frames)
 
+    def valid(self, frames, least=1):
+        """The frames (B, T, C, size, size). Raises: ValueError if not floats, or T < least."""
+        C, S, T = self.config["channels"], self.config["size"], frames.shape[1]
+        if T < least or frames.shape[2:] != (C, S, S) or not frames.is_floating_point():
+            want = f"floats in [0, 1], (B, {least} or more, {C}, {S}, {S})"
+            raise ValueError(f"frames must be {want}, not {frames.dtype} {[*frames.shape]}")
+        return frames
+
     def encode(self, frames):
         """frames (B, T >= context, C, size, size) -> mean and log-variance of q(z|x)."""
-        C, S = self.config["channels"], self.config["size"]
-        enough = frames.shape[1] >= self.context and frames.is_floating_point()
-        if not enough or frames.shape[2:] != (C, S, S):
-            want = f"floats in [0, 1], (B, {self.context} or more, {C}, {S}, {S})"
-            raise ValueError(f"frames must be {want}, not {frames.dtype} {[*frames.shape]}")
-        return self.encoder(frames[:, : self.context])
+        return self.encoder(self.valid(frames, self.context)[:, : self.context])
 
     def posterior(self, frames, noise=None):
         """z ~ q(z|x), and its KL to the prior: nats, the mean over clips."""
@@ -688,7 +688,7 @@ def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None):
     z, kl = model.posterior(context, noise)
     q, _ = model.rollout(*model.state(z), reach)  # (B, reach + 1, latent)
     q = q[torch.arange(len(q), device=q.device).unsqueeze(1), times]  # (B, n, latent)
-    error = painting_error(model, q, targets)
+    error = painting_error(model, q, model.valid(targets))
     few = targets[:, : 1 + targets.shape[1] // 8]  # to read more costs more than it teaches
     space, blank = model.encoder.space, model.encoder.blank
     e = model.encoder.read(few)

@@ -473,6 +473,8 @@ def test_frames_of_another_kind_are_refused(shape):
     kind = torch.uint8 if shape == (5, 3, 32, 32) else torch.float
     with pytest.raises(ValueError, match="frames must be floats"):
         HGN().loss(torch.zeros(1, *shape, dtype=kind))
+    with pytest.raises(ValueError, match="frames must be floats"):
+        HGN().fit(torch.zeros(shape, dtype=kind)[:1])
 
 
 # ---------------------------------------------------------------- nhf.py
