@@ -34,8 +34,8 @@ class Density(NamedTuple):
     centres: Optional[torch.Tensor] = None
 
 
-def _around(curves, entropy, sigma, parts=1, nodes=400):
-    """Noise of width sigma round curves(k, t), points (n, 2) of part k and t in [0, 1]."""
+def _on(curves, entropy, sigma, parts=1, nodes=400):
+    """Noise of width sigma on curves(k, t), points (n, 2) of part k and t in [0, 1]."""
     t = ((torch.arange(nodes) + 0.5) / nodes).repeat(parts)
     centres = curves(torch.arange(parts).repeat_interleave(nodes), t).double()
 
@@ -68,14 +68,12 @@ def _checkerboard(n, generator=None):
 
 # FFJORD's toys (Grathwohl et al. 2019) where they exist. Entropies: means of -log p, +- 0.002.
 DENSITIES = {
-    "eight_gaussians": _around(lambda k, t: _polar(4 / 1.414, k * pi / 4), 2.833, 1 / 2.828, 8, 1),
-    "nine_gaussians": _around(lambda k, t: 2.0 * _xy(k % 3 - 1, k // 3 - 1), 2.627, 0.3, 9, 1),
-    "two_moons": _around(
-        lambda k, t: _polar(2, pi * (k + t)) + _xy(2 * k - 1, k - 0.2), 2.396, 0.2, 2
-    ),
-    "crescents": _around(lambda k, t: _polar(2.0, pi * (k + (2 * t - 1) / 3)), 2.020, 0.2, 2),
-    "circles": _around(lambda k, t: _polar(3.0 / (1 + k), 2 * pi * t), 3.268, 0.24, 2),
-    "rings": _around(lambda k, t: _polar(0.75 * (1.0 + k), 2 * pi * t), 2.622, 0.08, 4),
+    "eight_gaussians": _on(lambda k, t: _polar(4 / 1.414, k * pi / 4), 2.833, 1 / 2.828, 8, 1),
+    "nine_gaussians": _on(lambda k, t: 2.0 * _xy(k % 3 - 1, k // 3 - 1), 2.627, 0.3, 9, 1),
+    "two_moons": _on(lambda k, t: _polar(2, pi * (k + t)) + _xy(2 * k - 1, k - 0.2), 2.396, 0.2, 2),
+    "crescents": _on(lambda k, t: _polar(2.0, pi * (k + (2 * t - 1) / 3)), 2.020, 0.2, 2),
+    "circles": _on(lambda k, t: _polar(3.0 / (1 + k), 2 * pi * t), 3.268, 0.24, 2),
+    "rings": _on(lambda k, t: _polar(0.75 * (1.0 + k), 2 * pi * t), 2.622, 0.08, 4),
     "pinwheel": Density(_pinwheel, 2.045),
     "two_spirals": Density(_spirals, 2.648),
     "checkerboard": Density(_checkerboard, log(32)),
@@ -167,7 +165,9 @@ class Flow(nn.Module):
         self.dim = dim
 
     def standard(self, x):
-        """Data (..., dim) -> standardised data, and the log of the volume that a unit of it has."""
+        """Data (..., dim) -> standardised data, and log of a unit's volume. Raises: ValueError."""
+        if x.shape[-1:] != (self.dim,):
+            raise ValueError(f"points must be (..., {self.dim}), not {[*x.shape]}")
         x = (x - self.shift) @ self.scale.inverse().mT
         return x.to(next(self.parameters()).dtype), self.scale.diagonal().log().sum()
 
