@@ -102,7 +102,7 @@ class Points:
         least = 1e-6 * rows.std(0, correction=0) + 1e-12 * rows.abs().amax(0)
         self.scale, failed = torch.linalg.cholesky_ex(rows.mT.cov(correction=0).view(self.dim, -1))
         if failed or (self.scale.diagonal() <= least).any():
-            raise ValueError("drop columns that are constant or follow from others; more rows may help")
+            raise ValueError("drop columns that are constant or follow from others, or add rows")
 
     def draw(self, n, generator):
         """n training points (n, dim)."""
