@@ -10,7 +10,7 @@ with leapfrog, and a decoder paints every frame from q alone:
     q, p = model.rollout(q, p, steps=90)            # (B, 91, latent); dt=-model.dt runs backward
     movie = model.decode(q)                         # (B, 91, 3, 32, 32)
 
-`paper` and `compact`, above HGN, list the parts. train.py trains the second by `charted_loss`.
+HGN.__init__ lists the parts of either `arch`. train.py trains "compact" by `charted_loss`.
 """
 
 import math
@@ -48,10 +48,10 @@ def leapfrog(H, q, p, dt, steps, substeps=1, gamma=None, step=leapfrog_step, rou
         p_{n+1}   = p_{n+1/2} - h/2  dH/dq(q_{n+1}, p_{n+1/2})
 
     of order 2, symplectic and reversible (Hairer, Lubich & Wanner, Geometric Numerical Integration,
-    VI.3) as far as its implicit first two lines are solved: by `rounds` fixed-point iterations, by
-    default H.rounds. q, p: (B, ...). dt: time between the returned states, negative runs backward.
-    substeps: steps, of length h, from one to the next. gamma: friction, a tensor, p -> exp(-gamma h
-    / 2) p before and after every step. Returns: q, p, (B, steps + 1, ...), the start included."""
+    VI.3) as far as `rounds` fixed-point iterations (H.rounds) solve its first two lines. dt: time
+    between the returned states, negative runs backward; `substeps` steps of length h each. gamma:
+    friction, a tensor, p -> exp(-gamma h / 2) p before and after every step. q, p: (B, ...).
+    Returns: q, p, (B, steps + 1, ...), the start included."""
     q, p, h = q.clone(), p.clone(), dt / substeps  # a compiled step refuses views of one tensor
     here, path = H.at(q), [(q, p)]
     decay = 1.0 if gamma is None else torch.exp(-gamma * h / 2)
@@ -107,22 +107,19 @@ class Energy(nn.Module):
     def forward(self, x):  # (..., dim) -> (...)
         return 0.5 * (x @ self.L).square().sum(-1) + self.hidden(x)[1] @ self.last
 
-    def back(self, x, a, b, last):  # the gradient of |x L|^2 / 2 + b . last, (..., dim)
+    def grad(self, x, hidden=None, last=None):  # of |x L|^2 / 2 + b . last, (..., dim)
+        (a, b), last = hidden or self.hidden(x), self.last if last is None else last
         tanh_backward = torch.ops.aten.tanh_backward  # (g, y = tanh x) -> g (1 - y^2): one kernel
         g = tanh_backward(tanh_backward(last.expand_as(b), b) @ self.second.weight, a)
         return F.linear(x @ self.L, self.L) + g @ self.first.weight
 
-    def grad(self, x):  # (..., dim) -> (..., dim)
-        return self.back(x, *self.hidden(x), self.last)
-
 
 def chain(*sizes, layer=nn.Linear, activation=nn.ReLU, flat=False, **options):
     """layer(sizes[0], sizes[1]), activation(), ... and last a layer, which with `flat` is zero."""
-    pairs = zip(sizes, sizes[1:])
-    layers = [m for a, b in pairs for m in (layer(a, b, **options), activation())][:-1]
-    for w in layers[-1].parameters() if flat else ():
+    layers = [m for ab in zip(sizes, sizes[1:]) for m in (layer(*ab, **options), activation())]
+    for w in layers[-2].parameters() if flat else ():
         nn.init.zeros_(w)
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers[:-1])
 
 
 convs = partial(chain, layer=nn.Conv2d, activation=nn.LeakyReLU, kernel_size=3, padding=1)
@@ -172,14 +169,11 @@ class Couplings(nn.Module):
 
 
 # ------------------------------------------------------------------ the paper's networks (appendix)
-
-
-def he_(module):
+def he(layer):
     """He initialisation: with torch's own, HGN paints the mean image for over 1,000 steps."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            nn.init.kaiming_normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
+    if isinstance(layer, nn.Conv2d):
+        nn.init.kaiming_normal_(layer.weight)
+        nn.init.zeros_(layer.bias)
 
 
 class PaperEncoder(nn.Module):
@@ -192,7 +186,7 @@ class PaperEncoder(nn.Module):
         self.draws = 0 if tail else 16  # of z, for `infer`: f_psi errs at a z without noise
         self.still = nn.Buffer(torch.zeros(channels, size, size))
         self.convs = nn.Sequential(*convs(channels * context, 32, *(64,) * 6, 96), *tail)
-        he_(self)
+        self.apply(he)
         last = self.convs[-1]  # at first the variance is exp(-8): with that of the prior the
         last.weight.data.chunk(2)[1].mul_(0.01)  # decoder would see nothing but noise
         last.bias.data.chunk(2)[1].fill_(-8)
@@ -210,7 +204,7 @@ class PaperPsi(nn.Module):
     def __init__(self, maps, ablated):
         super().__init__()
         self.convs = nn.Identity() if ablated else convs(48, 64, 64, 2 * maps, stride=2)
-        he_(self)
+        self.apply(he)
 
     def forward(self, z):  # (B, 48 or 2 maps, H, W) -> (B, dim) twice
         return self.convs(z).flatten(1).chunk(2, 1)
@@ -250,7 +244,7 @@ class PaperDecoder(nn.Module):
         start = nn.Unflatten(1, (maps, size // 8, size // 8))
         blocks = ResidualUp(maps, 64), ResidualUp(64, 64), ResidualUp(64, 64)
         self.blocks = nn.Sequential(start, *blocks, nn.Conv2d(64, channels, 3, 1, 1))
-        he_(self)
+        self.apply(he)
         self.blocks[-1].weight.data.mul_(0.1)  # at first, paint one colour
 
     def fit(self, frames):
@@ -261,11 +255,8 @@ class PaperDecoder(nn.Module):
 
 
 # ------------------------------------------------------------------ the compact networks
-
 FAR = 50.0  # q and p count as no farther, in H too: no mechanics there, but all stays finite
 SPREAD = 3  # features are divided by it: a step of Adam's, on hundreds of them, stays small
-CHARTED = 600  # frames whose geodesic distances start the chart: a second's work
-FASTEST = 10  # velocities read off frames are cut to this: a bad chart sends no q far away
 FRAME = 0.125  # time from frame to frame inside: what is learnt does not depend on the unit of dt
 
 
@@ -318,7 +309,7 @@ class CompactEncoder(nn.Module):
         self.filters = nn.Sequential(first, nn.SiLU(), last)
         down = convs(channels, 16, 32, 32, stride=2, activation=nn.SiLU)
         self.shapes = nn.Sequential(*down, nn.SiLU(), nn.Flatten())
-        he_(self)
+        self.apply(he)
         blur = torch.tensor([0.25, 0.5, 0.25])  # centres of blurred things move more smoothly
         first.weight.data = 1.5 * torch.randn(filters, channels, 1, 1) * blur[:, None] * blur
         features, seen, dim = 6 * filters + 32 * (self.side // 8) ** 2, space.seen, space.dim
@@ -352,7 +343,7 @@ class CompactEncoder(nn.Module):
         y = torch.cat([self.features(part) for part in frames.split(256)])
         self.mean.copy_(y.mean(0))
         self.scale.copy_(SPREAD * y.std(0, correction=0) + 1e-2)
-        y = ((y - self.mean) / self.scale)[:CHARTED]
+        y = ((y - self.mean) / self.scale)[:600]  # whose geodesics are a second's work
         q, (lines, dim) = geodesic(y, 2 * self.space.dim), self.space.ends
         circles = q[:, : 2 * (dim - lines)].unflatten(1, (-1, 2)).mT.flatten(1)  # of neighbours
         q = torch.cat((q[:, :lines], F.normalize(circles, dim=0) * len(q) ** 0.5), 1)
@@ -368,7 +359,7 @@ class CompactEncoder(nn.Module):
         step = self.space.read(self.space.see(e.diff(dim=1)))  # of angles the short way round
         moved = F.pad(step.cumsum(1), (0, 0, 1, 0))  # since the first
         place, velocity = (self.poly @ moved).unbind(1)
-        velocity = velocity.clamp(-FASTEST, FASTEST)
+        velocity = velocity.clamp(-10, 10)  # a bad chart sends no q far away
         seen = torch.cat((self.space.see(e).flatten(1), moved[:, -1], velocity), 1)
         z = torch.cat((e[:, 0] + place, velocity), 1) + self.correct(seen)
         return z, (10 * self.logvar).expand_as(z)  # Adam moves it ten times as fast
@@ -400,7 +391,7 @@ class CompactHamiltonian(Hamiltonian):
         x, a, b, s = here
         K = 0.5 * (p.clamp(-FAR, FAR) @ self.W).square() * s  # kinetic energy along each of W
         last = self.V.last + F.linear(K * (1 - s / 2), self.S)
-        return self.space.pull(self.V.back(x, a, b, last), x)
+        return self.space.pull(self.V.grad(x, (a, b), last), x)
 
     def drift(self, here, p):
         return self.least * p + F.linear(p @ self.W * here[3], self.W)
@@ -433,7 +424,7 @@ class CompactDecoder(nn.Module):
         self.first = nn.Conv2d(blobs, width, 1, bias=False)
         self.second, self.last = nn.Conv2d(width, width, 1), nn.Conv2d(width, channels, 1)
         nn.init.kaiming_normal_(self.first.weight)
-        he_(self.second)
+        self.second.apply(he)
         self.last.weight.data.mul_(0.1)  # at first, paint the still picture
         nn.init.zeros_(self.last.bias)
 
@@ -464,8 +455,6 @@ class CompactDecoder(nn.Module):
 
 
 # ------------------------------------------------------------------ HGN (section 3)
-
-
 def check(config, known):
     """ValueError, with the cure, where an option is not among its known values."""
     for name, values in known.items():
@@ -475,25 +464,7 @@ def check(config, known):
             raise ValueError(f"{name} must be one of {text}, not {config[name]!r}")
 
 
-def paper(size, channels, context, latent, periodic, f_psi):
-    """The published networks: encoder, f_psi, H, decoder, prior and integrator."""
-    maps, low = latent or 16, size // 8
-    tail = () if f_psi else (nn.LeakyReLU(), *convs(96, 64, 64, 4 * maps, stride=2))
-    encoder, psi = PaperEncoder(size, channels, context, tail), PaperPsi(maps, not f_psi)
-    z = (48, size, size) if f_psi else (2 * maps, low, low)
-    H, decoder = PaperHamiltonian(maps, low), PaperDecoder(size, channels, maps)
-    return encoder, psi, H, decoder, StandardNormal(*z), explicit_leapfrog
-
-
-def compact(size, channels, context, latent, periodic, f_psi):
-    """Vector latents, H = p^T M(q)^-1 p / 2 + V(q); z = (q, dq/dt), of which f_psi makes (q, p)."""
-    space = Space(latent or 6, periodic)
-    encoder = CompactEncoder(size, channels, context, space)
-    H, decoder = CompactHamiltonian(space), CompactDecoder(size, channels, space)
-    return encoder, H.momentum, H, decoder, Couplings(2 * space.dim), leapfrog
-
-
-ARCHITECTURES = {"compact": compact, "paper": paper}
+ARCHITECTURES = {"compact": leapfrog, "paper": explicit_leapfrog}  # and their integrators
 
 
 class HGN(nn.Module):
@@ -524,9 +495,19 @@ class HGN(nn.Module):
             raise ValueError("periodic is an option of arch compact, f_psi=False one of arch paper")
         self.context, self.dt = context, dt
         self.substeps, self.deterministic = substeps, deterministic
-        parts = ARCHITECTURES[arch](size, channels, context, latent, periodic, f_psi)
-        self.encoder, self.f_psi, self.H, self.decoder, self.prior, usual = parts
-        self.integrate = INTEGRATORS.get(integrator, usual)
+        self.integrate = INTEGRATORS.get(integrator, ARCHITECTURES[arch])
+        if arch == "paper":
+            maps, low = latent or 16, size // 8
+            tail = () if f_psi else (nn.LeakyReLU(), *convs(96, 64, 64, 4 * maps, stride=2))
+            self.encoder = PaperEncoder(size, channels, context, tail)
+            self.f_psi = PaperPsi(maps, ablated=not f_psi)
+            self.H, self.decoder = PaperHamiltonian(maps, low), PaperDecoder(size, channels, maps)
+            self.prior = StandardNormal(*((48, size, size) if f_psi else (2 * maps, low, low)))
+        else:  # z = (q, dq/dt), of which f_psi makes (q, p)
+            space = Space(latent or 6, periodic)
+            self.encoder = CompactEncoder(size, channels, context, space)
+            self.H, self.decoder = CompactHamiltonian(space), CompactDecoder(size, channels, space)
+            self.f_psi, self.prior = self.H.momentum, Couplings(2 * space.dim)
         self.log_gamma = nn.Parameter(torch.tensor(-3.0)) if friction else None
         self.to(memory_format=torch.channels_last)  # 1.3-2x on small convolutions
 
@@ -573,8 +554,8 @@ class HGN(nn.Module):
         if self.deterministic or not self.encoder.draws:
             return self.state(mean)
         source, std = torch.Generator().manual_seed(0), (0.5 * logvar).exp()
-        draw = lambda: torch.randn(mean.shape[1:], generator=source).to(mean)
-        states = [self.state(mean + std * draw()) for _ in range(self.encoder.draws)]
+        noise = torch.randn(self.encoder.draws, *mean.shape[1:], generator=source)
+        states = [self.state(mean + std * draw) for draw in noise.to(mean)]
         return tuple(torch.stack(x).mean(0) for x in zip(*states))
 
     def energy(self, q, p):
@@ -592,11 +573,10 @@ class HGN(nn.Module):
     def decode(self, q, block=256):
         """Paint q (B, T, ...) -> frames (B, T, C, size, size); without gradients cut to [0, 1], and
         in blocks, so that memory stays constant."""
-        flat = q.flatten(0, 1)
-        if torch.is_grad_enabled():
-            return self.decoder(flat).unflatten(0, q.shape[:2])
-        frames = torch.cat([self.decoder(part).clamp(0, 1) for part in flat.split(block)])
-        return frames.unflatten(0, q.shape[:2])
+        flat, learning = q.flatten(0, 1), torch.is_grad_enabled()
+        parts = [self.decoder(part) for part in ([flat] if learning else flat.split(block))]
+        frames = torch.cat(parts).unflatten(0, q.shape[:2])
+        return frames if learning else frames.clamp_(0, 1)
 
     @torch.no_grad()
     def sample(self, n, steps, dt=None, generator=None):
@@ -654,7 +634,6 @@ class GECO:
 
 
 # ------------------------------------------------------------------ the compact model's recipe
-
 JITTER = 0.02  # noise on q before it is painted: finer detail carries nothing
 PRICE = 0.001  # of one nat of coordinates, in units of a blank prediction's error
 TOLERANCE = 0.1  # error, in the same units, above which a frame counts by its logarithm
