@@ -67,6 +67,7 @@ def leapfrog(H, q, p, dt, steps, substeps=1, gamma=None, step=leapfrog_step, rou
 # The paper's, explicit though its H is not separable, and its ablation: order 1, not symplectic.
 explicit_leapfrog, euler = partial(leapfrog, rounds=0), partial(leapfrog, step=euler_step)
 INTEGRATORS = {"leapfrog": leapfrog, "explicit_leapfrog": explicit_leapfrog, "euler": euler}
+ARCHITECTURES = {"compact": leapfrog, "paper": explicit_leapfrog}  # of HGN, and their integrators
 
 
 class Hamiltonian(nn.Module):
@@ -122,7 +123,8 @@ def chain(*sizes, layer=nn.Linear, activation=nn.ReLU, flat=False, **options):
     return nn.Sequential(*layers[:-1])
 
 
-convs = partial(chain, layer=nn.Conv2d, activation=nn.LeakyReLU, kernel_size=3, padding=1)
+conv = partial(nn.Conv2d, kernel_size=3, padding=1)
+convs = partial(chain, layer=conv, activation=nn.LeakyReLU)
 mlp = partial(chain, activation=nn.SiLU, flat=True)  # beside a linear layer: what it learns to bend
 
 
@@ -169,8 +171,7 @@ class Couplings(nn.Module):
 
 
 # ------------------------------------------------------------------ the paper's networks (appendix)
-def he(layer):
-    """He initialisation: with torch's own, HGN paints the mean image for over 1,000 steps."""
+def he(layer):  # with torch's own initialisation, HGN paints the mean image for over 1,000 steps
     if isinstance(layer, nn.Conv2d):
         nn.init.kaiming_normal_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -227,8 +228,7 @@ class PaperHamiltonian(Hamiltonian):
 class ResidualUp(nn.Module):  # nearest x2 upsampling, then two 3x3 convolutions with a skip
     def __init__(self, channels, width):
         super().__init__()
-        self.first = nn.Conv2d(channels, width, 3, 1, 1)
-        self.second = nn.Conv2d(width, width, 3, 1, 1)
+        self.first, self.second = conv(channels, width), conv(width, width)
         self.skip = nn.Conv2d(channels, width, 1) if channels != width else nn.Identity()
 
     def forward(self, x):
@@ -243,7 +243,7 @@ class PaperDecoder(nn.Module):
         super().__init__()
         start = nn.Unflatten(1, (maps, size // 8, size // 8))
         blocks = ResidualUp(maps, 64), ResidualUp(64, 64), ResidualUp(64, 64)
-        self.blocks = nn.Sequential(start, *blocks, nn.Conv2d(64, channels, 3, 1, 1))
+        self.blocks = nn.Sequential(start, *blocks, conv(64, channels))
         self.apply(he)
         self.blocks[-1].weight.data.mul_(0.1)  # at first, paint one colour
 
@@ -305,10 +305,9 @@ class CompactEncoder(nn.Module):
     def __init__(self, size, channels, context, space, filters=24):
         super().__init__()
         self.lead, self.draws, self.space, self.side = context // 2, 0, space, min(size, 32)
-        first, last = nn.Conv2d(channels, filters, 3, padding=1), nn.Conv2d(filters, filters, 1)
+        first, last = conv(channels, filters), nn.Conv2d(filters, filters, 1)
         self.filters = nn.Sequential(first, nn.SiLU(), last)
-        down = convs(channels, 16, 32, 32, stride=2, activation=nn.SiLU)
-        self.shapes = nn.Sequential(*down, nn.SiLU(), nn.Flatten())
+        self.shapes = convs(channels, 16, 32, 32, stride=2, activation=nn.SiLU)
         self.apply(he)
         blur = torch.tensor([0.25, 0.5, 0.25])  # centres of blurred things move more smoothly
         first.weight.data = 1.5 * torch.randn(filters, channels, 1, 1) * blur[:, None] * blur
@@ -333,7 +332,7 @@ class CompactEncoder(nn.Module):
         mass, *moments = (powers @ seen).unbind(1)
         x, y, xx, xy, yy = (moment / (mass + 0.01) for moment in moments)
         moments = (mass + 1).log(), x, y, xx - x * x, xy - x * y, yy - y * y
-        return torch.cat((*moments, self.shapes(frames)), 1)
+        return torch.cat((*moments, F.silu(self.shapes(frames)).flatten(1)), 1)
 
     def fit(self, frames):
         """Of frames (n, C, H, W): the still picture, the scale of features, and as q a ridge
@@ -464,19 +463,15 @@ def check(config, known):
             raise ValueError(f"{name} must be one of {text}, not {config[name]!r}")
 
 
-ARCHITECTURES = {"compact": leapfrog, "paper": explicit_leapfrog}  # and their integrators
-
-
 class HGN(nn.Module):
     """Hamiltonian Generative Network (Toth et al. 2020, section 3).
 
-    size: height and width of a frame, a multiple of 8 from 16 to 128. context: first frames that
-    the encoder sees. arch: "compact" (vectors) or "paper" (the published networks). latent: numbers
-    in q (compact, default 6) or maps in q (paper, 16). integrator: of INTEGRATORS; default leapfrog
-    (compact), explicit_leapfrog (paper). substeps: its steps from one frame to the next. periodic:
-    q are angles; None: the last half of them (compact). f_psi: False is the paper's ablation, z
-    itself is the state. deterministic: no sampling of z and no KL. friction: learn gamma of p ->
-    exp(-gamma t) p. dt: time between frames. Raises: ValueError for a value outside these."""
+    size: of frames in pixels, 16, 24, ... 128. context: first frames that the encoder sees. arch:
+    "compact" (vectors) or "paper" (the published networks). latent: numbers in q (compact, default
+    6) or maps in q (paper, 16). integrator: of INTEGRATORS; None: as in ARCHITECTURES. substeps:
+    its steps a frame. periodic: q are angles; None: the last half of them (compact). f_psi: False
+    is the paper's ablation, z itself is the state. deterministic: no sampling of z, no KL.
+    friction: learn gamma of p -> exp(-gamma t) p. dt: time between frames. Raises: ValueError."""
 
     def __init__(
         self, size=32, channels=3, context=5, arch="compact", latent=None, integrator=None,
@@ -551,11 +546,9 @@ class HGN(nn.Module):
         """The state q, p at frame 0 of clips: that of the mean of q(z|x), or the mean of those of
         the draws that the encoder asks for, which are the same for every clip and call."""
         mean, logvar = self.encode(frames)
-        if self.deterministic or not self.encoder.draws:
-            return self.state(mean)
-        source, std = torch.Generator().manual_seed(0), (0.5 * logvar).exp()
-        noise = torch.randn(self.encoder.draws, *mean.shape[1:], generator=source)
-        states = [self.state(mean + std * draw) for draw in noise.to(mean)]
+        std, draws = (0.5 * logvar).exp(), 0 if self.deterministic else self.encoder.draws
+        noise = torch.randn(draws, *mean.shape[1:], generator=torch.Generator().manual_seed(0))
+        states = [self.state(mean + std * x) for x in noise.to(mean)] or [self.state(mean)]
         return tuple(torch.stack(x).mean(0) for x in zip(*states))
 
     def energy(self, q, p):
@@ -570,9 +563,8 @@ class HGN(nn.Module):
         gamma = None if self.log_gamma is None else self.log_gamma.exp()
         return self.integrate(self.H, q, p, FRAME * frames, steps, substeps, gamma)
 
-    def decode(self, q, block=256):
-        """Paint q (B, T, ...) -> frames (B, T, C, size, size); without gradients cut to [0, 1], and
-        in blocks, so that memory stays constant."""
+    def decode(self, q, block=256):  # without gradients by blocks, in constant memory
+        """Paint q (B, T, ...): frames (B, T, C, size, size); without gradients cut to [0, 1]."""
         flat, learning = q.flatten(0, 1), torch.is_grad_enabled()
         parts = [self.decoder(part) for part in ([flat] if learning else flat.split(block))]
         frames = torch.cat(parts).unflatten(0, q.shape[:2])
@@ -618,9 +610,8 @@ def hnn_loss(model, frames):
 
 class GECO:
     """Rezende & Viola 2018, "Taming VAEs": minimise the KL subject to mse <= tolerance. beta, the
-    inverse of their Lagrange multiplier, shrinks while the moving average of the error is above the
-    tolerance and grows while it is below, as their ratio says (theirs: difference), within bounds.
-    beta and mse are tensors, so that no GPU is waited for."""
+    inverse of their Lagrange multiplier, shrinks while the moving average of mse is above tolerance
+    and grows while it is below, by their ratio (theirs: difference). Tensors: no GPU waits."""
 
     def __init__(self, tolerance=2e-4, rate=0.01, beta=1e-3, bounds=(1e-5, 1.0), device=None):
         self.tolerance, self.rate, self.bounds = tolerance, rate, bounds
@@ -634,11 +625,6 @@ class GECO:
 
 
 # ------------------------------------------------------------------ the compact model's recipe
-JITTER = 0.02  # noise on q before it is painted: finer detail carries nothing
-PRICE = 0.001  # of one nat of coordinates, in units of a blank prediction's error
-TOLERANCE = 0.1  # error, in the same units, above which a frame counts by its logarithm
-
-
 def painting_error(model, q, frames):
     """Mean squared error of frames (B, n, C, size, size) painted from q (B, n, latent), over that
     of the mean picture: (B, n). Of large frames not every row and column is scored."""
@@ -651,19 +637,19 @@ def painting_error(model, q, frames):
     return error / model.encoder.blank
 
 
-def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None):
+def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None, jitter=0.02):
     """The compact model's loss, in units of E, a blank prediction's error:
 
         r(mse / E, 0.1) + beta KL / (C size size E)     the ELBO; r(x, c) = c log(1 + x / c)
         + chart mse / E                                 of frames painted from their own `read`
         + r(|q - read|^2 / var read, 0.01)              the rollout stays near the chart
-        + price                                         of the nats that coordinates carry
+        + price                                         0.001 a nat that coordinates carry
 
-    r lets frames of large error count by their logarithm. The price grows as the chart gets good:
-    what is not needed to paint falls still. context: (B, context, C, size, size). targets: (B, n,
-    C, size, size), at integer times (B, n) in any order, counted from the first frame of context,
-    up to `reach` (a number, as no GPU shall wait for times.max()). Returns: the sum; the mse of the
-    pixels scored; the kl."""
+    r lets errors above c count by their logarithm. The price grows as the chart gets good: what is
+    not needed to paint falls still. context: (B, context, C, size, size). targets: (B, n, C, size,
+    size), at integer times (B, n) in any order, counted from the first frame of context, up to the
+    number `reach` (no GPU waits for times.max()). jitter: of the q read that is painted, so that no
+    finer detail of q carries anything. Returns: the sum, mse of the pixels scored, kl."""
     z, kl = model.posterior(context, noise)
     q, _ = model.rollout(*model.state(z), reach)  # (B, reach + 1, latent)
     q = q[torch.arange(len(q), device=q.device).unsqueeze(1), times]  # (B, n, latent)
@@ -671,11 +657,11 @@ def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None):
     few = targets[:, : 1 + targets.shape[1] // 8]  # to read more costs more than it teaches
     space, blank = model.encoder.space, model.encoder.blank
     e = model.encoder.read(few)
-    chart = painting_error(model, e + JITTER * torch.randn_like(e), few).mean()
+    chart = painting_error(model, e + jitter * torch.randn_like(e), few).mean()
     spread = e.flatten(0, 1).var(0, correction=0)
-    price = PRICE * 0.5 * torch.log1p(spread / JITTER**2).sum() * (1 - chart.detach()).clamp(min=0)
+    price = 0.001 * 0.5 * torch.log1p(spread / jitter**2).sum() * (1 - chart.detach()).clamp(min=0)
     off = space.read(space.see(q[:, : e.shape[1]] - e)).square().mean(2)
     robust = lambda x, tolerance: tolerance * torch.log1p(x / tolerance).mean()
     off = robust(off / (spread.detach().mean() + 1e-12), 0.01)
     kl_weight = beta / context[0, 0].numel() / blank
-    return robust(error, TOLERANCE) + chart + price + off + kl_weight * kl, error.mean() * blank, kl
+    return robust(error, 0.1) + chart + price + off + kl_weight * kl, error.mean() * blank, kl
