@@ -148,21 +148,16 @@ class Couplings(nn.Module):
         self.register_buffer("masks", (torch.arange(dim) + torch.arange(layers)[:, None]) % 2.0)
         self.nets = nn.ModuleList(chain(dim, width, width, 2 * dim) for _ in range(layers))
 
-    def coupling(self, net, mask, x):
-        log_s, t = (net(mask * x) * (1 - mask).repeat(2)).chunk(2, -1)
-        return 2 * torch.tanh(log_s / 2), t
-
     def forward(self, u):  # (B, dim) -> (B, dim)
-        for net, mask in list(zip(self.nets, self.masks))[::-1]:
-            log_s, t = self.coupling(net, mask, u)
-            u = (u - t) * (-log_s).exp()
-        return u
+        return self.inverse(u, order=-1)[0]
 
-    def inverse(self, z):  # -> the u that `forward` takes to z, and log |det du/dz|, (B,)
+    def inverse(self, z, order=1):  # -> the u that `forward` takes to z, and log |det du/dz|, (B,)
         log_det = 0
-        for net, mask in zip(self.nets, self.masks):
-            log_s, t = self.coupling(net, mask, z)
-            z, log_det = z * log_s.exp() + t, log_det + log_s.sum(-1)
+        for net, mask in list(zip(self.nets, self.masks))[::order]:
+            log_s, t = (net(mask * z) * (1 - mask).repeat(2)).chunk(2, -1)
+            log_s = 2 * torch.tanh(log_s / 2)
+            z = z * log_s.exp() + t if order == 1 else (z - t) * (-log_s).exp()
+            log_det = log_det + log_s.sum(-1)
         return z, log_det
 
     def kl(self, z, mean, logvar):  # log q(z|x) - log p(z) at a z ~ q(z|x): its mean is the KL
@@ -335,8 +330,7 @@ class CompactEncoder(nn.Module):
         return torch.cat((*moments, F.silu(self.shapes(frames)).flatten(1)), 1)
 
     def fit(self, frames):
-        """Of frames (n, C, H, W): the still picture, the scale of features, and as q a ridge
-        regression of geodesic coordinates."""
+        """The still picture, scales of features, and q, by ridge regression of a `geodesic` one."""
         self.still.copy_(frames.median(0).values)
         self.blank.copy_(frames.var(0, correction=0).mean() + 1e-12)
         y = torch.cat([self.features(part) for part in frames.split(256)])
@@ -488,8 +482,7 @@ class HGN(nn.Module):
             raise ValueError(f"dt must be above 0, not {dt}: a negative dt goes to rollout")
         if periodic and arch == "paper" or not f_psi and arch == "compact":
             raise ValueError("periodic is an option of arch compact, f_psi=False one of arch paper")
-        self.context, self.dt = context, dt
-        self.substeps, self.deterministic = substeps, deterministic
+        self.context, self.dt, self.deterministic = context, dt, deterministic
         self.integrate = INTEGRATORS.get(integrator, ARCHITECTURES[arch])
         if arch == "paper":
             maps, low = latent or 16, size // 8
@@ -559,7 +552,7 @@ class HGN(nn.Module):
         """(q, p) and the states at `steps` frames after it: (B, steps + 1, ...) twice. dt: from
         frame to frame; -model.dt runs backward, twice it at double speed, in steps no longer."""
         frames = 1.0 if dt is None else dt / self.dt
-        substeps = self.substeps * max(1, math.ceil(abs(frames) - 1e-6))
+        substeps = self.config["substeps"] * max(1, math.ceil(abs(frames) - 1e-6))
         gamma = None if self.log_gamma is None else self.log_gamma.exp()
         return self.integrate(self.H, q, p, FRAME * frames, steps, substeps, gamma)
 
