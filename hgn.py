@@ -129,11 +129,7 @@ mlp = partial(chain, activation=nn.SiLU, flat=True)  # beside a linear layer: wh
 
 
 class StandardNormal(nn.Identity):
-    """The paper's prior p(z), N(0, I) over z of shape (B, *shape): noise itself is a z."""
-
-    def __init__(self, *shape):
-        super().__init__()
-        self.shape = shape
+    """The paper's prior p(z), N(0, I), over z of any shape (B, ...): noise itself is a z."""
 
     def kl(self, z, mean, logvar):  # KL(q(z|x) || p(z)) of each clip, nats, (B,)
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
@@ -144,7 +140,6 @@ class Couplings(nn.Module):
 
     def __init__(self, dim, layers=8, width=64):
         super().__init__()
-        self.shape = (dim,)
         self.register_buffer("masks", (torch.arange(dim) + torch.arange(layers)[:, None]) % 2.0)
         self.nets = nn.ModuleList(chain(dim, width, width, 2 * dim) for _ in range(layers))
 
@@ -166,7 +161,7 @@ class Couplings(nn.Module):
 
 
 # ------------------------------------------------------------------ the paper's networks (appendix)
-def he(layer):  # with torch's own initialisation, HGN paints the mean image for over 1,000 steps
+def he(layer):  # initialisation; with torch's own, HGN paints the mean image for over 1,000 steps
     if isinstance(layer, nn.Conv2d):
         nn.init.kaiming_normal_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -490,12 +485,14 @@ class HGN(nn.Module):
             self.encoder = PaperEncoder(size, channels, context, tail)
             self.f_psi = PaperPsi(maps, ablated=not f_psi)
             self.H, self.decoder = PaperHamiltonian(maps, low), PaperDecoder(size, channels, maps)
-            self.prior = StandardNormal(*((48, size, size) if f_psi else (2 * maps, low, low)))
+            self.prior = StandardNormal()
+            self.z_shape = (48, size, size) if f_psi else (2 * maps, low, low)
         else:  # z = (q, dq/dt), of which f_psi makes (q, p)
             space = Space(latent or 6, periodic)
             self.encoder = CompactEncoder(size, channels, context, space)
             self.H, self.decoder = CompactHamiltonian(space), CompactDecoder(size, channels, space)
             self.f_psi, self.prior = self.H.momentum, Couplings(2 * space.dim)
+            self.z_shape = (2 * space.dim,)
         self.log_gamma = nn.Parameter(torch.tensor(-3.0)) if friction else None
         self.to(memory_format=torch.channels_last)  # 1.3-2x on small convolutions
 
@@ -569,7 +566,7 @@ class HGN(nn.Module):
         if self.deterministic:
             raise ValueError("a deterministic model has no prior to draw samples from")
         where = getattr(generator, "device", None)
-        u = torch.randn(n, *self.prior.shape, generator=generator, device=where)
+        u = torch.randn(n, *self.z_shape, generator=generator, device=where)
         z = self.prior(u.to(next(self.parameters())))
         return self.decode(self.rollout(*self.state(z), steps, dt)[0])
 

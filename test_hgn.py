@@ -1042,7 +1042,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_compiled_gradients_are_the_eager_ones(options, device):
     """The whole loss as one region, nested leapfrog steps included."""
     model = HGN(size=16, context=3, **options).to(device)
-    z = torch.randn(4, *model.prior.shape).to(device)
+    z = torch.randn(4, *model.z_shape).to(device)
     loss, batch = model.loss, [torch.rand(4, 3, 3, 16, 16).to(device)]
     if "arch" not in options:
         batch += [torch.rand(4, 6, 3, 16, 16).to(device), torch.randint(4, (4, 6)).to(device), 3]

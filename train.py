@@ -306,7 +306,7 @@ def fit_prior(prior, mean, logvar, rounds=1500, seed=0, lr=5e-3):
     """The learnt prior anew, at a run's end, to q(z|x) of many clips, (n, dim) twice: in batches of
     hundreds it learns what sixteen states a step, which moved, leave blurred and folded."""
     torch.manual_seed(seed)
-    prior.load_state_dict(Couplings(*prior.shape).state_dict())
+    prior.load_state_dict(Couplings(mean.shape[1]).state_dict())
     optimisers, size = make_optimisers(prior, lr), min(512, rounds)
     step = stepper(prior, lambda *z: {"loss": prior.kl(*z).mean()}, optimisers)
     generator = torch.Generator(mean.device).manual_seed(seed)
