@@ -48,10 +48,10 @@ def leapfrog(H, q, p, dt, steps, substeps=1, gamma=None, step=leapfrog_step, rou
         p_{n+1}   = p_{n+1/2} - h/2  dH/dq(q_{n+1}, p_{n+1/2})
 
     of order 2, symplectic and reversible (Hairer, Lubich & Wanner, Geometric Numerical Integration,
-    VI.3) as far as `rounds` fixed-point iterations (H.rounds) solve its first two lines. dt: time
-    between the returned states, negative runs backward; `substeps` steps of length h each. gamma:
-    friction, a tensor, p -> exp(-gamma h / 2) p before and after every step. q, p: (B, ...).
-    Returns: q, p, (B, steps + 1, ...), the start included."""
+    VI.3) as far as `rounds` fixed-point iterations (default: H.rounds) solve its first two lines,
+    which are implicit. dt: time between the returned states, negative runs backward, in `substeps`
+    steps of length h. gamma: friction, a tensor, p -> exp(-gamma h / 2) p before and after every
+    step. q, p: (B, ...). Returns: q, p, (B, steps + 1, ...), the start included."""
     q, p, h = q.clone(), p.clone(), dt / substeps  # a compiled step refuses views of one tensor
     here, path = H.at(q), [(q, p)]
     decay = 1.0 if gamma is None else torch.exp(-gamma * h / 2)
@@ -600,8 +600,8 @@ def hnn_loss(model, frames):
 
 class GECO:
     """Rezende & Viola 2018, "Taming VAEs": minimise the KL subject to mse <= tolerance. beta, the
-    inverse of their Lagrange multiplier, shrinks while the moving average of mse is above tolerance
-    and grows while it is below, by their ratio (theirs: difference), within bounds. No GPU waits."""
+    inverse of their Lagrange multiplier, shrinks while its moving average is above tolerance and
+    grows while it is below, by their ratio (theirs: difference), within bounds. No GPU waits."""
 
     def __init__(self, tolerance=2e-4, rate=0.01, beta=1e-3, bounds=(1e-5, 1.0), device=None):
         self.tolerance, self.rate, self.bounds = tolerance, rate, bounds
