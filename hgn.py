@@ -600,7 +600,7 @@ def hnn_loss(model, frames):
 
 class GECO:
     """Rezende & Viola 2018, "Taming VAEs": minimise the KL subject to mse <= tolerance. beta, the
-    inverse of their Lagrange multiplier, shrinks while its moving average is above tolerance and
+    inverse of their Lagrange multiplier, shrinks while mse's moving average is above tolerance and
     grows while it is below, by their ratio (theirs: difference), within bounds. No GPU waits."""
 
     def __init__(self, tolerance=2e-4, rate=0.01, beta=1e-3, bounds=(1e-5, 1.0), device=None):
