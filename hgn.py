@@ -251,12 +251,11 @@ FRAME = 0.125  # time from frame to frame inside: what is learnt does not depend
 
 
 class Space:
-    """Coordinates q (..., dim), of which the last are angles (periodic: all, None: half of them):
-    networks see numbers as they are, and angles as points on the unit circle."""
+    """Coordinates q (..., dim), of which the last `angles` are angles: networks see numbers as they
+    are, and angles as points on the unit circle."""
 
-    def __init__(self, dim, periodic=None):
-        circles = dim // 2 if periodic is None else dim * periodic
-        self.dim, self.ends, self.seen = dim, (dim - circles, dim), dim + circles
+    def __init__(self, dim, angles):
+        self.dim, self.ends, self.seen = dim, (dim - angles, dim), dim + angles
 
     def see(self, q):  # (..., dim) -> (..., seen): numbers, sines, cosines
         line, angle = q.tensor_split(self.ends[:1], -1)
@@ -458,13 +457,13 @@ class HGN(nn.Module):
     size: of frames in pixels, 16, 24, ... 128. context: first frames that the encoder sees. arch:
     "compact" (vectors) or "paper" (the published networks). latent: numbers in q (compact, default
     6) or maps in q (paper, 16). integrator: of INTEGRATORS; None: as in ARCHITECTURES. substeps:
-    its steps a frame. periodic: q are angles; None: the last half of them (compact). f_psi: False
-    is the paper's ablation, z itself is the state. deterministic: no sampling of z, no KL.
-    friction: learn gamma of p -> exp(-gamma t) p. dt: time between frames. Raises: ValueError."""
+    its steps a frame. periodic: q are angles (compact). f_psi: False is the paper's ablation, z
+    itself is the state. deterministic: no sampling of z, no KL. friction: learn gamma of p ->
+    exp(-gamma t) p. dt: time between frames. Raises: ValueError."""
 
     def __init__(
         self, size=32, channels=3, context=5, arch="compact", latent=None, integrator=None,
-        substeps=1, periodic=None, f_psi=True, deterministic=False, friction=False, dt=0.125,
+        substeps=1, periodic=False, f_psi=True, deterministic=False, friction=False, dt=0.125,
     ):  # fmt: skip
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
@@ -488,7 +487,7 @@ class HGN(nn.Module):
             self.prior = StandardNormal()
             self.z_shape = (48, size, size) if f_psi else (2 * maps, low, low)
         else:  # z = (q, dq/dt), of which f_psi makes (q, p)
-            space = Space(latent or 6, periodic)
+            space = Space(latent or 6, (latent or 6) * periodic)
             self.encoder = CompactEncoder(size, channels, context, space)
             self.H, self.decoder = CompactHamiltonian(space), CompactDecoder(size, channels, space)
             self.f_psi, self.prior = self.H.momentum, Couplings(2 * space.dim)

@@ -24,7 +24,7 @@ from nhf import DENSITIES, NHF, RealNVP
 from physics import SYSTEMS, clips, initial_states, jitter, read_points, render, simulate
 
 DEFAULTS = {  # of both --arch of hgn, and of the other models; a step of realnvp is twice as fast
-    "steps": {"compact": 4000, "paper": 5000, "hnn": 5000, "nhf": 4000, "realnvp": 10000},
+    "steps": {"compact": 2500, "paper": 5000, "hnn": 5000, "nhf": 4000, "realnvp": 10000},
     "batch_size": {"compact": 16, "paper": 16, "hnn": 16, "nhf": 512, "realnvp": 512},
     "lr": {"compact": 4e-3, "paper": 1.5e-4, "hnn": 4e-4, "nhf": 2e-2, "realnvp": 5e-3},
 }
@@ -66,7 +66,7 @@ def parse(**defaults):
     add("--context", type=count, default=5, help="first frames the encoder sees (default: 5)")
     add("--integrator", choices=INTEGRATORS, help="default: that of --arch")
     add("--substeps", type=count, default=1, help="integrator steps a frame (default: 1)")
-    add("--periodic", action=argparse.BooleanOptionalAction, help="q are angles (default: half)")
+    add("--periodic", action=argparse.BooleanOptionalAction, help="q are angles")
     add("--friction", action="store_true", help="motion dies out, at a rate that is learnt")
     add("--no-f-psi", dest="f_psi", action="store_false", help="without f_psi (paper)")
     add("--deterministic", action="store_true", help="no sampling of z, no KL")
@@ -114,6 +114,7 @@ def settle(args):
         system = SYSTEMS[args.system]
         if kind == "compact":
             fill(latent=initial_states(system, 1)[0].numel(), periodic=system.periodic)
+    fill(periodic=False)
     row = args.window if args.model == "hgn" else min(args.window, args.targets)
     if row < max(3, args.context):
         raise ValueError(f"{row} frames are too few to learn from: --window, --targets, --context")
