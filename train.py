@@ -9,6 +9,7 @@ import argparse
 import io
 import json
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -35,7 +36,6 @@ GROWTH = 0.5  # part of a compact run over which the times that are scored grow 
 SEEN = 2048  # frames that the chart starts from
 STATES = 32768  # clips whose states the prior is fitted to at the end
 RATES = {"decoder": 3.0, "encoder.filters": 0.1, "encoder.shapes": 0.1}  # times --lr, if compact
-PATIENCE = 5  # looks at a loss that is not finite before a run stops
 
 
 def parse(**defaults):
@@ -47,16 +47,14 @@ def parse(**defaults):
     add = parser.add_argument_group("data").add_mutually_exclusive_group().add_argument
     add("--system", choices=SYSTEMS, metavar="NAME", help="of pixels: " + ", ".join(SYSTEMS))
     add("--density", choices=DENSITIES, metavar="NAME", help="of a flow: " + ", ".join(DENSITIES))
-    whole = lambda path: str(Path(path).resolve())  # so that eval.py finds it from anywhere
-    add("--data", metavar="PATH", type=whole, help="recordings, or points (N, D), of your own")
+    add("--data", metavar="PATH", type=os.path.abspath, help="recordings or points of your own")
     add = parser.add_argument_group("of pictures").add_argument
     add("--size", type=int, choices=range(16, 129, 8), metavar="N", help="pixels (default: 32)")
     add("--dt", type=positive, help="time between frames (default: 0.125, or the film's)")
     add("--fps", type=positive, help="frames a second of recordings, instead of --dt")
     add("--stride", type=count, default=1, help="take every k-th frame of recordings")
     add("--clip", type=many, default=60, help="frames of a clip cut from recordings (default: 60)")
-    noise = number(0, 1e3, float, "paper")
-    add("--noise", type=noise, default=0.0, help="on every coordinate; or 'paper'")
+    add("--noise", type=number(0, 1e3, float, "paper"), default=0.0, help="on positions or 'paper'")
     add("--window", type=count, default=30, help="frames to learn from (default: 30)")
     add("--targets", type=count, default=8, help="frames of it painted for the loss (default: 8)")
     add = parser.add_argument_group("model").add_argument
@@ -354,7 +352,10 @@ class Run:
 
     def start(self, folder, checkpoint=None):
         """Anew, or where the checkpoint was made: what was logged after it is dropped."""
-        self.folder = folder
+        self.folder, pid, mine = folder, folder / "pid", str(os.getpid())
+        if pid.exists() and pid.read_text() != mine and Path("/proc", pid.read_text()).exists():
+            raise ValueError(f"process {pid.read_text()} trains {folder} already: wait for it")
+        pid.write_text(mine)
         if not checkpoint:
             if not self.flow:  # what needs no learning, to frames of batches after the last step
                 read = lambda i, part=0: self.batches(self.args.steps + i)[part].flatten(0, 1)
@@ -422,7 +423,7 @@ class Run:
                     bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()})
                     self.log(**values)
                     bad = 0 if math.isfinite(values["loss"]) else bad + 1
-                if bad == PATIENCE:
+                if bad == 5:  # looks, 100 steps: it does not come back
                     raise ValueError(f"the loss is not finite at step {self.done}: lower --lr")
                 if not bad and (self.done % args.save_every == 0 or last):
                     self.save()
