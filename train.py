@@ -484,7 +484,7 @@ def main():
         print(f"{run.folder}: step {run.done} of {args.steps}")
         run.loop()
         if not run.flow:
-            movies(model, test, run.folder)
+            movies(model.eval(), test, run.folder)
         result = measure_flow(model, test, 2000, (1, 64)) if run.flow else measure(model, test)
         run.log(**{k: v for k, v in result.items() if isinstance(v, float)})
         table(run.config, result)
