@@ -116,7 +116,7 @@ def settle(args):
     row = args.window if args.model == "hgn" else min(args.window, args.targets)
     if row < max(3, args.context):
         raise ValueError(f"{row} frames are too few to learn from: --window, --targets, --context")
-    if args.batch_size * (args.context + args.window) * (args.size or 32) ** 2 > 2**27:
+    if args.batch_size * (args.context + args.window) * (args.size or 32) ** 2 > 5e8:
         raise ValueError("batches are gigabytes: less of --batch-size, --context, --window, --size")
 
 
@@ -354,7 +354,7 @@ class Run:
         """Anew, or where the checkpoint was made: what was logged after it is dropped."""
         self.folder, pid, mine = folder, folder / "pid", str(os.getpid())
         if pid.exists() and pid.read_text() != mine and Path("/proc", pid.read_text()).exists():
-            raise ValueError(f"process {pid.read_text()} trains {folder} already: wait for it")
+            raise ValueError(f"process {pid.read_text()} trains {folder}: wait, or delete {pid}")
         pid.write_text(mine)
         if not checkpoint:
             if not self.flow:  # what needs no learning, to frames of batches after the last step
@@ -365,7 +365,7 @@ class Run:
             self.log(config=self.config, **provenance())
             return self.save()
         try:
-            self.done, self.logged = checkpoint["step"], checkpoint["logged"]
+            self.done, self.logged = int(checkpoint["step"]), int(checkpoint["logged"])
             self.began -= checkpoint["seconds"]
             for mine, kept in zip(self.optimisers, checkpoint["optimisers"], strict=True):
                 mine.load_state_dict({**mine.state_dict(), "state": kept["state"]})
