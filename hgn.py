@@ -9,8 +9,6 @@ with leapfrog, and a decoder paints every frame from q alone:
     q, p = model.infer(frames)                      # state at frame 0
     q, p = model.rollout(q, p, steps=90)            # (B, 91, latent); dt=-model.dt runs backward
     movie = model.decode(q)                         # (B, 91, 3, 32, 32)
-
-HGN.__init__ lists the parts of either `arch`. train.py trains "compact" by `charted_loss`.
 """
 
 import math
@@ -89,8 +87,7 @@ class Hamiltonian(nn.Module):
 
 
 class Energy(nn.Module):
-    """A learnt scalar of a vector, V(q), or K(p) of a flow: |x L|^2 / 2 + MLP(x). The first term
-    makes numbers oscillate from the first training step; the second is bounded."""
+    """V(q), or K(p) of a flow: |x L|^2 / 2, which oscillates from the start, plus a bounded MLP."""
 
     def __init__(self, dim, width):
         super().__init__()
@@ -202,8 +199,7 @@ class PaperPsi(nn.Module):
 
 
 class PaperHamiltonian(Hamiltonian):
-    """H(q, p): six 3x3 convolutions on the stacked maps of q and p, summed over space; not
-    separable. Softplus, as with ReLU the forces would be constant in pieces."""
+    """Six 3x3 convolutions, summed over space. ReLU's forces would be constant in pieces."""
 
     def __init__(self, maps, side, width=64):
         super().__init__()
@@ -251,8 +247,7 @@ FRAME = 0.125  # time from frame to frame inside: what is learnt does not depend
 
 
 class Space:
-    """Coordinates q (..., dim), of which the last `angles` are angles: networks see numbers as they
-    are, and angles as points on the unit circle."""
+    """Coordinates q (..., dim), the last of them angles, which networks see as sines, cosines."""
 
     def __init__(self, dim, angles):
         self.dim, self.ends, self.seen = dim, (dim - angles, dim), dim + angles
@@ -285,11 +280,17 @@ def geodesic(y, dim, near=8):
     return F.pad(q.flip(1)[:, :dim], (0, max(0, dim - len(d)))).to(y)
 
 
+def goes_round(frames, hole=0.7):
+    """Do frames (n, C, H, W) show what turns round? Then few of them, in the plane of the first two
+    geodesic coordinates, are near the middle: a radius of 0.72 to 0.96 of the mean, else 0.65."""
+    r = F.normalize(geodesic(frames[:600].flatten(1), 2), dim=0).norm(dim=1)
+    return bool(r.quantile(0.02) > hole * r.mean())
+
+
 class CompactEncoder(nn.Module):
     """Every frame by itself -> its q (`read`), a linear map plus an MLP of features: the mass,
-    centre and inertia of what each learnt filter sees, which tell to a hundredth of a pixel where
-    things are, and strided convolutions, for shapes and colours. A few in a row -> q(z|x) of z =
-    (q, dq/dt) at the middle one: of a polynomial through the q of the frames, plus an MLP."""
+    centre and inertia of what each learnt filter sees, and strided convolutions. A few in a row ->
+    q(z|x), z = (q, dq/dt) at the middle one: a polynomial through the frames' q, plus an MLP."""
 
     def __init__(self, size, channels, context, space, filters=24):
         super().__init__()
@@ -446,9 +447,8 @@ def check(config, known):
     """ValueError, with the cure, where an option is not among its known values."""
     for name, values in known.items():
         if config[name] not in values:
-            every = [str(v) for v in values if v is not None]
-            text = ", ".join(every[:3] + ["..."] + every[-1:] if len(every) > 4 else every)
-            raise ValueError(f"{name} must be one of {text}, not {config[name]!r}")
+            known = values if isinstance(values, range) else [*values]
+            raise ValueError(f"{name} must be in {known}, not {config[name]!r}")
 
 
 class HGN(nn.Module):
@@ -469,8 +469,8 @@ class HGN(nn.Module):
         super().__init__()
         check(self.config, {
             "arch": ARCHITECTURES, "size": range(16, 129, 8), "channels": range(1, 5),
-            "context": range(2, 1001), "latent": (None, *range(1, 65)), "substeps": range(1, 1001),
-            "integrator": (None, *INTEGRATORS),
+            "context": range(2, 1001), "latent": range(1, 65) if latent is not None else [None],
+            "substeps": range(1, 1001), "integrator": [None, *INTEGRATORS],
         })  # fmt: skip
         if not dt > 0:
             raise ValueError(f"dt must be above 0, not {dt}: a negative dt goes to rollout")
@@ -600,7 +600,7 @@ def hnn_loss(model, frames):
 class GECO:
     """Rezende & Viola 2018, "Taming VAEs": minimise the KL subject to mse <= tolerance. beta, the
     inverse of their Lagrange multiplier, shrinks while mse's moving average is above tolerance and
-    grows while it is below, by their ratio (theirs: difference), within bounds. No GPU waits."""
+    grows while it is below, by their ratio (theirs: difference), within bounds."""
 
     def __init__(self, tolerance=2e-4, rate=0.01, beta=1e-3, bounds=(1e-5, 1.0), device=None):
         self.tolerance, self.rate, self.bounds = tolerance, rate, bounds

@@ -377,19 +377,19 @@ class Recordings:
         usual = min(high, wide) if min(high, wide) in range(16, 129, 8) else 32
         self.size, self.before = self.size or usual, f"{wide} x {high}"
         fit = lambda x: ImageOps.fit(Image.fromarray(x), (self.size,) * 2, Image.Resampling.BOX)
-        x = np.stack([fit(plane) for plane in np.moveaxis(_unit(frame), 2, 0)], 2)
-        return np.rint(255 * x).astype("uint8")
+        return np.rint(255 * np.dstack([*map(fit, np.moveaxis(_unit(frame), 2, 0))])).astype("u1")
 
     def _of_array(self):
         """Recordings (T, H, W, C), and the seconds between their frames, 0 if unknown."""
         x = _array(self.path)
         if x.ndim == 4:  # one film in colour, or clips in grey
             x = x[None] if x.shape[3] in (1, 3) else x[..., None]
-        if x.ndim == 5 and x.shape[4] not in (1, 3):
-            x = np.moveaxis(x, 2, 4)
+        x = np.moveaxis(x, 2, 4) if x.ndim == 5 and x.shape[4] not in (1, 3) else x
         with _reading(self.path):
             if x.ndim != 5 or x.shape[4] not in (1, 3) or 0 in x.shape:
                 raise ValueError(f"clips are (N, T, H, W), or have C of 1 or 3, not {x.shape}")
+            if x.dtype.str[1:] == "u2" and x.max() < 256:  # black, were 65535 white
+                raise ValueError("integers of 16 bits, none above 255: save them as uint8")
             self._fit(x[0, 0])
             for film in x:
                 if film.shape[1:3] != (self.size, self.size):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from eval import FLOWS, MODELS, measure, measure_flow, movies, number, open_run
 from eval import pick_device, provenance, table, test_set, write
-from hgn import ARCHITECTURES, GECO, HGN, INTEGRATORS, Couplings, charted_loss, hnn_loss
+from hgn import ARCHITECTURES, GECO, HGN, INTEGRATORS, Couplings, charted_loss, goes_round, hnn_loss
 from nhf import DENSITIES, NHF, RealNVP
 from physics import SYSTEMS, clips, initial_states, jitter, read_points, render, simulate
 
@@ -33,7 +33,6 @@ POOL = 64  # batches whose trajectories are simulated together
 HERE = "device", "compile", "resume", "name", "bench"  # of the command alone, not of the run
 FREE = "steps", "window", "save_every"  # what --resume may change
 GROWTH = 0.5  # part of a compact run over which the times that are scored grow to the whole window
-SEEN = 2048  # frames that the chart starts from
 STATES = 32768  # clips whose states the prior is fitted to at the end
 RATES = {"decoder": 3.0, "encoder.filters": 0.1, "encoder.shapes": 0.1}  # times --lr, if compact
 
@@ -64,7 +63,7 @@ def parse(**defaults):
     add("--context", type=count, default=5, help="first frames the encoder sees (default: 5)")
     add("--integrator", choices=INTEGRATORS, help="default: that of --arch")
     add("--substeps", type=count, default=1, help="integrator steps a frame (default: 1)")
-    add("--periodic", action=argparse.BooleanOptionalAction, help="q are angles")
+    add("--periodic", action=argparse.BooleanOptionalAction, help="q are angles (default: see)")
     add("--friction", action="store_true", help="motion dies out, at a rate that is learnt")
     add("--no-f-psi", dest="f_psi", action="store_false", help="without f_psi (paper)")
     add("--deterministic", action="store_true", help="no sampling of z, no KL")
@@ -109,10 +108,10 @@ def settle(args):
         raise ValueError("--noise is of a --system; --stride and --fps, instead of --dt, of --data")
     if not args.data:
         fill(system="mass_spring", size=32, dt=0.125)
-        system = SYSTEMS[args.system]
-        if kind == "compact":
-            fill(latent=initial_states(system, 1)[0].numel(), periodic=system.periodic)
-    fill(periodic=False)
+    if kind != "compact":
+        fill(periodic=False)
+    elif system := SYSTEMS.get(args.system):  # else `build` looks at the pictures
+        fill(latent=initial_states(system, 1)[0].numel(), periodic=system.periodic)
     row = args.window if args.model == "hgn" else min(args.window, args.targets)
     if row < max(3, args.context):
         raise ValueError(f"{row} frames are too few to learn from: --window, --targets, --context")
@@ -184,6 +183,11 @@ class Batches:
         frames = read(torch.cat((context, first + times), 1))
         return [*frames.split([args.context, args.targets], 1), times.to(self.device)]
 
+    def frames(self, n=2048):  # (n, C, S, S), of batches after the last: for what needs no learning
+        read = lambda i, part=0: self(self.args.steps + i)[part].flatten(0, 1)
+        first = read(0, 0 if self.row else 1)
+        return torch.cat((first, *(read(i) for i in range(1, 1 + n // len(first)))))[:n]
+
     def paint(self, step, times, generator):
         """Frames of simulated clips at times (B, n). POOL batches are simulated at once."""
         args, system, pool = self.args, SYSTEMS[self.args.system], step // POOL
@@ -201,6 +205,8 @@ def build(args, test):
         options = {"kinetic": args.kinetic, "shift": test.shift, "scale": test.scale}
         flow = NHF(test.dim, args.hamiltonians, args.leapfrog_steps, **options)
         return flow if args.model == "nhf" else RealNVP.like(flow)
+    if args.periodic is None:
+        args.periodic = goes_round(Batches(args, test.data, test.device).frames())
     names = "context arch latent integrator substeps periodic f_psi deterministic friction".split()
     return HGN(test.size, test.channels, dt=test.dt, **{k: getattr(args, k) for k in names})
 
@@ -230,12 +236,10 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
             momentum.lerp_(w.grad, 0.05)
             x = torch.lerp(w.grad, momentum, 0.95)  # Nesterov's
-            x = x.mT if len(x) > x.shape[1] else x
             x = x / (x.norm() + 1e-12)
             for _ in range(5):
                 a = x @ x.mT
                 x = 3.4445 * x + (2.0315 * (a @ a) - 4.775 * a) @ x
-            x = x.mT if x.shape != w.shape else x
             w.sub_(group["lr"] * 0.2 * max(w.shape) ** 0.5 * x)
 
 
@@ -270,9 +274,9 @@ def stepper(model, losses, optimisers, geco=None, most=1.0):
 
 
 class Graphed:
-    """step(*tensors) -> tensors on a GPU: three times as it is, then replayed as one CUDA graph, in
-    one launch. The stream must be one's own. Inputs are copied from the first call on: a compiled
-    step that met other strides later would compile again, which fails during a capture."""
+    """step(*tensors) -> tensors on a GPU: three times as it is, then replayed as one CUDA graph.
+    The stream must be one's own. Inputs are copied from the first call on: a compiled step that met
+    other strides later would compile again, which fails during a capture."""
 
     def __init__(self, step):
         self.step, self.calls, self.batch = step, 0, None
@@ -308,11 +312,10 @@ def fit_prior(prior, mean, logvar, rounds=1500, seed=0, lr=5e-3):
     prior.load_state_dict(Couplings(mean.shape[1]).state_dict())
     optimisers, size = make_optimisers(prior, lr), min(512, rounds)
     step = stepper(prior, lambda *z: {"loss": prior.kl(*z).mean()}, optimisers)
-    generator = torch.Generator(mean.device).manual_seed(seed)
     for i in range(rounds):
         set_rate(optimisers, lr, i, rounds)
-        at = torch.randint(len(mean), (size,), generator=generator, device=mean.device)
-        noise = torch.randn(size, mean.shape[1], generator=generator, device=mean.device)
+        at = torch.randint(len(mean), (size,), device=mean.device)
+        noise = torch.randn_like(mean[at])
         step(mean[at] + (0.5 * logvar[at]).exp() * noise, mean[at], logvar[at])
 
 
@@ -357,11 +360,8 @@ class Run:
             raise ValueError(f"process {pid.read_text()} trains {folder}: wait, or delete {pid}")
         pid.write_text(mine)
         if not checkpoint:
-            if not self.flow:  # what needs no learning, to frames of batches after the last step
-                read = lambda i, part=0: self.batches(self.args.steps + i)[part].flatten(0, 1)
-                first = read(0, 1 if self.compact else 0)
-                more = [read(i) for i in range(1, 1 + SEEN // len(first))]
-                self.model.fit(torch.cat((first, *more))[:SEEN])
+            if not self.flow:
+                self.model.fit(self.batches.frames())
             self.log(config=self.config, **provenance())
             return self.save()
         try:
@@ -481,7 +481,7 @@ def main():
         model = (model or build(args, test)).to(device).train()
         run = Run(args, model, test, device)
         run.start(folder or new_folder(args), checkpoint)
-        print(f"{run.folder}: step {run.done} of {args.steps}")
+        print(f"{run.folder}: step {run.done} of {args.steps}{', q: angles' * bool(args.periodic)}")
         run.loop()
         if not run.flow:
             movies(model.eval(), test, run.folder)
