@@ -227,9 +227,8 @@ class PaperDecoder(nn.Module):
 
     def __init__(self, size, channels, maps):
         super().__init__()
-        start = nn.Unflatten(1, (maps, size // 8, size // 8))
-        blocks = ResidualUp(maps, 64), ResidualUp(64, 64), ResidualUp(64, 64)
-        self.blocks = nn.Sequential(start, *blocks, conv(64, channels))
+        low, blocks = size // 8, (ResidualUp(n, 64) for n in (maps, 64, 64))
+        self.blocks = nn.Sequential(nn.Unflatten(1, (maps, low, low)), *blocks, conv(64, channels))
         self.apply(he)
         self.blocks[-1].weight.data.mul_(0.1)  # at first, paint one colour
 
@@ -247,22 +246,22 @@ FRAME = 0.125  # time from frame to frame inside: what is learnt does not depend
 
 
 class Space:
-    """Coordinates q (..., dim), the last of them angles, which networks see as sines, cosines."""
+    """Coordinates q (..., dim): numbers, or angles, which networks see as sines and cosines."""
 
     def __init__(self, dim, angles):
-        self.dim, self.ends, self.seen = dim, (dim - angles, dim), dim + angles
+        self.dim, self.angles, self.seen = dim, angles, 2 * dim if angles else dim
 
-    def see(self, q):  # (..., dim) -> (..., seen): numbers, sines, cosines
-        line, angle = q.tensor_split(self.ends[:1], -1)
-        return torch.cat((line.clamp(-FAR, FAR), angle.sin(), angle.cos()), -1)
+    def see(self, q):  # -> x (..., seen)
+        return torch.cat((q.sin(), q.cos()), -1) if self.angles else q.clamp(-FAR, FAR)
 
     def read(self, x):  # the way back
-        line, sin, cos = x.tensor_split(self.ends, -1)
-        return torch.cat((line.clamp(-FAR, FAR), torch.atan2(sin, cos)), -1)
+        return torch.atan2(*x.chunk(2, -1)) if self.angles else x.clamp(-FAR, FAR)
 
     def pull(self, g, x):  # a gradient with respect to x = see(q) -> one to q
-        (line, g_sin, g_cos), (_, sin, cos) = (y.tensor_split(self.ends, -1) for y in (g, x))
-        return torch.cat((line, g_sin * cos - g_cos * sin), -1)
+        if self.angles:
+            (g_sin, g_cos), (sin, cos) = g.chunk(2, -1), x.chunk(2, -1)
+            g = g_sin * cos - g_cos * sin
+        return g
 
 
 def geodesic(y, dim, near=8):
@@ -332,9 +331,12 @@ class CompactEncoder(nn.Module):
         self.mean.copy_(y.mean(0))
         self.scale.copy_(SPREAD * y.std(0, correction=0) + 1e-2)
         y = ((y - self.mean) / self.scale)[:600]  # whose geodesics are a second's work
-        q, (lines, dim) = geodesic(y, 2 * self.space.dim), self.space.ends
-        circles = q[:, : 2 * (dim - lines)].unflatten(1, (-1, 2)).mT.flatten(1)  # of neighbours
-        q = torch.cat((q[:, :lines], F.normalize(circles, dim=0) * len(q) ** 0.5), 1)
+        q = geodesic(y, self.space.seen)
+        if self.space.angles and goes_round(frames):  # those of neighbours
+            q = F.normalize(q.unflatten(1, (-1, 2)).mT.flatten(1), dim=0) * len(q) ** 0.5
+        else:
+            q = self.space.see(q[:, : self.space.dim])
+        self.linear.bias.copy_(q.mean(0))
         A = y.T @ y / len(y) + 1e-2 * torch.eye(y.shape[1]).to(y)
         self.linear.weight.copy_(torch.linalg.solve(A, y.T @ q / len(y)).T)
 
@@ -487,7 +489,7 @@ class HGN(nn.Module):
             self.prior = StandardNormal()
             self.z_shape = (48, size, size) if f_psi else (2 * maps, low, low)
         else:  # z = (q, dq/dt), of which f_psi makes (q, p)
-            space = Space(latent or 6, (latent or 6) * periodic)
+            space = Space(latent or 6, periodic)
             self.encoder = CompactEncoder(size, channels, context, space)
             self.H, self.decoder = CompactHamiltonian(space), CompactDecoder(size, channels, space)
             self.f_psi, self.prior = self.H.momentum, Couplings(2 * space.dim)
@@ -532,8 +534,7 @@ class HGN(nn.Module):
         return tuple(x[:, -1] for x in self.rollout(*self.f_psi(z), self.encoder.lead, -self.dt))
 
     def infer(self, frames):
-        """The state q, p at frame 0 of clips: that of the mean of q(z|x), or the mean of those of
-        the draws that the encoder asks for, which are the same for every clip and call."""
+        """q, p at frame 0 of clips: of q(z|x)'s mean, or the mean over the encoder's `draws`."""
         mean, logvar = self.encode(frames)
         std, draws = (0.5 * logvar).exp(), 0 if self.deterministic else self.encoder.draws
         noise = torch.randn(draws, *mean.shape[1:], generator=torch.Generator().manual_seed(0))
@@ -634,11 +635,10 @@ def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None, j
         + r(|q - read|^2 / var read, 0.01)              the rollout stays near the chart
         + price                                         0.001 a nat that coordinates carry
 
-    r lets errors above c count by their logarithm. The price grows as the chart gets good: what is
-    not needed to paint falls still. context: (B, context, C, size, size). targets: (B, n, C, size,
-    size), at integer times (B, n) in any order, counted from the first frame of context, up to the
-    number `reach` (no GPU waits for times.max()). jitter: of the q read that is painted, so that no
-    finer detail of q carries anything. Returns: the sum, mse of the pixels scored, kl."""
+    r counts errors above c by their logarithm. The price grows as the chart gets good: what is not
+    needed falls still. context: (B, context, C, size, size). targets: (B, n, C, size, size), at
+    integer times (B, n) from the first frame of context, up to the number `reach`. jitter: of the q
+    painted, so that no finer detail carries anything. Returns: sum, mse of pixels scored, kl."""
     z, kl = model.posterior(context, noise)
     q, _ = model.rollout(*model.state(z), reach)  # (B, reach + 1, latent)
     q = q[torch.arange(len(q), device=q.device).unsqueeze(1), times]  # (B, n, latent)

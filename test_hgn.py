@@ -264,7 +264,7 @@ class Twist(Hamiltonian):
 HAMILTONIANS = {
     "twist": (Twist, 1), "separable": (lambda: Separable(3, 32), 3),
     "separable, a network for K": (lambda: Separable(3, 32, kinetic="mlp"), 3),
-    "compact": (lambda: CompactHamiltonian(Space(3, 1), 32), 3),
+    "compact": (lambda: CompactHamiltonian(Space(3, True), 32), 3),
     "the paper's": (lambda: PaperHamiltonian(6, 4, width=8), 96),
 }  # fmt: skip
 
