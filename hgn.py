@@ -87,7 +87,7 @@ class Hamiltonian(nn.Module):
 
 
 class Energy(nn.Module):
-    """V(q), or K(p) of a flow: |x L|^2 / 2, which oscillates from the start, plus a bounded MLP."""
+    """V(q), or K(p) of a flow: |x L|^2 / 2, so q oscillates from the start, plus a bounded MLP."""
 
     def __init__(self, dim, width):
         super().__init__()
@@ -199,7 +199,7 @@ class PaperPsi(nn.Module):
 
 
 class PaperHamiltonian(Hamiltonian):
-    """Six 3x3 convolutions, summed over space. ReLU's forces would be constant in pieces."""
+    """Six 3x3 convolutions, summed over space. Softplus: ReLU's forces are piecewise constant."""
 
     def __init__(self, maps, side, width=64):
         super().__init__()
@@ -280,10 +280,11 @@ def geodesic(y, dim, near=8):
 
 
 def goes_round(frames, hole=0.7):
-    """Do frames (n, C, H, W) show what turns round? Then few of them, in the plane of the first two
-    geodesic coordinates, are near the middle: a radius of 0.72 to 0.96 of the mean, else 0.65."""
-    r = F.normalize(geodesic(frames[:600].flatten(1), 2), dim=0).norm(dim=1)
-    return bool(r.quantile(0.02) > hole * r.mean())
+    """Do frames (n, C, H, W) show what turns round? Then their first two geodesic coordinates leave
+    a hole: the radius has a 2 % quantile of 0.72 to 0.96 of its mean, else of 0.65 at most."""
+    y = geodesic(frames[:600].flatten(1).unique(dim=0), 2)
+    r = F.normalize(y, dim=0).norm(dim=1)
+    return len(y) > 20 and bool(r.quantile(0.02) > hole * r.mean())
 
 
 class CompactEncoder(nn.Module):
@@ -325,20 +326,19 @@ class CompactEncoder(nn.Module):
 
     def fit(self, frames):
         """The still picture, scales of features, and q, by ridge regression of a `geodesic` one."""
+        few = frames[:600].flatten(1).unique(dim=0).view(-1, *frames.shape[1:])  # each once
         self.still.copy_(frames.median(0).values)
         self.blank.copy_(frames.var(0, correction=0).mean() + 1e-12)
         y = torch.cat([self.features(part) for part in frames.split(256)])
         self.mean.copy_(y.mean(0))
         self.scale.copy_(SPREAD * y.std(0, correction=0) + 1e-2)
-        y = ((y - self.mean) / self.scale)[:600]  # whose geodesics are a second's work
-        q = geodesic(y, self.space.seen)
-        if self.space.angles and goes_round(frames):  # those of neighbours
-            q = F.normalize(q.unflatten(1, (-1, 2)).mT.flatten(1), dim=0) * len(q) ** 0.5
-        else:
-            q = self.space.see(q[:, : self.space.dim])
+        q = geodesic(y := (self.features(few) - self.mean) / self.scale, self.space.seen)
+        if self.space.angles:  # of each pair of neighbours, or small numbers
+            pairs = F.normalize(q.unflatten(1, (-1, 2)).mT.flatten(1), dim=0) * len(q) ** 0.5
+            q = pairs if goes_round(few) else self.space.see(q[:, : self.space.dim] / 2)
         self.linear.bias.copy_(q.mean(0))
         A = y.T @ y / len(y) + 1e-2 * torch.eye(y.shape[1]).to(y)
-        self.linear.weight.copy_(torch.linalg.solve(A, y.T @ q / len(y)).T)
+        self.linear.weight.copy_(torch.linalg.solve(A, y.T @ (q - q.mean(0)) / len(y)).T)
 
     def read(self, frames):  # (B, n, C, H, W) -> (B, n, latent), of each frame by itself
         y = (self.features(frames.flatten(0, 1)) - self.mean) / self.scale
@@ -449,8 +449,8 @@ def check(config, known):
     """ValueError, with the cure, where an option is not among its known values."""
     for name, values in known.items():
         if config[name] not in values:
-            known = values if isinstance(values, range) else [*values]
-            raise ValueError(f"{name} must be in {known}, not {config[name]!r}")
+            every = f"{values[0]}, ... {values[-1]}" if isinstance(values, range) else [*values]
+            raise ValueError(f"{name} must be one of {every}, not {config[name]!r}")
 
 
 class HGN(nn.Module):
@@ -534,7 +534,7 @@ class HGN(nn.Module):
         return tuple(x[:, -1] for x in self.rollout(*self.f_psi(z), self.encoder.lead, -self.dt))
 
     def infer(self, frames):
-        """q, p at frame 0 of clips: of q(z|x)'s mean, or the mean over the encoder's `draws`."""
+        """q, p at frame 0: of q(z|x)'s mean, or the mean over the encoder's fixed draws."""
         mean, logvar = self.encode(frames)
         std, draws = (0.5 * logvar).exp(), 0 if self.deterministic else self.encoder.draws
         noise = torch.randn(draws, *mean.shape[1:], generator=torch.Generator().manual_seed(0))

@@ -63,7 +63,7 @@ def parse(**defaults):
     add("--context", type=count, default=5, help="first frames the encoder sees (default: 5)")
     add("--integrator", choices=INTEGRATORS, help="default: that of --arch")
     add("--substeps", type=count, default=1, help="integrator steps a frame (default: 1)")
-    add("--periodic", action=argparse.BooleanOptionalAction, help="q are angles (default: see)")
+    add("--periodic", action=argparse.BooleanOptionalAction, help="q are angles (default: guessed)")
     add("--friction", action="store_true", help="motion dies out, at a rate that is learnt")
     add("--no-f-psi", dest="f_psi", action="store_false", help="without f_psi (paper)")
     add("--deterministic", action="store_true", help="no sampling of z, no KL")
@@ -200,7 +200,7 @@ class Batches:
 
 
 def build(args, test):
-    """The model that args describe, for data like those of the test set."""
+    """The model that args describe, for data like those of the test set; fills in args.periodic."""
     if args.model in FLOWS:
         options = {"kinetic": args.kinetic, "shift": test.shift, "scale": test.scale}
         flow = NHF(test.dim, args.hamiltonians, args.leapfrog_steps, **options)
@@ -315,8 +315,7 @@ def fit_prior(prior, mean, logvar, rounds=1500, seed=0, lr=5e-3):
     for i in range(rounds):
         set_rate(optimisers, lr, i, rounds)
         at = torch.randint(len(mean), (size,), device=mean.device)
-        noise = torch.randn_like(mean[at])
-        step(mean[at] + (0.5 * logvar[at]).exp() * noise, mean[at], logvar[at])
+        step(torch.normal(mean[at], (0.5 * logvar[at]).exp()), mean[at], logvar[at])
 
 
 class Run:
@@ -481,7 +480,8 @@ def main():
         model = (model or build(args, test)).to(device).train()
         run = Run(args, model, test, device)
         run.start(folder or new_folder(args), checkpoint)
-        print(f"{run.folder}: step {run.done} of {args.steps}{', q: angles' * bool(args.periodic)}")
+        q = "angles" if args.periodic else "numbers"  # for recordings `build` has chosen
+        print(f"{run.folder}: step {run.done} of {args.steps}, q are {q}")
         run.loop()
         if not run.flow:
             movies(model.eval(), test, run.folder)
