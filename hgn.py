@@ -333,9 +333,9 @@ class CompactEncoder(nn.Module):
         self.mean.copy_(y.mean(0))
         self.scale.copy_(SPREAD * y.std(0, correction=0) + 1e-2)
         q = geodesic(y := (self.features(few) - self.mean) / self.scale, self.space.seen)
-        if self.space.angles:  # of each pair of neighbours, or small numbers
-            pairs = F.normalize(q.unflatten(1, (-1, 2)).mT.flatten(1), dim=0) * len(q) ** 0.5
-            q = pairs if goes_round(few) else self.space.see(q[:, : self.space.dim] / 2)
+        if self.space.angles and goes_round(few):  # the first: what winds cannot fall still
+            q = torch.cat((2 * torch.atan2(q[:, 1:2], q[:, :1]), q[:, 2:]), 1)
+        q = self.space.see(q[:, : self.space.dim] / (2 if self.space.angles else 1))
         self.linear.bias.copy_(q.mean(0))
         A = y.T @ y / len(y) + 1e-2 * torch.eye(y.shape[1]).to(y)
         self.linear.weight.copy_(torch.linalg.solve(A, y.T @ (q - q.mean(0)) / len(y)).T)

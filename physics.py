@@ -343,6 +343,8 @@ class Recordings:
         need = 2 * least if 1 in (len(films), len(long)) else least
         if not long or len(long[0]) < need:
             raise ValueError(f"{path} has {len(films)} recordings, none of {need} frames")
+        if max(_unit(x[:: 1 + len(x) // 64]).max() for x in long) < 2 / 255:
+            raise ValueError(f"{path} is black: of 16-bit integers 65535 is white, of 8-bit 255")
         if not (dt or fps) and max(rates) > 1.1 * min(rates):
             raise ValueError(f"{path} holds recordings of different rates: give one with --fps")
         self.dt = stride * (dt or (1 / fps if fps else rates[0] or 0.125))
@@ -388,8 +390,6 @@ class Recordings:
         with _reading(self.path):
             if x.ndim != 5 or x.shape[4] not in (1, 3) or 0 in x.shape:
                 raise ValueError(f"clips are (N, T, H, W), or have C of 1 or 3, not {x.shape}")
-            if x.dtype.str[1:] == "u2" and x.max() < 256:  # black, were 65535 white
-                raise ValueError("integers of 16 bits, none above 255: save them as uint8")
             self._fit(x[0, 0])
             for film in x:
                 if film.shape[1:3] != (self.size, self.size):
