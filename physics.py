@@ -343,7 +343,7 @@ class Recordings:
         need = 2 * least if 1 in (len(films), len(long)) else least
         if not long or len(long[0]) < need:
             raise ValueError(f"{path} has {len(films)} recordings, none of {need} frames")
-        if max(_unit(x[:: 1 + len(x) // 64]).max() for x in long) < 2 / 255:
+        if not any(_unit(x[:: 1 + len(x) // 64]).max() > 1.5 / 255 for x in long):
             raise ValueError(f"{path} is black: of 16-bit integers 65535 is white, of 8-bit 255")
         if not (dt or fps) and max(rates) > 1.1 * min(rates):
             raise ValueError(f"{path} holds recordings of different rates: give one with --fps")

@@ -54,7 +54,7 @@ def parse(**defaults):
     add("--stride", type=count, default=1, help="take every k-th frame of recordings")
     add("--clip", type=many, default=60, help="frames of a clip cut from recordings (default: 60)")
     add("--noise", type=number(0, 1e3, float, "paper"), default=0.0, help="on positions or 'paper'")
-    add("--window", type=count, default=30, help="frames to learn from (default: 30)")
+    add("--window", type=count, help="frames to learn from (default: 30, of recordings 60)")
     add("--targets", type=count, default=8, help="frames of it painted for the loss (default: 8)")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, help="default: hgn; of densities nhf")
@@ -101,7 +101,7 @@ def settle(args):
     if args.model == "hnn":  # the published networks, with another loss
         args.arch, args.context, args.deterministic = "paper", 2, True
     kind = args.arch if args.model == "hgn" else args.model
-    fill(**{name: usual[kind] for name, usual in DEFAULTS.items()})
+    fill(window=60 if args.data else 30, **{k: usual[kind] for k, usual in DEFAULTS.items()})
     if flow:
         return
     if (args.noise or args.fps and args.dt) if args.data else (args.fps or args.stride > 1):
@@ -174,7 +174,7 @@ class Batches:
         if self.row:
             first = (uniform(1) * (length - self.row + 1)).long()
             return [read(first + torch.arange(self.row, device=device))]
-        reach = min(self.most, 3 + int(args.window * step / args.steps / GROWTH))
+        reach = min(self.most, 3 + int((self.most + 1) * step / args.steps / GROWTH))
         self.reach = self.most if args.compile or self.device.type == "cuda" else reach  # one graph
         ahead = (length // 2 if self.data else length).clamp(max=reach)  # recordings start late too
         first = (uniform(1) * (length - ahead.clamp(min=args.context - 1))).long()
