@@ -33,7 +33,7 @@ POOL = 64  # batches whose trajectories are simulated together
 HERE = "device", "compile", "resume", "name", "bench"  # of the command alone, not of the run
 FREE = "steps", "window", "save_every"  # what --resume may change
 GROWTH = 0.5  # part of a compact run over which the times that are scored grow to the whole window
-STATES = 32768  # clips whose states the prior is fitted to at the end
+SEEN = 163840  # frames of the clips whose states the prior is fitted to at the end
 RATES = {"decoder": 3.0, "encoder.filters": 0.1, "encoder.shapes": 0.1}  # times --lr, if compact
 
 
@@ -54,7 +54,7 @@ def parse(**defaults):
     add("--stride", type=count, default=1, help="take every k-th frame of recordings")
     add("--clip", type=many, default=60, help="frames of a clip cut from recordings (default: 60)")
     add("--noise", type=number(0, 1e3, float, "paper"), default=0.0, help="on positions or 'paper'")
-    add("--window", type=count, help="frames to learn from (default: 30, of recordings 60)")
+    add("--window", type=count, default=30, help="frames to learn from (default: 30)")
     add("--targets", type=count, default=8, help="frames of it painted for the loss (default: 8)")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, help="default: hgn; of densities nhf")
@@ -101,7 +101,7 @@ def settle(args):
     if args.model == "hnn":  # the published networks, with another loss
         args.arch, args.context, args.deterministic = "paper", 2, True
     kind = args.arch if args.model == "hgn" else args.model
-    fill(window=60 if args.data else 30, **{k: usual[kind] for k, usual in DEFAULTS.items()})
+    fill(**{name: usual[kind] for name, usual in DEFAULTS.items()})
     if flow:
         return
     if (args.noise or args.fps and args.dt) if args.data else (args.fps or args.stride > 1):
@@ -380,7 +380,7 @@ class Run:
         args, rounds = self.args, min(10000, 1 + self.args.steps // 2)
         few = argparse.Namespace(**vars(args) | {"targets": 1, "window": args.context})
         batches = Batches(few, self.test.data, self.device)
-        n = max(1, min(STATES, 64 * rounds) // args.batch_size)
+        n = max(1, min(SEEN // args.context, 64 * rounds) // args.batch_size)
         with torch.no_grad():
             states = [self.model.encode(batches(args.steps + i)[0]) for i in range(n)]
         fit_prior(self.model.prior, *(torch.cat(x) for x in zip(*states)), rounds, args.seed)
