@@ -22,11 +22,11 @@ from torch import nn
 @torch.compiler.nested_compile_region  # compiled once, not once for every step of a rollout
 def leapfrog_step(H, q, p, here, h, rounds):
     half = p
-    for _ in range(1 + rounds):
+    for _ in range(1 + rounds):  # towards half = p - h/2 dH/dq(q, half)
         half = p - h / 2 * H.kick(here, half)
     drift = H.drift(here, half)
     new = q + h * drift
-    for _ in range(rounds):
+    for _ in range(rounds):  # towards new = q + h/2 (dH/dp(q, half) + dH/dp(new, half))
         new = q + h / 2 * (drift + H.drift(H.at(new), half))
     here = H.at(new)
     return new, half - h / 2 * H.kick(here, half), here
@@ -39,17 +39,12 @@ def euler_step(H, q, p, here, h, rounds):
 
 
 def leapfrog(H, q, p, dt, steps, substeps=1, gamma=None, step=leapfrog_step, rounds=None):
-    """Roll (q, p) out under dq/dt = dH/dp, dp/dt = -dH/dq by leapfrog, in its form for every H:
-
-        p_{n+1/2} = p_n       - h/2  dH/dq(q_n, p_{n+1/2})
-        q_{n+1}   = q_n       + h/2 (dH/dp(q_n, p_{n+1/2}) + dH/dp(q_{n+1}, p_{n+1/2}))
-        p_{n+1}   = p_{n+1/2} - h/2  dH/dq(q_{n+1}, p_{n+1/2})
-
-    of order 2, symplectic and reversible (Hairer, Lubich & Wanner, Geometric Numerical Integration,
-    VI.3) as far as `rounds` fixed-point iterations (default: H.rounds) solve its first two lines,
-    which are implicit. dt: time between the returned states, negative runs backward, in `substeps`
-    steps of length h. gamma: friction, a tensor, p -> exp(-gamma h / 2) p before and after every
-    step. q, p: (B, ...). Returns: q, p, (B, steps + 1, ...), the start included."""
+    """Roll (q, p), (B, ...), out under dq/dt = dH/dp, dp/dt = -dH/dq by leapfrog, in its form for
+    every H: order 2, symplectic and reversible (Hairer, Lubich & Wanner, Geometric Numerical
+    Integration, VI.3) as far as `rounds` iterations (default: H.rounds) solve its implicit lines.
+    dt: time between the states returned, negative runs backward, in `substeps` steps of length h.
+    gamma: friction, a tensor, p -> exp(-gamma h / 2) p before and after every step. Returns: q, p,
+    (B, steps + 1, ...), the start included."""
     q, p, h = q.clone(), p.clone(), dt / substeps  # a compiled step refuses views of one tensor
     here, path = H.at(q), [(q, p)]
     decay = 1.0 if gamma is None else torch.exp(-gamma * h / 2)
@@ -69,8 +64,7 @@ ARCHITECTURES = {"compact": leapfrog, "paper": explicit_leapfrog}  # of HGN, and
 
 
 class Hamiltonian(nn.Module):
-    """Any H(q, p): a subclass gives `forward`, (B, ...) twice -> (B,). What integrators need of it
-    follows by autograd, where the subclass does not write it out."""
+    """Any H(q, p): a subclass gives `forward`, (B, ...) twice -> (B,); the rest is autograd's."""
 
     rounds = 8  # fixed-point iterations of `leapfrog`; each gains a factor of order h; 0: separable
 
@@ -240,7 +234,7 @@ class PaperDecoder(nn.Module):
 
 
 # ------------------------------------------------------------------ the compact networks
-FAR = 50.0  # q and p count as no farther, in H too: no mechanics there, but all stays finite
+FAR = 50.0  # forces count q and p as no farther: no mechanics there, but all stays finite
 SPREAD = 3  # features are divided by it: a step of Adam's, on hundreds of them, stays small
 FRAME = 0.125  # time from frame to frame inside: what is learnt does not depend on the unit of dt
 
@@ -257,11 +251,8 @@ class Space:
     def read(self, x):  # the way back
         return torch.atan2(*x.chunk(2, -1)) if self.angles else x.clamp(-FAR, FAR)
 
-    def pull(self, g, x):  # a gradient with respect to x = see(q) -> one to q
-        if self.angles:
-            (g_sin, g_cos), (sin, cos) = g.chunk(2, -1), x.chunk(2, -1)
-            g = g_sin * cos - g_cos * sin
-        return g
+    def pull(self, g, x):  # a gradient with respect to x = see(q) -> to q, g_sin cos - g_cos sin
+        return torch.sub(*(g * x.roll(self.dim, -1)).chunk(2, -1)) if self.angles else g
 
 
 def geodesic(y, dim, near=8):
@@ -279,12 +270,11 @@ def geodesic(y, dim, near=8):
     return F.pad(q.flip(1)[:, :dim], (0, max(0, dim - len(d)))).to(y)
 
 
-def goes_round(frames, hole=0.7):
-    """Do frames (n, C, H, W) show what turns round? Then their first two geodesic coordinates leave
-    a hole: the radius has a 2 % quantile of 0.72 to 0.96 of its mean, else of 0.65 at most."""
+def goes_round(frames):
+    """Do frames (n, C, H, W) show what turns round? Then two geodesic coordinates leave a hole."""
     y = geodesic(frames[:600].flatten(1).unique(dim=0), 2)
-    r = F.normalize(y, dim=0).norm(dim=1)
-    return len(y) > 20 and bool(r.quantile(0.02) > hole * r.mean())
+    r = F.normalize(y, dim=0).norm(dim=1)  # 2 % quantile over mean: 0.72 to 0.96, else to 0.65
+    return len(y) > 20 and bool(r.quantile(0.02) > 0.7 * r.mean())
 
 
 class CompactEncoder(nn.Module):
@@ -349,7 +339,7 @@ class CompactEncoder(nn.Module):
         step = self.space.read(self.space.see(e.diff(dim=1)))  # of angles the short way round
         moved = F.pad(step.cumsum(1), (0, 0, 1, 0))  # since the first
         place, velocity = (self.poly @ moved).unbind(1)
-        velocity = velocity.clamp(-10, 10)  # a bad chart sends no q far away
+        velocity = velocity.clamp(-10, 10)  # 1.25 a frame: a bad chart sends no q far away
         seen = torch.cat((self.space.see(e).flatten(1), moved[:, -1], velocity), 1)
         z = torch.cat((e[:, 0] + place, velocity), 1) + self.correct(seen)
         return z, (10 * self.logvar).expand_as(z)  # Adam moves it ten times as fast
@@ -406,9 +396,8 @@ class CompactDecoder(nn.Module):
         self.linear, self.bent = nn.Linear(seen, 6 * blobs), mlp(seen, 128, 128, 6 * blobs)
         nn.init.normal_(self.linear.weight, std=0.3)
         self.linear.weight.data[2 * blobs :] *= 0.1
-        narrow = -torch.linspace(math.log(0.1), math.log(0.6), blobs)
-        places = 0.3 * torch.randn(2 * blobs)
-        self.linear.bias.data = torch.cat((places, narrow, narrow, torch.zeros(2 * blobs)))
+        narrow = -torch.linspace(math.log(0.1), math.log(0.6), blobs).repeat(2)
+        self.linear.bias.data = torch.cat((0.3 * torch.randn(2 * blobs), narrow, 0 * narrow))
         self.camera = mlp(seen, 64, 2 + channels)  # at first, the still picture stays as it is
         self.colour = nn.Linear(seen, 2 * width)
         self.first = nn.Conv2d(blobs, width, 1, bias=False)
@@ -511,8 +500,8 @@ class HGN(nn.Module):
 
     def valid(self, frames, least=1):
         """The frames (B, T, C, size, size). Raises: ValueError if not floats, or T < least."""
-        C, S, T = self.config["channels"], self.config["size"], frames.shape[1]
-        if T < least or frames.shape[2:] != (C, S, S) or not frames.is_floating_point():
+        C, S, shape = self.config["channels"], self.config["size"], frames.shape
+        if shape[2:] != (C, S, S) or shape[1] < least or not frames.is_floating_point():
             want = f"floats in [0, 1], (B, {least} or more, {C}, {S}, {S})"
             raise ValueError(f"frames must be {want}, not {frames.dtype} {[*frames.shape]}")
         return frames
@@ -571,13 +560,10 @@ class HGN(nn.Module):
         return self.decode(self.rollout(*self.state(z), steps, dt)[0])
 
     def loss(self, frames, beta=1e-3, noise=None):
-        """The negative ELBO (equation 5), in units of the mean squared error of a pixel:
-
-            mse + beta KL(q(z|x) || p(z)) / (C size size)
-
-        the paper's -(1/T) sum_t log p(x_t|q_t) + KL for a Gaussian p of variance beta / 2, but for
-        a factor and a constant. All frames (B, T, C, size, size) are scored; the encoder sees the
-        first `context`. noise: of z, N(0, I). Returns: loss, mse, kl (nats)."""
+        """The negative ELBO, -(1/T) sum_t log p(x_t|q_t) + KL (equation 5), for a Gaussian p of
+        variance beta / 2, but for a constant and times beta / (C size size). All frames (B, T, C,
+        size, size) are scored; the encoder sees the first `context`. noise: of z, N(0, I). Returns:
+        loss, mse, kl (nats)."""
         z, kl = self.posterior(frames, noise)
         q, p = self.rollout(*self.state(z), frames.shape[1] - 1)
         mse = (self.decode(q) - frames).square().mean()
@@ -615,18 +601,6 @@ class GECO:
 
 
 # ------------------------------------------------------------------ the compact model's recipe
-def painting_error(model, q, frames):
-    """Mean squared error of frames (B, n, C, size, size) painted from q (B, n, latent), over that
-    of the mean picture: (B, n). Of large frames not every row and column is scored."""
-    size = frames.shape[-1]
-    stride = 1 if size < 32 else 2 if size < 64 else 4
-    first = torch.randint(stride, (2, 1), device=q.device)
-    rows, columns = first + torch.arange(0, size, stride, device=q.device)
-    painted = model.decoder(q.flatten(0, 1), rows, columns).unflatten(0, q.shape[:2])
-    error = (painted - frames[..., rows, :][..., columns]).square().mean((2, 3, 4))
-    return error / model.encoder.blank
-
-
 def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None, jitter=0.02):
     """The compact model's loss, in units of E, a blank prediction's error:
 
@@ -639,18 +613,25 @@ def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None, j
     needed falls still. context: (B, context, C, size, size). targets: (B, n, C, size, size), at
     integer times (B, n) from the first frame of context, up to the number `reach`. jitter: of the q
     painted, so that no finer detail carries anything. Returns: sum, mse of pixels scored, kl."""
+    space, blank, size = model.encoder.space, model.encoder.blank, model.valid(targets).shape[-1]
+    stride = 1 if size < 32 else 2 if size < 64 else 4
+
+    def error(q):  # of pictures from q (B, n, latent) on some rows, columns, over blank's: (B, n)
+        first = torch.randint(stride, (2, 1), device=q.device)
+        rows, columns = first + torch.arange(0, size, stride, device=q.device)
+        painted = model.decoder(q.flatten(0, 1), rows, columns).unflatten(0, q.shape[:2])
+        truth = targets[:, : q.shape[1], :, rows][..., columns]
+        return (painted - truth).square().mean((2, 3, 4)) / blank
+
     z, kl = model.posterior(context, noise)
-    q, _ = model.rollout(*model.state(z), reach)  # (B, reach + 1, latent)
-    q = q[torch.arange(len(q), device=q.device).unsqueeze(1), times]  # (B, n, latent)
-    error = painting_error(model, q, model.valid(targets))
-    few = targets[:, : 1 + targets.shape[1] // 8]  # to read more costs more than it teaches
-    space, blank = model.encoder.space, model.encoder.blank
-    e = model.encoder.read(few)
-    chart = painting_error(model, e + jitter * torch.randn_like(e), few).mean()
+    q = model.rollout(*model.state(z), reach)[0].take_along_dim(times[..., None], 1)  # (B, n, dim)
+    far = error(q)
+    e = model.encoder.read(targets[:, : 1 + targets.shape[1] // 8])  # more teaches little more
+    chart = error(e + jitter * torch.randn_like(e)).mean()
     spread = e.flatten(0, 1).var(0, correction=0)
     price = 0.001 * 0.5 * torch.log1p(spread / jitter**2).sum() * (1 - chart.detach()).clamp(min=0)
     off = space.read(space.see(q[:, : e.shape[1]] - e)).square().mean(2)
     robust = lambda x, tolerance: tolerance * torch.log1p(x / tolerance).mean()
     off = robust(off / (spread.detach().mean() + 1e-12), 0.01)
     kl_weight = beta / context[0, 0].numel() / blank
-    return robust(error, 0.1) + chart + price + off + kl_weight * kl, error.mean() * blank, kl
+    return robust(far, 0.1) + chart + price + off + kl_weight * kl, far.mean() * blank, kl
