@@ -80,9 +80,7 @@ class Hamiltonian(nn.Module):
         return torch.func.grad(lambda p: self(*here, p).sum())(p)
 
 
-class Energy(nn.Module):
-    """V(q), or K(p) of a flow: |x L|^2 / 2, so q oscillates from the start, plus a bounded MLP."""
-
+class Energy(nn.Module):  # V(q): |x L|^2 / 2, so q oscillates from the start, + a bounded MLP
     def __init__(self, dim, width):
         super().__init__()
         self.L = nn.Parameter(torch.eye(dim))
@@ -119,16 +117,12 @@ convs = partial(chain, layer=conv, activation=nn.LeakyReLU)
 mlp = partial(chain, activation=nn.SiLU, flat=True)  # beside a linear layer: what it learns to bend
 
 
-class StandardNormal(nn.Identity):
-    """The paper's prior p(z), N(0, I), over z of any shape (B, ...): noise itself is a z."""
-
+class StandardNormal(nn.Identity):  # the paper's prior, N(0, I), of z (B, ...): noise is a z
     def kl(self, z, mean, logvar):  # KL(q(z|x) || p(z)) of each clip, nats, (B,)
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 
-class Couplings(nn.Module):
-    """A learnt prior over z (B, dim): N(0, I) through affine couplings (Dinh et al. 2017)."""
-
+class Couplings(nn.Module):  # learnt, of z (B, dim): N(0, I) through those of Dinh et al. 2017
     def __init__(self, dim, layers=8, width=64):
         super().__init__()
         self.register_buffer("masks", (torch.arange(dim) + torch.arange(layers)[:, None]) % 2.0)
@@ -180,16 +174,15 @@ class PaperEncoder(nn.Module):
         return self.convs(4 * (frames - self.still).flatten(1, 2)).chunk(2, 1)
 
 
-class PaperPsi(nn.Module):
+class PaperPsi(nn.Sequential):
     """f_psi: z -> q and p, `maps` maps of an eighth of the size, as vectors; ablated, z is both."""
 
     def __init__(self, maps, ablated):
-        super().__init__()
-        self.convs = nn.Identity() if ablated else convs(48, 64, 64, 2 * maps, stride=2)
+        super().__init__(*(() if ablated else convs(48, 64, 64, 2 * maps, stride=2)))
         self.apply(he)
 
     def forward(self, z):  # (B, 48 or 2 maps, H, W) -> (B, dim) twice
-        return self.convs(z).flatten(1).chunk(2, 1)
+        return super().forward(z).flatten(1).chunk(2, 1)
 
 
 class PaperHamiltonian(Hamiltonian):
@@ -201,8 +194,20 @@ class PaperHamiltonian(Hamiltonian):
         self.shape = (2 * maps, side, side)
 
     def forward(self, q, p):  # (B, dim) twice -> (B,)
-        x = torch.cat((q, p), 1).unflatten(1, self.shape)
-        return self.convs(x.contiguous(memory_format=torch.channels_last)).sum((1, 2, 3))
+        return self.convs(torch.cat((q, p), 1).unflatten(1, self.shape)).sum((1, 2, 3))
+
+    def grad(self, q, p):  # dH/dq, dH/dp, back through the layers: autograd's costs more
+        x, slopes = torch.cat((q, p), 1).unflatten(1, self.shape), []
+        for layer in self.convs[:-1:2]:
+            a = layer(x)
+            x, slopes = F.softplus(a), [torch.sigmoid(a), *slopes]
+        g = F.conv_transpose2d(torch.ones_like(x[:, :1]), self.convs[-1].weight, padding=1)
+        for layer, slope in zip(self.convs[-3::-2], slopes):
+            g = F.conv_transpose2d(g * slope, layer.weight, padding=1)
+        return g.flatten(1).chunk(2, 1)
+
+    kick = lambda self, here, p: self.grad(*here, p)[0]
+    drift = lambda self, here, p: self.grad(*here, p)[1]
 
 
 class ResidualUp(nn.Module):  # nearest x2 upsampling, then two 3x3 convolutions with a skip
@@ -216,21 +221,18 @@ class ResidualUp(nn.Module):  # nearest x2 upsampling, then two 3x3 convolutions
         return F.leaky_relu(self.skip(x) + self.second(F.leaky_relu(self.first(x))))
 
 
-class PaperDecoder(nn.Module):
-    """Three residual blocks that double the size, and a sigmoid."""
+class PaperDecoder(nn.Sequential):
+    """Three residual blocks that double the size, and a sigmoid: q (n, dim) -> (n, C, H, W)."""
 
     def __init__(self, size, channels, maps):
-        super().__init__()
-        low, blocks = size // 8, (ResidualUp(n, 64) for n in (maps, 64, 64))
-        self.blocks = nn.Sequential(nn.Unflatten(1, (maps, low, low)), *blocks, conv(64, channels))
+        blocks = (ResidualUp(n, 64) for n in (maps, 64, 64))
+        low = nn.Unflatten(1, (maps, size // 8, size // 8))
+        super().__init__(low, *blocks, conv(64, channels), nn.Sigmoid())
         self.apply(he)
-        self.blocks[-1].weight.data.mul_(0.1)  # at first, paint one colour
+        self[-2].weight.data.mul_(0.1)  # at first, paint one colour
 
     def fit(self, frames):
-        self.blocks[-1].bias.data.copy_(torch.logit(frames.mean((0, 2, 3)), eps=0.01))
-
-    def forward(self, q):  # (n, dim) -> (n, C, H, W)
-        return torch.sigmoid(self.blocks(q))
+        self[-2].bias.data.copy_(torch.logit(frames.mean((0, 2, 3)), eps=0.01))
 
 
 # ------------------------------------------------------------------ the compact networks
@@ -239,9 +241,7 @@ SPREAD = 3  # features are divided by it: a step of Adam's, on hundreds of them,
 FRAME = 0.125  # time from frame to frame inside: what is learnt does not depend on the unit of dt
 
 
-class Space:
-    """Coordinates q (..., dim): numbers, or angles, which networks see as sines and cosines."""
-
+class Space:  # of q (..., dim): numbers, or angles, which networks see as sines and cosines
     def __init__(self, dim, angles):
         self.dim, self.angles, self.seen = dim, angles, 2 * dim if angles else dim
 
@@ -379,7 +379,7 @@ class CompactHamiltonian(Hamiltonian):
     def momentum(self, z):  # f_psi, the Legendre transform: z = (q, dq/dt) -> q and p = M(q) dq/dt
         q, v = z.chunk(2, 1)
         W = self.W * self.at(q)[3].sqrt().unsqueeze(1)  # (B, dim, 4 dim)
-        M_inverse = W @ W.mT + self.least * torch.eye(len(self.W)).to(W)
+        M_inverse = W @ W.mT + torch.diag(self.least * torch.ones_like(self.W[:, 0]))
         return q, torch.linalg.solve_ex(M_inverse, v.unsqueeze(2))[0].squeeze(2)
 
 
@@ -484,7 +484,8 @@ class HGN(nn.Module):
             self.f_psi, self.prior = self.H.momentum, Couplings(2 * space.dim)
             self.z_shape = (2 * space.dim,)
         self.log_gamma = nn.Parameter(torch.tensor(-3.0)) if friction else None
-        self.to(memory_format=torch.channels_last)  # 1.3-2x on small convolutions
+        for part in (self.encoder, self.decoder):  # 1.3-2x on small convolutions
+            part.to(memory_format=torch.channels_last)
 
     @property
     def gamma(self):
@@ -591,12 +592,11 @@ class GECO:
 
     def __init__(self, tolerance=2e-4, rate=0.01, beta=1e-3, bounds=(1e-5, 1.0), device=None):
         self.tolerance, self.rate, self.bounds = tolerance, rate, bounds
-        self.beta, self.mse = torch.tensor([beta, math.nan], device=device).unbind()
+        self.beta, self.mse = torch.tensor([beta, tolerance], device=device).unbind()
 
     def update(self, mse):  # after a step, with its batch's mse, a tensor: changes beta, in place
-        mse = torch.where(mse.isfinite(), mse.detach(), self.mse)
-        self.mse.copy_(torch.where(self.mse.isnan(), mse, 0.95 * self.mse + 0.05 * mse))
-        push = (self.tolerance / self.mse.clamp(min=1e-12)).log().clamp(-1, 1).nan_to_num(0)
+        self.mse.lerp_(torch.where(mse.isfinite(), mse.detach(), self.mse), 0.05)
+        push = (self.tolerance / self.mse.clamp(min=1e-12)).log().clamp(-1, 1)
         self.beta.mul_((self.rate * push).exp()).clamp_(*self.bounds)
 
 

@@ -21,6 +21,8 @@ import torch._inductor.config
 from PIL import Image
 from torch.autograd.functional import jacobian
 from torch.distributions import Normal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import eval as evaluation
 import train
@@ -161,9 +163,8 @@ def test_rendering_conventions():
     q = torch.tensor([[[[1.5, 1.5], [-1.5, -1.5]]]])  # yellow up right, red down left
     colours = ((1.5, 1.5, (173, 146, 0)), (-1.5, -1.5, (173, 0, 0)), (-1.5, 1.5, (0, 0, 0)))
     for size, (x, y, colour) in itertools.product((32, 64, 128), colours):
-        seen = render(system, q, size)[
-            0, 0, :, int((0.5 - y / 6) * size), int((0.5 + x / 6) * size)
-        ]
+        row, column = int((0.5 - y / 6) * size), int((0.5 + x / 6) * size)
+        seen = render(system, q, size)[0, 0, :, row, column]
         close(seen, (background + torch.tensor(colour) / 255).clamp(max=1))
     overlap = render(system, torch.zeros(1, 1, 2, 2))
     assert overlap.max() == 1 and overlap.min() >= 0  # colours add and are clipped
@@ -314,7 +315,6 @@ def test_leapfrog_is_hamiltons_flow_symplectic_and_returns(name):
     assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.2)
     explicit, exact = (last(f, H, q, p, 0.05, 20) for f in (explicit_leapfrog, leapfrog))
     assert torch.allclose(explicit, exact) == ("separable" in name)
-
     step = lambda s: last(leapfrog, H, s[None, :dim], s[None, dim:], 0.1, 20)[0]
     J = jacobian(step, torch.cat((q[0], p[0])))
     omega = torch.kron(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]).double(), torch.eye(dim).double())
@@ -425,7 +425,6 @@ def test_hnn_fits_h_to_the_change_of_its_states(monkeypatch):
     model.fit(frames.flatten(0, 1))
     losses = descend(model, lambda _: hnn_loss(model, frames)[0], 30)
     assert losses[-1] < 0.8 * losses[0]
-
     model = HGN(size=16, latent=1, context=2, deterministic=True)  # whose frames are its states
     path = torch.cat(leapfrog(Twist(), *start(3, 1), 1e-3, 20), 2)  # (B, 21, 2)
     monkeypatch.setattr("hgn.FRAME", 1e-3)
@@ -437,17 +436,15 @@ def test_hnn_fits_h_to_the_change_of_its_states(monkeypatch):
 
 def test_friction_is_the_damped_oscillator():
     """q'' = -w^2 q - gamma q' in its closed form; order 2, and back again."""
-
-    class Spring(Hamiltonian):
-        forward = lambda self, q, p: (q.square() + p.square()).sum(1) / 2
-
+    spring = Hamiltonian()
+    spring.forward = lambda q, p: (q.square() + p.square()).sum(1) / 2
     gamma, (q, p) = torch.tensor(0.3, dtype=torch.float64), start(5, 1)
     w, t = math.sqrt(1 - 0.15**2), 4.0
     exact = math.exp(-0.15 * t) * (q * math.cos(w * t) + (p + 0.15 * q) / w * math.sin(w * t))
-    ends = [leapfrog(Spring(), q, p, t / n, n, gamma=gamma) for n in (40, 80)]
+    ends = [leapfrog(spring, q, p, t / n, n, gamma=gamma) for n in (40, 80)]
     errors = [(x[0][:, -1] - exact).norm() for x in ends]
     assert errors[1] < 1e-3 and math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.1)
-    back = leapfrog(Spring(), *(x[:, -1] for x in ends[1]), -t / 80, 80, gamma=gamma)
+    back = leapfrog(spring, *(x[:, -1] for x in ends[1]), -t / 80, 80, gamma=gamma)
     close(back[0][:, -1], q)
 
 
@@ -629,9 +626,6 @@ def test_measures_of_a_perfect_model():
     assert all(result[f"strict_vpt_{k}"] == 60 for k in ("forward", "backward"))
     assert result["vpt"] == 1.0 and result["symetric_r2"] > 0.999 and result["symetric"] < 0.01
     assert result["samples_valid"] == result["samples_obey"] == 1.0
-
-
-def test_valid_prediction_time_counts_frames():
     error = torch.tensor([[0.0, 0.05, 0.2, 0.0], [0.0] * 4, [0.0, math.nan, 0.0, 0.0]])
     assert evaluation.first_bad(error, 0.1).tolist() == [2, 4, 1]
 
@@ -838,7 +832,6 @@ def test_train_and_eval_write_what_they_say(trained, command):
     assert checkpoint["step"] == 24 and checkpoint["config"]["noise"] == "paper"
     assert {"model", "optimisers", "versions", "command"} <= checkpoint.keys()
     assert lines[0]["config"] == checkpoint["config"] and math.isfinite(lines[-1]["mse_0_29"])
-
     shutil.copytree(trained / "runs", "runs")
     words = "--reverse --speed 2 --speed 0.5 --sample 2 --frames 12 --clips 4 --scale 1"
     assert "wrote" in command("eval", words)
@@ -885,14 +878,12 @@ def test_an_interrupted_run_resumes_to_the_uninterrupted_one(killed, trained, co
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """Clips as users have them, and what they show: channels last or first, bytes or floats, grey,
-    packed, GIFs, folders of pictures. numbered.npy: frame t of clip i has the grey 20 i + t."""
+    """Clips of users, and what they show. numbered.npy: frame t of clip i is grey 20 i + t."""
     folder = tmp_path_factory.mktemp("own")
     frames = clips(SYSTEMS["mass_spring"], 12, 20, size=16, generator=seeded(9))[0]
     last = as_bytes(frames)
     numbers = np.arange(240, dtype="uint8").reshape(12, 20, 1, 1, 1)
-    arrays = {"bytes": last, "floats": (last / 255).astype("float32").transpose(0, 1, 4, 2, 3)}
-    arrays |= {"grey": last[..., :1], "numbered": numbers + 0 * last[..., :1]}
+    arrays = {"bytes": last, "grey": last[..., :1], "numbered": numbers + 0 * last[..., :1]}
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     np.savez_compressed(folder / "packed.npz", clips=last)
@@ -905,7 +896,7 @@ def own(tmp_path_factory):
     return folder, torch.from_numpy(last).permute(0, 1, 4, 2, 3) / 255
 
 
-FORMS = {name: [20] * 12 for name in ("bytes.npy", "floats.npy", "grey.npy", "packed.npz")}
+FORMS = {name: [20] * 12 for name in ("bytes.npy", "grey.npy", "packed.npz")}
 FORMS |= {"gifs": [20] * 5, "pictures": [20, 19, 18, 17, 16]}
 
 
@@ -1031,26 +1022,44 @@ def test_a_flow_through_both_commands(command):
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
+def loss_and_batch(model, device):  # of a step of train.py
+    shown, noise = torch.rand(4, 9, 3, 16, 16).to(device), torch.randn(4, *model.z_shape)
+    if model.config["arch"] == "paper":
+        return lambda *batch: model.loss(*batch)[0], (shown[:, :3], 1e-3, noise.to(device))
+    batch = shown[:, :3], shown[:, 3:], torch.randint(4, (4, 6)).to(device), 3, 1e-3
+    return lambda *batch: charted_loss(model, *batch)[0], (*batch, noise.to(device))
+
+
 @each("device", ("cpu", pytest.param("cuda", marks=needs_cuda)))
 @each("options", ({"latent": 2}, {"arch": "paper", "latent": 2}), ids=str)
 def test_compiled_gradients_are_the_eager_ones(options, device):
     """The whole loss as one region, nested leapfrog steps included."""
     model = HGN(size=16, context=3, **options).to(device)
-    z = torch.randn(4, *model.z_shape).to(device)
-    loss, batch = model.loss, [torch.rand(4, 3, 3, 16, 16).to(device)]
-    if "arch" not in options:
-        batch += [torch.rand(4, 6, 3, 16, 16).to(device), torch.randint(4, (4, 6)).to(device), 3]
-        loss = lambda *batch, noise: charted_loss(model, *batch, noise=noise)
-    gradients = []
+    model.fit(torch.rand(30, 3, 16, 16).to(device))  # else all q are alike, and off / spread is 0/0
+    (loss, batch), gradients = loss_and_batch(model, device), []
     for function in (loss, train.compiled(loss)):
         model.zero_grad()
         torch.manual_seed(2)  # of what is drawn inside, by torch's own generator in both
         exact = torch.backends.cudnn.flags(allow_tf32=False)
         with exact, torch._inductor.config.patch(fallback_random=True):
-            function(*batch, noise=z)[0].backward()
+            function(*batch).backward()
         gradients.append({k: w.grad for k, w in model.named_parameters() if w.grad is not None})
     for k, g in gradients[0].items():
         assert (gradients[1][k] - g).norm() <= 1e-4 * g.norm() + 1e-9, k
+
+
+class OneDevice(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        assert all(x.is_meta for x in tree_leaves((args, made)) if torch.is_tensor(x)), function
+        return made
+
+
+@each("options", ({}, {"arch": "paper"}, {"periodic": True}), ids=str)
+def test_a_step_makes_no_tensor_on_another_device(options):  # which a CUDA graph cannot hold
+    loss, batch = loss_and_batch(HGN(size=16, context=3, **options).to("meta"), "meta")
+    with OneDevice():
+        loss(*batch).backward()
 
 
 @each("shape", ((64, 32), (32, 64), (7, 7)))
@@ -1157,6 +1166,8 @@ def test_data_of_strangers_get_one_line_and_run_nothing(command):
     for path in [*Path().iterdir()]:
         command("train", f"--data {path}", status=2)
     assert not Path("hacked").exists() and not Path("runs").exists()
+    Path("runs").write_text("a file where the folder should be")
+    assert all("runs" in command(script, "--device cpu", status=2) for script in ("train", "eval"))
 
 
 MISTAKES = {
@@ -1174,12 +1185,6 @@ def test_a_mistake_gets_one_line_and_status_2(script, words, command):
     Path("runs/taken").mkdir(parents=True)
     command(script, words, status=2)
     assert [*Path().rglob("*")] == [Path("runs"), Path("runs/taken")]
-
-
-@each("script", ("train", "eval"))
-def test_a_folder_that_cannot_be_written(script, command):
-    Path("runs").write_text("a file where the folder should be")
-    assert "runs" in command(script, "--device cpu", status=2)
 
 
 @each("names", ("hgn", "physics", "nhf hgn"))

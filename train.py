@@ -274,9 +274,8 @@ def stepper(model, losses, optimisers, geco=None, most=1.0):
 
 
 class Graphed:
-    """step(*tensors) -> tensors on a GPU: three times as it is, then replayed as one CUDA graph.
-    The stream must be one's own. Inputs are copied from the first call on: a compiled step that met
-    other strides later would compile again, which fails during a capture."""
+    """step(*tensors) on a GPU, on a stream of one's own: thrice as it is, then one CUDA graph that
+    replays it. Inputs are copied from the first call: at new strides a step would compile again."""
 
     def __init__(self, step):
         self.step, self.calls, self.batch = step, 0, None
@@ -299,8 +298,7 @@ class Graphed:
 def compiled(function):
     """`function` as one region, compiled for its shapes. Many recompilations are an error."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    # torch 2.13 gets the strides of convolutions inside a nested region wrong if Inductor chooses
-    # layouts, and overwrites states that such a region keeps for the way back if it reuses buffers.
+    # In nested regions torch 2.13 mistakes layouts that it chose, and overwrites states it needs.
     options = {"layout_optimization": False, "allow_buffer_reuse": False, "inplace_buffers": False}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
@@ -441,20 +439,21 @@ def bench(args, device):
 
     def row(what, n, call):
         timer = Timer("call()", globals={"call": call}, num_threads=threads)
+        cuda and torch.cuda.reset_peak_memory_stats()  # a CPU counts none
         begin = time.time()
         call()
         first = time.time() - begin  # compiles
-        timer.timeit(3)  # warms up, captures
         s, peak = timer.blocked_autorange(min_run_time=2).median, torch.cuda.max_memory_allocated()
         rows.append({"what": what, "first_s": first, "s": s, "per_s": n / s, "peak_bytes": peak})
-        print(f"{what:<42}{1e3 * s:10.4g} ms{n / s:10.4g} a second, the first {first:.3g} s")
+        print(f"{what:<42}{1e3 * s:9.4g} ms{n / s:10.4g}/s, first {first:.3g} s, {peak:.3g} bytes")
         write(path, json.dumps(report, indent=1).encode())
 
     a, many = torch.randn(4096, 4096, device=device), 8192 if cuda else 1024
     row("matmul of 4096, TFLOP", 2 * 4096**3 / 1e12, lambda: a @ a)
     for name, system in list(SYSTEMS.items())[:4]:  # the paper's
         row(f"clips of {name}", many, lambda: clips(system, many, size=args.size, device=device))
-    for changes in ({}, {"arch": "paper", "latent": None, "periodic": False}, {"batch_size": 512}):
+    paper, large = {"arch": "paper", "latent": None, "periodic": False}, {"batch_size": 512}
+    for changes in ({}, paper, large, paper | large)[: 3 + cuda]:
         for compile in (False, True)[: 1 + args.compile]:
             own = argparse.Namespace(**vars(args) | changes | {"compile": compile})
             run = Run(own, build(own, test).to(device), test, device)
@@ -480,8 +479,9 @@ def main():
         model = (model or build(args, test)).to(device).train()
         run = Run(args, model, test, device)
         run.start(folder or new_folder(args), checkpoint)
-        q = "angles" if args.periodic else "numbers"  # for recordings `build` has chosen
-        print(f"{run.folder}: step {run.done} of {args.steps}, q are {q}")
+        print(
+            f"{run.folder}: step {run.done} of {args.steps}" + ", q: angles" * bool(args.periodic)
+        )
         run.loop()
         if not run.flow:
             movies(model.eval(), test, run.folder)
