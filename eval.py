@@ -24,7 +24,7 @@ from tqdm import tqdm
 import physics
 from hgn import HGN
 from nhf import DENSITIES, NHF, TEST_SEED, Points, RealNVP
-from physics import BACKGROUND, SYSTEMS, Recordings, render, simulate
+from physics import BACKGROUND, SYSTEMS, Recordings, read_points, render, simulate
 
 FLOWS = {"nhf": NHF, "realnvp": RealNVP}
 MODELS = {"hgn": HGN, "hnn": HGN, **FLOWS}
@@ -134,8 +134,7 @@ class TestClips:
 
 
 class HeldOut:
-    """The same of recordings, with no true state and no truth after their end: held-out clips of
-    the length or more that keeps most frames."""
+    """The same of recordings, whose truth ends: held-out clips as long as keeps most frames."""
 
     def __init__(self, config, n, device="cpu", data=None):
         how = {k: config[k] for k in ("size", "clip", "stride", "dt", "fps", "seed")}
@@ -157,7 +156,8 @@ class HeldOut:
 def test_set(config, n, device="cpu", data=None):
     """What a run is tested on: n clips (of recordings `data` if those are read), or Points."""
     if config["model"] in FLOWS:
-        return Points(config["density"] or physics.read_points(config["data"]), config["seed"])
+        source = config["density"] or read_points(config["data"])
+        return Points(source, config["seed"], config["data"])
     return TestClips(config, n, device) if config["system"] else HeldOut(config, n, device, data)
 
 

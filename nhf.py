@@ -81,11 +81,11 @@ DENSITIES = {
 
 
 class Points:
-    """What a flow learns from: a density of `DENSITIES`, or points (N, D). held_out: some never
-    trained on, of points a tenth chosen by the seed. shift: the mean, (dim,); scale: the Cholesky
-    factor of the covariance, (dim, dim). Raises: ValueError."""
+    """What a flow learns from: a density of `DENSITIES`, or points (N, D), by their name. held_out:
+    some never trained on, of points a tenth chosen by the seed. shift: the mean, (dim,); scale: the
+    Cholesky factor of the covariance, (dim, dim). Raises: ValueError."""
 
-    def __init__(self, source, seed=0):
+    def __init__(self, source, seed=0, name="points"):
         self.density, fixed = None, lambda seed: torch.Generator().manual_seed(seed)
         if isinstance(source, str):
             check({"density": source}, {"density": DENSITIES})
@@ -95,14 +95,14 @@ class Points:
         else:
             rows = torch.as_tensor(source, dtype=torch.float64)  # 1e7 + N(0, 1) needs as much
             if rows.dim() != 2 or len(rows) < 2 or not rows.isfinite().all():
-                raise ValueError(f"points must be (N, D), two or more, not {[*rows.shape]}, finite")
+                raise ValueError(f"{name} must be (N, D), two or more, not {[*rows.shape]}, finite")
             rows = rows[torch.randperm(len(rows), generator=fixed(seed))]
             self.held_out, rows = rows.tensor_split([max(1, len(rows) // 10)])
         self.rows, self.dim, self.shift = rows, rows.shape[1], rows.mean(0)
         least = 1e-6 * rows.std(0, correction=0) + 1e-12 * rows.abs().amax(0)
         self.scale, failed = torch.linalg.cholesky_ex(rows.mT.cov(correction=0).view(self.dim, -1))
         if failed or (self.scale.diagonal() <= least).any():
-            raise ValueError("drop columns that are constant or follow from others, or add rows")
+            raise ValueError(f"{name}: drop columns constant or made of others, or add rows")
 
     def draw(self, n, generator):
         """n training points (n, dim)."""

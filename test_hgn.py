@@ -1164,7 +1164,7 @@ def test_data_of_strangers_get_one_line_and_run_nothing(command):
     Path("odd").mkdir()
     Path("odd/clip.gif").write_text("not a picture")
     for path in [*Path().iterdir()]:
-        command("train", f"--data {path}", status=2)
+        assert path.name in command("train", f"--data {path}", status=2)
     assert not Path("hacked").exists() and not Path("runs").exists()
     Path("runs").write_text("a file where the folder should be")
     assert all("runs" in command(script, "--device cpu", status=2) for script in ("train", "eval"))
