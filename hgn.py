@@ -323,8 +323,8 @@ class CompactEncoder(nn.Module):
         self.mean.copy_(y.mean(0))
         self.scale.copy_(SPREAD * y.std(0, correction=0) + 1e-2)
         q = geodesic(y := (self.features(few) - self.mean) / self.scale, self.space.seen)
-        if self.space.angles and goes_round(few):  # the first: what winds cannot fall still
-            q = torch.cat((2 * torch.atan2(q[:, 1:2], q[:, :1]), q[:, 2:]), 1)
+        if self.space.angles and goes_round(few):  # one winds, which cannot fall still; none else
+            q = F.pad(2 * torch.atan2(q[:, 1:2], q[:, :1]), (0, self.space.dim - 1))
         q = self.space.see(q[:, : self.space.dim] / (2 if self.space.angles else 1))
         self.linear.bias.copy_(q.mean(0))
         A = y.T @ y / len(y) + 1e-2 * torch.eye(y.shape[1]).to(y)
