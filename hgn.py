@@ -175,13 +175,9 @@ class PaperEncoder(nn.Module):
 
 
 class PaperPsi(nn.Sequential):
-    """f_psi: z -> q and p, `maps` maps of an eighth of the size, as vectors; ablated, z is both."""
+    """f_psi: z -> q and p, maps of an eighth of the size, as vectors; ablated, z is both."""
 
-    def __init__(self, maps, ablated):
-        super().__init__(*(() if ablated else convs(48, 64, 64, 2 * maps, stride=2)))
-        self.apply(he)
-
-    def forward(self, z):  # (B, 48 or 2 maps, H, W) -> (B, dim) twice
+    def forward(self, z):  # (B, 48 maps, or those of q and p, H, W) -> (B, dim) twice
         return super().forward(z).flatten(1).chunk(2, 1)
 
 
@@ -473,7 +469,7 @@ class HGN(nn.Module):
             maps, low = latent or 16, size // 8
             tail = () if f_psi else (nn.LeakyReLU(), *convs(96, 64, 64, 4 * maps, stride=2))
             self.encoder = PaperEncoder(size, channels, context, tail)
-            self.f_psi = PaperPsi(maps, ablated=not f_psi)
+            self.f_psi = PaperPsi(*convs(48, 64, 64, 2 * maps, stride=2) if f_psi else ()).apply(he)
             self.H, self.decoder = PaperHamiltonian(maps, low), PaperDecoder(size, channels, maps)
             self.prior = StandardNormal()
             self.z_shape = (48, size, size) if f_psi else (2 * maps, low, low)
