@@ -557,10 +557,9 @@ class HGN(nn.Module):
         return self.decode(self.rollout(*self.state(z), steps, dt)[0])
 
     def loss(self, frames, beta=1e-3, noise=None):
-        """The negative ELBO, -(1/T) sum_t log p(x_t|q_t) + KL (equation 5), for a Gaussian p of
-        variance beta / 2, but for a constant and times beta / (C size size). All frames (B, T, C,
-        size, size) are scored; the encoder sees the first `context`. noise: of z, N(0, I). Returns:
-        loss, mse, kl (nats)."""
+        """The negative ELBO, -(1/T) sum_t log p(x_t|q_t) + KL (equation 5), p Gaussian of variance
+        beta / 2, up to a constant, times beta / (C S S). All frames (B, T, C, S, S) are scored; the
+        encoder sees the first `context`. noise: of z, N(0, I). Returns: loss, mse, kl (nats)."""
         z, kl = self.posterior(frames, noise)
         q, p = self.rollout(*self.state(z), frames.shape[1] - 1)
         mse = (self.decode(q) - frames).square().mean()
