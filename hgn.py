@@ -7,7 +7,7 @@ with leapfrog, and a decoder paints every frame from q alone:
     model.fit(pictures)                             # (n, 3, 32, 32): where training starts
     loss, mse, kl = model.loss(frames)              # frames (B, T, 3, 32, 32) in [0, 1]
     q, p = model.infer(frames)                      # state at frame 0
-    q, p = model.rollout(q, p, steps=90)            # (B, 91, latent); dt=-model.dt runs backward
+    q, p = model.rollout(q, p, steps=90)            # (B, 91, dim); dt=-model.dt runs backward
     movie = model.decode(q)                         # (B, 91, 3, 32, 32)
 """
 
@@ -20,7 +20,7 @@ from torch import nn
 
 
 @torch.compiler.nested_compile_region  # compiled once, not once for every step of a rollout
-def leapfrog_step(H, q, p, here, h, rounds):
+def leapfrog_step(H, q, p, here, h, rounds):  # here = H.at(q), passed on to the next step
     half = p
     for _ in range(1 + rounds):  # towards half = p - h/2 dH/dq(q, half)
         half = p - h / 2 * H.kick(here, half)
@@ -69,7 +69,7 @@ class Hamiltonian(nn.Module):
     rounds = 8  # fixed-point iterations of `leapfrog`; each gains a factor of order h; 0: separable
 
     def at(self, q):  # what both below need to know of q, computed once a step: some tensors
-        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # they'd be 0
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # 2.11 gives 0
             raise RuntimeError("autograd's forces need torch.no_grad(), not torch.inference_mode()")
         return (q,)
 
@@ -97,8 +97,8 @@ class Energy(nn.Module):  # V(q): |x L|^2 / 2, so q oscillates from the start, +
     def forward(self, x):  # (..., dim) -> (...)
         return 0.5 * (x @ self.L).square().sum(-1) + self.hidden(x)[1] @ self.last
 
-    def grad(self, x, hidden=None, last=None):  # of |x L|^2 / 2 + b . last, (..., dim)
-        (a, b), last = hidden or self.hidden(x), self.last if last is None else last
+    def grad(self, x, hidden=None, last=None):  # of |x L|^2 / 2 + last . b(x), (..., dim)
+        (a, b), last = (hidden or self.hidden(x)), (self.last if last is None else last)
         tanh_backward = torch.ops.aten.tanh_backward  # (g, y = tanh x) -> g (1 - y^2): one kernel
         g = tanh_backward(tanh_backward(last.expand_as(b), b) @ self.second.weight, a)
         return F.linear(x @ self.L, self.L) + g @ self.first.weight
@@ -131,7 +131,7 @@ class Couplings(nn.Module):  # learnt, of z (B, dim): N(0, I) through those of D
     def forward(self, u):  # (B, dim) -> (B, dim)
         return self.inverse(u, order=-1)[0]
 
-    def inverse(self, z, order=1):  # -> the u that `forward` takes to z, and log |det du/dz|, (B,)
+    def inverse(self, z, order=1):  # -> u, which forward (order -1) takes to z, log |det du/dz|
         log_det = 0
         for net, mask in list(zip(self.nets, self.masks))[::order]:
             log_s, t = (net(mask * z) * (1 - mask).repeat(2)).chunk(2, -1)
@@ -202,6 +202,7 @@ class PaperHamiltonian(Hamiltonian):
             g = F.conv_transpose2d(g * slope, layer.weight, padding=1)
         return g.flatten(1).chunk(2, 1)
 
+    at = lambda self, q: (q,)
     kick = lambda self, here, p: self.grad(*here, p)[0]
     drift = lambda self, here, p: self.grad(*here, p)[1]
 
@@ -319,9 +320,9 @@ class CompactEncoder(nn.Module):
         self.mean.copy_(y.mean(0))
         self.scale.copy_(SPREAD * y.std(0, correction=0) + 1e-2)
         q = geodesic(y := (self.features(few) - self.mean) / self.scale, self.space.seen)
-        if self.space.angles and goes_round(few):  # one winds, which cannot fall still; none else
+        if self.space.angles and goes_round(few):  # one goes round the hole, the others start still
             q = F.pad(2 * torch.atan2(q[:, 1:2], q[:, :1]), (0, self.space.dim - 1))
-        q = self.space.see(q[:, : self.space.dim] / (2 if self.space.angles else 1))
+        q = self.space.see(q[:, : self.space.dim] / (2 if self.space.angles else 1))  # within pi
         self.linear.bias.copy_(q.mean(0))
         A = y.T @ y / len(y) + 1e-2 * torch.eye(y.shape[1]).to(y)
         self.linear.weight.copy_(torch.linalg.solve(A, y.T @ (q - q.mean(0)) / len(y)).T)
@@ -374,15 +375,15 @@ class CompactHamiltonian(Hamiltonian):
 
     def momentum(self, z):  # f_psi, the Legendre transform: z = (q, dq/dt) -> q and p = M(q) dq/dt
         q, v = z.chunk(2, 1)
-        W = self.W * self.at(q)[3].sqrt().unsqueeze(1)  # (B, dim, 4 dim)
-        M_inverse = W @ W.mT + torch.diag(self.least * torch.ones_like(self.W[:, 0]))
-        return q, torch.linalg.solve_ex(M_inverse, v.unsqueeze(2))[0].squeeze(2)
+        W = self.W * self.at(q)[3].unsqueeze(1)  # (B, dim, 4 dim)
+        M_inverse = W @ self.W.T + torch.diag(self.least * torch.ones_like(self.W[:, 0]))
+        return q, torch.linalg.solve_ex(M_inverse, v.unsqueeze(2))[0].squeeze(2)  # GPUs don't wait
 
 
 class CompactDecoder(nn.Module):
     """A still picture, moved and lit as q says, plus what 1x1 convolutions make, pixel by pixel, of
     q and of Gaussians exp(h - dy^2 / 2 - (dx + b dy)^2 / 2), dx = a (x - at_x), dy = c (y - at_y),
-    of which h, b, log a, log c, at_x and at_y are a linear map of q plus an MLP."""
+    of which at_x, at_y, log a, log c, b and h are a linear map of q plus an MLP."""
 
     def __init__(self, size, channels, space, blobs=20, width=24):
         super().__init__()
@@ -408,12 +409,12 @@ class CompactDecoder(nn.Module):
 
     def blobs(self, q, x, y):  # (n, latent), (w,), (h,) -> (n, blobs, h, w), channels_last
         shapes = (self.linear(q) + self.bent(q)).unflatten(1, (6, -1))
-        at_x, at_y, a, c, b, height = shapes.unsqueeze(2).unbind(1)  # (n, 1, blobs) each
-        dx = a.clamp(-2, self.finest).exp() * (x[:, None] - at_x.clamp(-3, 3))  # (n, w, blobs)
-        dy = c.clamp(-2, self.finest).exp() * (y[:, None] - at_y.clamp(-3, 3))  # (n, h, blobs)
+        at_x, at_y, log_a, log_c, b, h = shapes.unsqueeze(2).unbind(1)  # (n, 1, blobs) each
+        dx = log_a.clamp(-2, self.finest).exp() * (x[:, None] - at_x.clamp(-3, 3))  # (n, w, blobs)
+        dy = log_c.clamp(-2, self.finest).exp() * (y[:, None] - at_y.clamp(-3, 3))  # (n, h, blobs)
         turned = dx.unsqueeze(1) + (b.clamp(-3, 3) * dy).unsqueeze(2)  # (n, h, w, blobs)
-        height = height.clamp(max=2) - 0.5 * dy.square()
-        return (height.unsqueeze(2) - 0.5 * turned.square()).exp().movedim(3, 1)
+        h = h.clamp(max=2) - 0.5 * dy.square()
+        return (h.unsqueeze(2) - 0.5 * turned.square()).exp().movedim(3, 1)
 
     def forward(self, q, rows=slice(None), columns=slice(None)):  # (n, latent) -> (n, C, h, w)
         q, side = self.space.see(q), torch.linspace(-1, 1, self.size, device=q.device).to(q)
@@ -433,7 +434,7 @@ class CompactDecoder(nn.Module):
 def check(config, known):
     """ValueError, with the cure, where an option is not among its known values."""
     for name, values in known.items():
-        if config[name] not in values:
+        if config[name] not in values or isinstance(config[name], float):
             every = f"{values[0]}, ... {values[-1]}" if isinstance(values, range) else [*values]
             raise ValueError(f"{name} must be one of {every}, not {config[name]!r}")
 
@@ -459,7 +460,7 @@ class HGN(nn.Module):
             "context": range(2, 1001), "latent": range(1, 65) if latent is not None else [None],
             "substeps": range(1, 1001), "integrator": [None, *INTEGRATORS],
         })  # fmt: skip
-        if not dt > 0:
+        if not 0 < dt < math.inf:
             raise ValueError(f"dt must be above 0, not {dt}: a negative dt goes to rollout")
         if periodic and arch == "paper" or not f_psi and arch == "compact":
             raise ValueError("periodic is an option of arch compact, f_psi=False one of arch paper")
@@ -536,10 +537,10 @@ class HGN(nn.Module):
         frame to frame; -model.dt runs backward, twice it at double speed, in steps no longer."""
         frames = 1.0 if dt is None else dt / self.dt
         substeps = self.config["substeps"] * max(1, math.ceil(abs(frames) - 1e-6))
-        gamma = None if self.log_gamma is None else self.log_gamma.exp()
+        gamma = None if self.log_gamma is None else self.log_gamma.exp()  # in the unit of FRAME
         return self.integrate(self.H, q, p, FRAME * frames, steps, substeps, gamma)
 
-    def decode(self, q, block=256):  # without gradients by blocks, in constant memory
+    def decode(self, q, block=256):  # without gradients by blocks, in little memory
         """Paint q (B, T, ...): frames (B, T, C, size, size); without gradients cut to [0, 1]."""
         flat, learning = q.flatten(0, 1), torch.is_grad_enabled()
         parts = [self.decoder(part) for part in ([flat] if learning else flat.split(block))]
@@ -570,13 +571,15 @@ def hnn_loss(model, frames):
     """The baseline of Greydanus et al. 2019, "Hamiltonian Neural Networks": an autoencoder of
     states whose change from frame to frame H's symplectic gradient is asked to be (their third
     term, p = dq/dt, is left out). frames: (B, T > context, C, S, S). Returns: loss, mse, zero."""
-    clips = frames.unfold(1, model.context, 1).movedim(-1, 2)  # (B, n, context, C, size, size)
-    q, p = model.f_psi(model.encode(clips.flatten(0, 1))[0])
+    clips = model.valid(frames, model.context + 1).unfold(1, model.context, 1).movedim(-1, 2)
+    q, p = model.f_psi(model.encode(clips.flatten(0, 1))[0])  # of (B, n, context, C, size, size)
     q, p = (x.unflatten(0, clips.shape[:2]) for x in (q, p))  # (B, n, dim)
     mse = (model.decode(q) - clips[:, :, model.encoder.lead]).square().mean()
     here, now = model.H.at(q[:, :-1].flatten(0, 1)), p[:, :-1].flatten(0, 1)
     dq, dp = (x.diff(dim=1).flatten(0, 1) / FRAME for x in (q, p))
-    off = (dq - model.H.drift(here, now)).square() + (dp + model.H.kick(here, now)).square()
+    rate = 0.0 if model.log_gamma is None else model.log_gamma.exp()
+    lost = dp + model.H.kick(here, now) + rate * now
+    off = (dq - model.H.drift(here, now)).square() + lost.square()
     return mse + 0.1 * off.mean(), mse, mse.new_zeros(())
 
 
@@ -590,7 +593,7 @@ class GECO:
         self.beta, self.mse = torch.tensor([beta, tolerance], device=device).unbind()
 
     def update(self, mse):  # after a step, with its batch's mse, a tensor: changes beta, in place
-        self.mse.lerp_(torch.where(mse.isfinite(), mse.detach(), self.mse), 0.05)
+        self.mse.lerp_(torch.where(mse.isfinite(), mse.detach().to(self.mse), self.mse), 0.05)
         push = (self.tolerance / self.mse.clamp(min=1e-12)).log().clamp(-1, 1)
         self.beta.mul_((self.rate * push).exp()).clamp_(*self.bounds)
 
