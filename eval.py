@@ -105,7 +105,8 @@ def open_run(where=None, device="cpu", **wanted):
     """A checkpoint's path, its model and its dict. where: a file, a run's folder, or None: the
     newest run with the options `wanted`, else the system's shipped model. Raises: ValueError."""
     newest = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, reverse=True)
-    shipped = Path(__file__).parent / f"checkpoints/{wanted.get('system') or 'mass_spring'}.pt"
+    name = next(filter(None, wanted.values()), "mass_spring")
+    shipped = Path(__file__).parent / f"checkpoints/{name}.pt"
     for path in [Path(where)] if where else [*newest, shipped]:
         path = path / "checkpoint.pt" if path.is_dir() else path
         try:
@@ -147,8 +148,7 @@ class HeldOut:
         self.observed = next(self.truth(config["context"], block=n))
 
     def truth(self, frames, speed=1.0, block=32):
-        times = (torch.arange(frames) * speed).long()
-        times = times[times < self.length]
+        times = torch.tensor([int(speed * t) for t in range(frames) if speed * t < self.length])
         for part in self.clips.split(block):
             yield self.data.read(part, times.expand(len(part), -1)).to(self.device)
 
@@ -217,8 +217,7 @@ def symetric(latent, true, orders=5):
 
 
 def gauss_newton(f, x, target, rounds, h, most, damping):
-    """x (n, ...) such that f(x) (n, ...) is close to target; slopes by central differences of step
-    h, steps of each number of at most `most`."""
+    """x (n, ...) whose f(x) is target; slopes by central differences of h, steps to `most`."""
     shape, x, target = x.shape[1:], x.flatten(1), target.flatten(1)
     flat = lambda x: f(x.view(-1, *shape)).flatten(1)
     one = torch.eye(x.shape[1]).to(x)
@@ -291,7 +290,7 @@ def measure_physics(model, clips, window, frames=300):
 
 
 @torch.no_grad()
-def measure_flow(model, points, n=10_000, samples=(1, 16, 256)):
+def measure_flow(model, points, n=10_000, samples=(16, 256)):
     """Means over test points: nats, of ELBO, log_prob and its gap to the entropy; microseconds."""
     x, generator = points.held_out[:n], torch.Generator().manual_seed(TEST_SEED + 5)
     result = {"points": len(x), "elbo": model.elbo(x, generator).mean().item()}
@@ -347,7 +346,7 @@ def table(config, result):
         if isinstance(value, float):
             words = LABELS.get(key) or re.sub(r"(\d+)_(\d+)", r"of frames \1-\2", key)
             value *= 1e4 if "mse" in key or key == "noise_floor" else 1
-            print(f"  {words.replace('_', ' '):<58}{value:>10.4g}")
+            print(f"  {words.replace('us_', 'microseconds_').replace('_', ' '):<58}{value:>10.4g}")
 
 
 def panel(title, picture):
@@ -391,11 +390,11 @@ def movies(
         films[f"speed_{speed:g}"] = f"{title}, speed {speed:g}", *both
     if reverse:
         end = (x[:, -1] for x in model.rollout(q, p, truth.shape[1] - 1))
-        films["reverse"] = f"{title}, from the last frame", truth.flip(1), roll(*end, -1)
+        films["reverse"] = f"{title}, backward from the last", truth.flip(1), roll(*end, -1)
     if samples:
         drawn = model.sample(samples, frames - 1, generator=torch.Generator().manual_seed(seed))
         films["samples"] = "samples from the prior", drawn
-    times = [t for t in (0, 15, 30, 45, 59) if t < truth.shape[1]]
+    times = [math.ceil(i * (truth.shape[1] - 1) / 4) for i in range(5)]
     still = torch.stack((truth[0, times], painted[0, times]))
     still = strip(f"{folder.name}: {title}, frames {', '.join(map(str, times))}", still, scale)
     wrote = [save_picture(folder / "rollout.png", still)]
@@ -430,8 +429,7 @@ def chart(title, level, box, marks=False):
 
 @torch.no_grad()
 def phase(model, clips, folder, frames=90, n=24):
-    """phase.png: p over q of the coordinate that moves most, and H over time, of n rollouts; of a
-    known system the true ones beside. Returns the file's name."""
+    """phase.png, its name: p over the q that moves most, H over time; of systems the true too."""
     q, p = model.rollout(*(x[:n] for x in model.infer(clips.observed)), frames - 1)
     H = torch.stack([*map(model.energy, q.unbind(1), p.unbind(1))], 1)
     states, panels = {"learnt": (q, p, H)}, []
@@ -444,8 +442,10 @@ def phase(model, clips, folder, frames=90, n=24):
         for what, axes in {"p over q": orbits, "H over time": {"frame": frame, "H": H}}.items():
             points = torch.stack((*axes.values(), H), 2).flatten(0, 1).double().cpu()
             x, y, energy = points[points.isfinite().all(1)].T.numpy()
-            count, high, wide = np.histogram2d(y, x, SIZE // 2)
-            total = np.histogram2d(y, x, SIZE // 2, weights=energy)[0]
+            more = max(0, 0.1 * abs(y).max() - np.ptp(y))  # what hardly changes shows as a line
+            ends = (y.min() - more, y.max() + more), (x.min(), x.max())
+            count, high, wide = np.histogram2d(y, x, SIZE // 2, ends)
+            total = np.histogram2d(y, x, SIZE // 2, ends, weights=energy)[0]
             level = np.kron(total / np.where(count, count, np.nan), np.ones((2, 2)))
             box = dict(zip(axes, (wide[[0, -1]], high[[0, -1]])))
             panels.append(chart(f"{name}: {what}, colour H", level, box))
@@ -474,7 +474,7 @@ def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
     p; of more dimensions the first two, the others at their mean; of one nothing. Returns names."""
     if model.dim < 2:
         return []
-    test, generator = points.held_out, torch.Generator().manual_seed(seed)
+    test, generator = points.rows[:n], torch.Generator().manual_seed(seed)
     half = 1.25 * (test - points.shift).abs().amax(0)
     box = dict(zip("xy", torch.stack((points.shift - half, points.shift + half), 1).tolist()))
     side = (2 * torch.arange(bins) + 1) / bins - 1
@@ -499,7 +499,7 @@ def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
         show = lambda what, marks: chart(f"H{i + 1}: {what}", V, box, marks)
         K = chart(f"H{i + 1}: K(p)", field(H.K(3 * plane)), {"p1": (-3, 3), "p2": (-3, 3)})
         rows.append([show("V(q), data's contour", edge), K, show("paths of q", dots(lines))])
-        movie += [show("q on V", dots(q)) for q in leg.unbind(1)]
+        movie += [show(f"q on V, step {k}", dots(q)) for k, q in enumerate(leg.unbind(1))]
     wrote = [save_picture(folder / "flow.gif", *movie, delays=150)] if movie else []
     picture = np.concatenate([np.concatenate(row, 1) for row in rows])
     return [save_picture(folder / "density.png", picture), *wrote]

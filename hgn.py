@@ -463,7 +463,7 @@ class HGN(nn.Module):
         if not 0 < dt < math.inf:
             raise ValueError(f"dt must be above 0, not {dt}: a negative dt goes to rollout")
         if periodic and arch == "paper" or not f_psi and arch == "compact":
-            raise ValueError("periodic is an option of arch compact, f_psi=False one of arch paper")
+            raise ValueError("periodic needs arch compact, f_psi=False (--no-f-psi) arch paper")
         self.context, self.dt, self.deterministic = context, dt, deterministic
         self.integrate = INTEGRATORS.get(integrator, ARCHITECTURES[arch])
         if arch == "paper":

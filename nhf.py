@@ -95,7 +95,7 @@ class Points:
         else:
             rows = torch.as_tensor(source, dtype=torch.float64)  # 1e7 + N(0, 1) needs as much
             if rows.dim() != 2 or len(rows) < 2 or not rows.isfinite().all():
-                raise ValueError(f"{name} must be (N, D), two or more, not {[*rows.shape]}, finite")
+                raise ValueError(f"{name} must be finite points (N, D), N > 1, not {[*rows.shape]}")
             rows = rows[torch.randperm(len(rows), generator=fixed(seed))]
             self.held_out, rows = rows.tensor_split([max(1, len(rows) // 10)])
         self.rows, self.dim, self.shift = rows, rows.shape[1], rows.mean(0)

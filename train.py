@@ -96,6 +96,8 @@ def settle(args):
     fill(model="nhf" if flow else "hgn")
     if flow != (args.model in FLOWS):
         raise ValueError(f"--model {args.model} is not for {'points' if flow else 'pictures'}")
+    if args.geco and (args.model != "hgn" or args.deterministic):
+        raise ValueError("--geco weighs the KL of --model hgn, not --deterministic")
     if args.bench and (args.model, args.arch, args.data) != ("hgn", "compact", None):
         raise ValueError("--bench chooses the model itself: give a --system, or none")
     if args.model == "hnn":  # the published networks, with another loss
@@ -147,9 +149,9 @@ def new_folder(args):
 
 
 class Batches:
-    """Batch number `step` of a run, the same whenever it is asked for. Of the compact model: frames
-    that the encoder sees (B, context, C, S, S), frames to score (B, targets, C, S, S), and their
-    times (B, targets) from its first. Of the paper's and HNN: frames in a row (B, row, C, S, S)."""
+    """Batch number `step`, the same whenever asked for. Compact: frames to encode (B, context, C,
+    S, S), to score (B, targets, C, S, S), and the times (B, targets) of these from its first.
+    Paper's and HNN's: frames in a row (B, row, C, S, S)."""
 
     def __init__(self, args, data, device):
         self.args, self.data, self.device, self.pool = args, data, device, None
@@ -226,8 +228,8 @@ def make_optimisers(model, lr, rates={}, muon=False):
 
 
 class Muon(torch.optim.Optimizer):
-    """Jordan et al. 2024: momentum made orthogonal. torch.optim.Muon's "match_rms_adamw", in
-    float32, as most CPUs are slow at bfloat16, and at a rate that is a tensor."""
+    """Jordan et al. 2024, as torch.optim.Muon's "match_rms_adamw", but in float32, as most CPUs are
+    slow at bfloat16, and at a rate that is a tensor."""
 
     @torch.no_grad()
     def step(self):
@@ -304,8 +306,7 @@ def compiled(function):
 
 
 def fit_prior(prior, mean, logvar, rounds=1500, seed=0, lr=5e-3):
-    """The learnt prior anew, at a run's end, to q(z|x) of many clips, (n, dim) twice: in batches of
-    hundreds it learns what sixteen states a step, which moved, leave blurred and folded."""
+    """The prior anew, at a run's end, to q(z|x) of many clips, (n, dim) twice, in large batches."""
     torch.manual_seed(seed)
     prior.load_state_dict(Couplings(mean.shape[1]).state_dict())
     optimisers, size = make_optimisers(prior, lr), min(512, rounds)
@@ -332,8 +333,7 @@ class Run:
         self.step = stepper(model, losses, self.optimisers, self.geco if args.geco else None)
         self.done, self.logged, self.began = 0, 0, time.time()
 
-    def points(self, step):
-        """A batch of a flow: points x (B, D) and the noise (samples, B, D) of their momenta."""
+    def points(self, step):  # x (B, D), and noise for their momenta (samples, B, D)
         generator = torch.Generator().manual_seed((self.args.seed << 20) + step)
         x = self.test.draw(self.args.batch_size, generator)
         return x, torch.randn(self.args.samples, *x.shape, generator=generator)
@@ -355,7 +355,6 @@ class Run:
         self.folder, pid, mine = folder, folder / "pid", str(os.getpid())
         if pid.exists() and pid.read_text() != mine and Path("/proc", pid.read_text()).exists():
             raise ValueError(f"process {pid.read_text()} trains {folder}: wait, or delete {pid}")
-        pid.write_text(mine)
         if not checkpoint:
             if not self.flow:
                 self.model.fit(self.batches.frames())
@@ -369,7 +368,7 @@ class Run:
             for mine, kept in zip((self.geco.beta, self.geco.mse), checkpoint["geco"]):
                 mine.fill_(kept)
         except Exception as error:  # torch checks little, and raises many kinds
-            raise ValueError(f"{folder} holds no run of this version: train again") from error
+            raise ValueError(f"{folder} holds no run that can go on: train anew") from error
         with open(folder / "metrics.jsonl", "a") as log:
             log.truncate(min(self.logged, log.tell()))
 
@@ -401,6 +400,7 @@ class Run:
     def loop(self):
         """Train to the last step or to a signal, heeded between two steps; a second one at once."""
         args, stopped, bad = self.args, [], 0
+        (self.folder / "pid").write_text(str(os.getpid()))
         heed = lambda number, _: stopped.append(number) or signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, heed)
         signal.signal(signal.SIGTERM, heed)
@@ -485,7 +485,7 @@ def main():
         run.loop()
         if not run.flow:
             movies(model.eval(), test, run.folder)
-        result = measure_flow(model, test, 2000, (1, 64)) if run.flow else measure(model, test)
+        result = measure_flow(model, test, 2000, (64,)) if run.flow else measure(model, test)
         run.log(**{k: v for k, v in result.items() if isinstance(v, float)})
         table(run.config, result)
         print(f"\n{time.time() - run.began:.0f} s. Then: python eval.py --checkpoint {run.folder}")
