@@ -268,7 +268,7 @@ def _reading(path):
             raise ValueError("it is no regular file" if path.exists() else "there is no such file")
         yield
     except Exception as error:
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = " ".join(str(error).split()).split(" If you trust")[0] or type(error).__name__
         raise ValueError(f"{path} cannot be read: {why}") from error
 
 
