@@ -439,13 +439,14 @@ def bench(args, device):
 
     def row(what, n, call):
         timer = Timer("call()", globals={"call": call}, num_threads=threads)
-        cuda and torch.cuda.reset_peak_memory_stats()  # a CPU counts none
+        if cuda:  # a CPU counts no memory
+            torch.cuda.reset_peak_memory_stats()
         begin = time.time()
         call()
         first = time.time() - begin  # compiles
         s, peak = timer.blocked_autorange(min_run_time=2).median, torch.cuda.max_memory_allocated()
         rows.append({"what": what, "first_s": first, "s": s, "per_s": n / s, "peak_bytes": peak})
-        print(f"{what:<42}{1e3 * s:9.4g} ms{n / s:10.4g}/s, first {first:.3g} s, {peak:.3g} bytes")
+        print(f"{what:<42}{1e3 * s:9.4g} ms{n / s:10.4g}/s, first {first:.3g} s, {peak >> 20} MB")
         write(path, json.dumps(report, indent=1).encode())
 
     a, many = torch.randn(4096, 4096, device=device), 8192 if cuda else 1024
@@ -479,9 +480,8 @@ def main():
         model = (model or build(args, test)).to(device).train()
         run = Run(args, model, test, device)
         run.start(folder or new_folder(args), checkpoint)
-        print(
-            f"{run.folder}: step {run.done} of {args.steps}" + ", q: angles" * bool(args.periodic)
-        )
+        angles = ", q are angles" * bool(args.periodic)  # of recordings, as `build` chose
+        print(f"{run.folder}: step {run.done} of {args.steps}{angles}")
         run.loop()
         if not run.flow:
             movies(model.eval(), test, run.folder)
