@@ -68,16 +68,15 @@ class Hamiltonian(nn.Module):
 
     rounds = 8  # fixed-point iterations of `leapfrog`; each gains a factor of order h; 0: separable
 
-    def at(self, q):  # what both below need to know of q, computed once a step: some tensors
+    def grad(self, q, p):  # dH/dq, dH/dp
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # 2.11 gives 0
             raise RuntimeError("autograd's forces need torch.no_grad(), not torch.inference_mode()")
-        return (q,)
+        return torch.func.grad(lambda q, p: self(q, p).sum(), (0, 1))(q, p)
 
-    def kick(self, here, p):  # dH/dq at the q of here = at(q), of q's shape
-        return torch.func.grad(lambda q: self(q, p).sum())(*here)
-
-    def drift(self, here, p):  # dH/dp there, of p's shape
-        return torch.func.grad(lambda p: self(*here, p).sum())(p)
+    # What leapfrog asks for: whatever both forces need of q, computed once a step; dH/dq; dH/dp.
+    at = lambda self, q: (q,)
+    kick = lambda self, here, p: self.grad(*here, p)[0]
+    drift = lambda self, here, p: self.grad(*here, p)[1]
 
 
 class Energy(nn.Module):  # V(q): |x L|^2 / 2, so q oscillates from the start, + a bounded MLP
@@ -112,7 +111,13 @@ def chain(*sizes, layer=nn.Linear, activation=nn.ReLU, flat=False, **options):
     return nn.Sequential(*layers[:-1])
 
 
-conv = partial(nn.Conv2d, kernel_size=3, padding=1)
+def conv(inputs, outputs, kernel_size=3, **options):  # keeps the size; initialised as by He et al.
+    layer = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, **options)
+    nn.init.kaiming_normal_(layer.weight)  # by torch's, HGN paints the mean for over 1,000 steps
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 convs = partial(chain, layer=conv, activation=nn.LeakyReLU)
 mlp = partial(chain, activation=nn.SiLU, flat=True)  # beside a linear layer: what it learns to bend
 
@@ -146,12 +151,6 @@ class Couplings(nn.Module):  # learnt, of z (B, dim): N(0, I) through those of D
 
 
 # ------------------------------------------------------------------ the paper's networks (appendix)
-def he(layer):  # initialisation; with torch's own, HGN paints the mean image for over 1,000 steps
-    if isinstance(layer, nn.Conv2d):
-        nn.init.kaiming_normal_(layer.weight)
-        nn.init.zeros_(layer.bias)
-
-
 class PaperEncoder(nn.Module):
     """Frames, less their median, stacked along channels -> eight convolutions -> q(z|x), 48 maps;
     with the `tail` of the ablation, f_psi's layers, the state itself."""
@@ -162,7 +161,6 @@ class PaperEncoder(nn.Module):
         self.draws = 0 if tail else 16  # of z, for `infer`: f_psi errs at a z without noise
         self.still = nn.Buffer(torch.zeros(channels, size, size))
         self.convs = nn.Sequential(*convs(channels * context, 32, *(64,) * 6, 96), *tail)
-        self.apply(he)
         last = self.convs[-1]  # at first the variance is exp(-8): with that of the prior the
         last.weight.data.chunk(2)[1].mul_(0.01)  # decoder would see nothing but noise
         last.bias.data.chunk(2)[1].fill_(-8)
@@ -186,7 +184,8 @@ class PaperHamiltonian(Hamiltonian):
 
     def __init__(self, maps, side, width=64):
         super().__init__()
-        self.convs = convs(2 * maps, *(width,) * 5, 1, activation=nn.Softplus)
+        plain = partial(nn.Conv2d, kernel_size=3, padding=1)  # as torch starts it, forces are small
+        self.convs = convs(2 * maps, *[width] * 5, 1, layer=plain, activation=nn.Softplus)
         self.shape = (2 * maps, side, side)
 
     def forward(self, q, p):  # (B, dim) twice -> (B,)
@@ -202,16 +201,12 @@ class PaperHamiltonian(Hamiltonian):
             g = F.conv_transpose2d(g * slope, layer.weight, padding=1)
         return g.flatten(1).chunk(2, 1)
 
-    at = lambda self, q: (q,)
-    kick = lambda self, here, p: self.grad(*here, p)[0]
-    drift = lambda self, here, p: self.grad(*here, p)[1]
-
 
 class ResidualUp(nn.Module):  # nearest x2 upsampling, then two 3x3 convolutions with a skip
     def __init__(self, channels, width):
         super().__init__()
         self.first, self.second = conv(channels, width), conv(width, width)
-        self.skip = nn.Conv2d(channels, width, 1) if channels != width else nn.Identity()
+        self.skip = conv(channels, width, 1) if channels != width else nn.Identity()
 
     def forward(self, x):
         x = F.interpolate(x, scale_factor=2)
@@ -225,7 +220,6 @@ class PaperDecoder(nn.Sequential):
         blocks = (ResidualUp(n, 64) for n in (maps, 64, 64))
         low = nn.Unflatten(1, (maps, size // 8, size // 8))
         super().__init__(low, *blocks, conv(64, channels), nn.Sigmoid())
-        self.apply(he)
         self[-2].weight.data.mul_(0.1)  # at first, paint one colour
 
     def fit(self, frames):
@@ -234,7 +228,7 @@ class PaperDecoder(nn.Sequential):
 
 # ------------------------------------------------------------------ the compact networks
 FAR = 50.0  # forces count q and p as no farther: no mechanics there, but all stays finite
-SPREAD = 3  # features are divided by it: a step of Adam's, on hundreds of them, stays small
+JITTER = 0.02  # of coordinates that are painted: what lies between the frames seen is smooth
 FRAME = 0.125  # time from frame to frame inside: what is learnt does not depend on the unit of dt
 
 
@@ -275,22 +269,16 @@ def goes_round(frames):
 
 
 class CompactEncoder(nn.Module):
-    """Every frame by itself -> its q (`read`), a linear map plus an MLP of features: the mass,
-    centre and inertia of what each learnt filter sees, and strided convolutions. A few in a row ->
-    q(z|x), z = (q, dq/dt) at the middle one: a polynomial through the frames' q, plus an MLP."""
+    """Every frame by itself -> its q (`read`), a linear map plus an MLP of the mass, centre and
+    inertia of what each learnt filter sees. A few in a row -> q(z|x), z = (q, dq/dt) at the middle
+    one: a polynomial through the frames' q, plus an MLP."""
 
-    def __init__(self, size, channels, context, space, filters=24):
+    def __init__(self, size, channels, context, space, filters=48, hidden=24):
         super().__init__()
         self.lead, self.draws, self.space, self.side = context // 2, 0, space, min(size, 32)
-        first, last = conv(channels, filters), nn.Conv2d(filters, filters, 1)
-        self.filters = nn.Sequential(first, nn.SiLU(), last)
-        self.shapes = convs(channels, 16, 32, 32, stride=2, activation=nn.SiLU)
-        self.apply(he)
-        blur = torch.tensor([0.25, 0.5, 0.25])  # centres of blurred things move more smoothly
-        first.weight.data = 1.5 * torch.randn(filters, channels, 1, 1) * blur[:, None] * blur
-        features, seen, dim = 6 * filters + 32 * (self.side // 8) ** 2, space.seen, space.dim
+        self.filters = nn.Sequential(conv(channels, hidden), nn.SiLU(), conv(hidden, filters, 1))
+        features, seen, dim = 6 * filters, space.seen, space.dim
         self.linear, self.bent = nn.Linear(features, seen), mlp(features, 128, 128, seen)
-        self.bent[0].weight.data.mul_(SPREAD)
         self.mean, self.scale = nn.Buffer(torch.zeros(features)), nn.Buffer(torch.ones(features))
         self.still = nn.Buffer(torch.zeros(channels, size, size))
         self.blank = nn.Buffer(torch.ones(()))  # mean squared error of the mean picture
@@ -308,8 +296,7 @@ class CompactEncoder(nn.Module):
         seen = self.filters(frames).square().movedim(1, 3).flatten(1, 2)  # (n, H W, filters)
         mass, *moments = (powers @ seen).unbind(1)
         x, y, xx, xy, yy = (moment / (mass + 0.01) for moment in moments)
-        moments = (mass + 1).log(), x, y, xx - x * x, xy - x * y, yy - y * y
-        return torch.cat((*moments, F.silu(self.shapes(frames)).flatten(1)), 1)
+        return torch.cat(((mass + 1).log(), x, y, xx - x * x, xy - x * y, yy - y * y), 1)
 
     def fit(self, frames):
         """The still picture, scales of features, and q, by ridge regression of a `geodesic` one."""
@@ -318,7 +305,7 @@ class CompactEncoder(nn.Module):
         self.blank.copy_(frames.var(0, correction=0).mean() + 1e-12)
         y = torch.cat([self.features(part) for part in frames.split(256)])
         self.mean.copy_(y.mean(0))
-        self.scale.copy_(SPREAD * y.std(0, correction=0) + 1e-2)
+        self.scale.copy_(y.std(0, correction=0) + 1e-2)
         q = geodesic(y := (self.features(few) - self.mean) / self.scale, self.space.seen)
         if self.space.angles and goes_round(few):  # one goes round the hole, the others start still
             q = F.pad(2 * torch.atan2(q[:, 1:2], q[:, :1]), (0, self.space.dim - 1))
@@ -381,31 +368,25 @@ class CompactHamiltonian(Hamiltonian):
 
 
 class CompactDecoder(nn.Module):
-    """A still picture, moved and lit as q says, plus what 1x1 convolutions make, pixel by pixel, of
-    q and of Gaussians exp(h - dy^2 / 2 - (dx + b dy)^2 / 2), dx = a (x - at_x), dy = c (y - at_y),
-    of which at_x, at_y, log a, log c, b and h are a linear map of q plus an MLP."""
+    """A picture that a small MLP of q paints, at first the still one, plus what 1x1 convolutions
+    make, pixel by pixel, of Gaussians exp(h - dy^2 / 2 - (dx + b dy)^2 / 2), dx = a (x - at_x),
+    dy = c (y - at_y), of which at_x, at_y, log a, log c, b, h are a linear map of q plus an MLP."""
 
     def __init__(self, size, channels, space, blobs=20, width=24):
         super().__init__()
-        self.size, self.space, seen = size, space, space.seen
+        self.shape, self.space, seen = (channels, size, size), space, space.seen
         self.finest = 3 + math.log(size / 32)  # 0.8 pixels
-        self.still = nn.Parameter(torch.full((channels, size, size), 0.5))
+        self.whole = mlp(seen, 16, channels * size * size)
         self.linear, self.bent = nn.Linear(seen, 6 * blobs), mlp(seen, 128, 128, 6 * blobs)
         nn.init.normal_(self.linear.weight, std=0.3)
         self.linear.weight.data[2 * blobs :] *= 0.1
         narrow = -torch.linspace(math.log(0.1), math.log(0.6), blobs).repeat(2)
         self.linear.bias.data = torch.cat((0.3 * torch.randn(2 * blobs), narrow, 0 * narrow))
-        self.camera = mlp(seen, 64, 2 + channels)  # at first, the still picture stays as it is
-        self.colour = nn.Linear(seen, 2 * width)
-        self.first = nn.Conv2d(blobs, width, 1, bias=False)
-        self.second, self.last = nn.Conv2d(width, width, 1), nn.Conv2d(width, channels, 1)
-        nn.init.kaiming_normal_(self.first.weight)
-        self.second.apply(he)
-        self.last.weight.data.mul_(0.1)  # at first, paint the still picture
-        nn.init.zeros_(self.last.bias)
+        self.paint = convs(blobs, width, width, channels, kernel_size=1)
+        self.paint[-1].weight.data.mul_(0.1)  # at first, hardly anything
 
     def fit(self, frames):
-        self.still.copy_(frames.median(0).values)
+        self.whole[-1].bias.copy_(frames.median(0).values.flatten())
 
     def blobs(self, q, x, y):  # (n, latent), (w,), (h,) -> (n, blobs, h, w), channels_last
         shapes = (self.linear(q) + self.bent(q)).unflatten(1, (6, -1))
@@ -417,17 +398,10 @@ class CompactDecoder(nn.Module):
         return (h.unsqueeze(2) - 0.5 * turned.square()).exp().movedim(3, 1)
 
     def forward(self, q, rows=slice(None), columns=slice(None)):  # (n, latent) -> (n, C, h, w)
-        q, side = self.space.see(q), torch.linspace(-1, 1, self.size, device=q.device).to(q)
+        q, side = self.space.see(q), torch.linspace(-1, 1, self.shape[1], device=q.device).to(q)
         x, y = side[columns], side[rows]
-        shift, gain = self.colour(q)[:, :, None, None].chunk(2, 1)
-        paint = F.leaky_relu(self.first(self.blobs(q, x, y)) + shift, 0.1)
-        paint = self.last(F.leaky_relu(self.second(paint), 0.1) * (1 + gain))
-        move, light = self.camera(q).split((2, len(self.still)), 1)
-        move = move.clamp(-2, 2).nan_to_num()  # grid_sample reads any memory where a place is nan
-        at = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2) + move[:, None, None]
-        still = self.still.expand(len(q), -1, -1, -1)
-        still = F.grid_sample(still, at, padding_mode="border", align_corners=True)
-        return still * (1 + light[:, :, None, None]) + paint
+        whole = self.whole(q).unflatten(1, self.shape)[:, :, rows][..., columns]
+        return whole + self.paint(self.blobs(q, x, y))
 
 
 # ------------------------------------------------------------------ HGN (section 3)
@@ -470,7 +444,7 @@ class HGN(nn.Module):
             maps, low = latent or 16, size // 8
             tail = () if f_psi else (nn.LeakyReLU(), *convs(96, 64, 64, 4 * maps, stride=2))
             self.encoder = PaperEncoder(size, channels, context, tail)
-            self.f_psi = PaperPsi(*convs(48, 64, 64, 2 * maps, stride=2) if f_psi else ()).apply(he)
+            self.f_psi = PaperPsi(*convs(48, 64, 64, 2 * maps, stride=2) if f_psi else ())
             self.H, self.decoder = PaperHamiltonian(maps, low), PaperDecoder(size, channels, maps)
             self.prior = StandardNormal()
             self.z_shape = (48, size, size) if f_psi else (2 * maps, low, low)
@@ -599,18 +573,16 @@ class GECO:
 
 
 # ------------------------------------------------------------------ the compact model's recipe
-def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None, jitter=0.02):
+def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None):
     """The compact model's loss, in units of E, a blank prediction's error:
 
         r(mse / E, 0.1) + beta KL / (C size size E)     the ELBO; r(x, c) = c log(1 + x / c)
-        + chart mse / E                                 of frames painted from their own `read`
+        + chart mse / E                                 of frames painted from `read` + JITTER noise
         + r(|q - read|^2 / var read, 0.01)              the rollout stays near the chart
-        + price                                         0.001 a nat that coordinates carry
 
-    r counts errors above c by their logarithm. The price grows as the chart gets good: what is not
-    needed falls still. context: (B, context, C, size, size). targets: (B, n, C, size, size), at
-    integer times (B, n) from the first frame of context, up to the number `reach`. jitter: of the q
-    painted, so that no finer detail carries anything. Returns: sum, mse of pixels scored, kl."""
+    r counts errors above c by their logarithm. context: (B, context, C, size, size). targets: (B,
+    n, C, size, size), at integer times (B, n) from the first frame of context, up to the number
+    `reach`. Returns: sum, mse of pixels scored, kl."""
     space, blank, size = model.encoder.space, model.encoder.blank, model.valid(targets).shape[-1]
     stride = 1 if size < 32 else 2 if size < 64 else 4
 
@@ -625,11 +597,10 @@ def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None, j
     q = model.rollout(*model.state(z), reach)[0].take_along_dim(times[..., None], 1)  # (B, n, dim)
     far = error(q)
     e = model.encoder.read(targets[:, : 1 + targets.shape[1] // 8])  # more teaches little more
-    chart = error(e + jitter * torch.randn_like(e)).mean()
-    spread = e.flatten(0, 1).var(0, correction=0)
-    price = 0.001 * 0.5 * torch.log1p(spread / jitter**2).sum() * (1 - chart.detach()).clamp(min=0)
+    chart = error(e + JITTER * torch.randn_like(e)).mean()
     off = space.read(space.see(q[:, : e.shape[1]] - e)).square().mean(2)
+    off = off / (e.detach().flatten(0, 1).var(0, correction=0).mean() + 1e-12)
     robust = lambda x, tolerance: tolerance * torch.log1p(x / tolerance).mean()
-    off = robust(off / (spread.detach().mean() + 1e-12), 0.01)
     kl_weight = beta / context[0, 0].numel() / blank
-    return robust(far, 0.1) + chart + price + off + kl_weight * kl, far.mean() * blank, kl
+    loss = robust(far, 0.1) + kl_weight * kl + chart + robust(off, 0.01)
+    return loss, far.mean() * blank, kl
