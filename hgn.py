@@ -111,7 +111,7 @@ def chain(*sizes, layer=nn.Linear, activation=nn.ReLU, flat=False, **options):
     return nn.Sequential(*layers[:-1])
 
 
-def conv(inputs, outputs, kernel_size=3, **options):  # keeps the size; initialised as by He et al.
+def conv(inputs, outputs, kernel_size=3, **options):  # padded; initialised as by He et al.
     layer = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, **options)
     nn.init.kaiming_normal_(layer.weight)  # by torch's, HGN paints the mean for over 1,000 steps
     nn.init.zeros_(layer.bias)
@@ -119,7 +119,7 @@ def conv(inputs, outputs, kernel_size=3, **options):  # keeps the size; initiali
 
 
 convs = partial(chain, layer=conv, activation=nn.LeakyReLU)
-mlp = partial(chain, activation=nn.SiLU, flat=True)  # beside a linear layer: what it learns to bend
+mlp = partial(chain, activation=nn.SiLU, flat=True)  # zero at first: bends what is linear
 
 
 class StandardNormal(nn.Identity):  # the paper's prior, N(0, I), of z (B, ...): noise is a z

@@ -34,7 +34,7 @@ HERE = "device", "compile", "resume", "name", "bench"  # of the command alone, n
 FREE = "steps", "window", "save_every"  # what --resume may change
 GROWTH = 0.5  # part of a compact run over which the times that are scored grow to the whole window
 SEEN = 163840  # frames of the clips whose states the prior is fitted to at the end
-RATES = {"decoder.whole": 0.3, "decoder": 3.0, "encoder.filters": 0.1}  # times --lr, if compact
+RATES = {"decoder.whole": 0.3, "decoder": 3.0, "encoder.filters": 0.1}  # times --lr: first to fit
 
 
 def parse(**defaults):
