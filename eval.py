@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import physics
-from hgn import HGN
+from hgn import FRAME, HGN
 from nhf import DENSITIES, NHF, TEST_SEED, Points, RealNVP
 from physics import BACKGROUND, SYSTEMS, Recordings, read_points, render, simulate
 
@@ -191,7 +191,7 @@ def measure(model, clips, frames=90, steps=90):
         result["energy_std_ratio"] = (H.std(1).median() / H[:, 0].std()).item()
     result["energy_variance"] = H.var(1).mean().item()
     if getattr(model, "gamma", None) is not None:
-        result["friction"] = model.gamma.item()
+        result["friction"] = model.gamma.item() * FRAME / model.dt
     return result
 
 
@@ -323,7 +323,6 @@ def wells(model, centres, n=161, reach=2.5):
 LABELS = {
     "blank_mse": "mse of a blank prediction, the mean picture",
     "energy_std_ratio": "std of H along a rollout / across clips (0: conserved)",
-    "energy_variance": "variance of H along a rollout",
     "vpt": "VPT: share of frames past the window that are predicted",
     "strict_vpt_forward": "first frame with a tenth of blank's error, median",
     "strict_vpt_backward": "the same, backward in time",
@@ -452,21 +451,6 @@ def phase(model, clips, folder, frames=90, n=24):
     return save_picture(folder / "phase.png", np.concatenate(panels, 1))
 
 
-def gather(out, *folders):
-    """out.json: errors of runs that `eval.py` has looked at, over that of a blank prediction.
-    out.png: their rollout.png, of one size, three a row without gaps."""
-    runs, pictures = {}, [np.asarray(Image.open(Path(x) / "rollout.png")) for x in folders]
-    for folder in map(Path, folders):
-        report = json.loads((folder / "metrics.json").read_text())
-        metrics, blank = report["metrics"], report["metrics"]["blank_mse"]
-        over = {f"{k}_over_blank": v / blank for k, v in metrics.items() if k[4:5].isdigit()}
-        runs[folder.name] = over | {"blank_mse": blank, **report["training"]}
-    rows = [np.concatenate(pictures[i : i + 3], 1) for i in range(0, len(pictures), 3)]
-    save_picture(Path(f"{out}.png"), np.concatenate(rows))
-    report = {**provenance(), "command": f"eval.gather{(out, *folders)}", "runs": runs}
-    write(Path(f"{out}.json"), json.dumps(report, indent=1).encode())
-
-
 @torch.no_grad()
 def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
     """density.png: target, learnt density, samples; of each Hamiltonian V(q) with the data's
@@ -483,8 +467,7 @@ def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
     count = lambda x, k=bins: np.histogram2d(*x.T[[1, 0]], k, (box["y"], box["x"]))[0] ** 0.5
     dots = lambda x: count(x, SIZE) > 0
     learnt = field(model.log_prob(at, 32, generator).div(2).exp())
-    drawn = model.sample(n, generator)
-    shown = {"target": count(test), "learnt density": learnt, "samples": count(drawn)}
+    shown = {"target": count(test), "learnt": learnt, "samples": count(model.sample(n, generator))}
     note = f", x1, x2 of {model.dim}" * (model.dim > 2) + ", its square root"
     rows, movie = [[chart(title + note, x, box) for title, x in shown.items()]], []
     dense = F.avg_pool2d(torch.from_numpy(count(test, SIZE))[None], 21, 1, 10)[0].numpy()

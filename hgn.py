@@ -39,12 +39,11 @@ def euler_step(H, q, p, here, h, rounds):
 
 
 def leapfrog(H, q, p, dt, steps, substeps=1, gamma=None, step=leapfrog_step, rounds=None):
-    """Roll (q, p), (B, ...), out under dq/dt = dH/dp, dp/dt = -dH/dq by leapfrog, in its form for
-    every H: order 2, symplectic and reversible (Hairer, Lubich & Wanner, Geometric Numerical
-    Integration, VI.3) as far as `rounds` iterations (default: H.rounds) solve its implicit lines.
-    dt: time between the states returned, negative runs backward, in `substeps` steps of length h.
-    gamma: friction, a tensor, p -> exp(-gamma h / 2) p before and after every step. Returns: q, p,
-    (B, steps + 1, ...), the start included."""
+    """Roll (q, p), (B, ...), out under dq/dt = dH/dp, dp/dt = -dH/dq by leapfrog for any H: order
+    2, symplectic and reversible (Hairer, Lubich & Wanner, Geometric Numerical Integration, VI.3) as
+    far as `rounds` iterations (default: H.rounds) solve its implicit lines. dt: from state to state
+    in `substeps` steps of length h; negative runs backward. gamma: of friction, a tensor, p ->
+    exp(-gamma h / 2) p before and after a step. Returns: q, p, (B, steps + 1, ...), from now on."""
     q, p, h = q.clone(), p.clone(), dt / substeps  # a compiled step refuses views of one tensor
     here, path = H.at(q), [(q, p)]
     decay = 1.0 if gamma is None else torch.exp(-gamma * h / 2)
@@ -158,7 +157,6 @@ class PaperEncoder(nn.Module):
     def __init__(self, size, channels, context, tail=()):
         super().__init__()
         self.lead = 0  # the frame whose state z stands for
-        self.draws = 0 if tail else 16  # of z, for `infer`: f_psi errs at a z without noise
         self.still = nn.Buffer(torch.zeros(channels, size, size))
         self.convs = nn.Sequential(*convs(channels * context, 32, *(64,) * 6, 96), *tail)
         last = self.convs[-1]  # at first the variance is exp(-8): with that of the prior the
@@ -172,7 +170,7 @@ class PaperEncoder(nn.Module):
         return self.convs(4 * (frames - self.still).flatten(1, 2)).chunk(2, 1)
 
 
-class PaperPsi(nn.Sequential):
+class Psi(nn.Sequential):
     """f_psi: z -> q and p, maps of an eighth of the size, as vectors; ablated, z is both."""
 
     def forward(self, z):  # (B, 48 maps, or those of q and p, H, W) -> (B, dim) twice
@@ -190,16 +188,6 @@ class PaperHamiltonian(Hamiltonian):
 
     def forward(self, q, p):  # (B, dim) twice -> (B,)
         return self.convs(torch.cat((q, p), 1).unflatten(1, self.shape)).sum((1, 2, 3))
-
-    def grad(self, q, p):  # dH/dq, dH/dp, back through the layers: autograd's costs more
-        x, slopes = torch.cat((q, p), 1).unflatten(1, self.shape), []
-        for layer in self.convs[:-1:2]:
-            a = layer(x)
-            x, slopes = F.softplus(a), [torch.sigmoid(a), *slopes]
-        g = F.conv_transpose2d(torch.ones_like(x[:, :1]), self.convs[-1].weight, padding=1)
-        for layer, slope in zip(self.convs[-3::-2], slopes):
-            g = F.conv_transpose2d(g * slope, layer.weight, padding=1)
-        return g.flatten(1).chunk(2, 1)
 
 
 class ResidualUp(nn.Module):  # nearest x2 upsampling, then two 3x3 convolutions with a skip
@@ -228,63 +216,41 @@ class PaperDecoder(nn.Sequential):
 
 # ------------------------------------------------------------------ the compact networks
 FAR = 50.0  # forces count q and p as no farther: no mechanics there, but all stays finite
-JITTER = 0.02  # of coordinates that are painted: what lies between the frames seen is smooth
 FRAME = 0.125  # time from frame to frame inside: what is learnt does not depend on the unit of dt
 
 
-class Space:  # of q (..., dim): numbers, or angles, which networks see as sines and cosines
+class Space:  # of q (..., dim): angles, which networks see as sines and cosines, then numbers
     def __init__(self, dim, angles):
-        self.dim, self.angles, self.seen = dim, angles, 2 * dim if angles else dim
+        self.dim, self.seen, self.parts = dim, dim + angles, (angles, angles, dim - angles)
 
     def see(self, q):  # -> x (..., seen)
-        return torch.cat((q.sin(), q.cos()), -1) if self.angles else q.clamp(-FAR, FAR)
+        angles, numbers = q.split(self.parts[1:], -1)
+        return torch.cat((angles.sin(), angles.cos(), numbers.clamp(-FAR, FAR)), -1)
 
     def read(self, x):  # the way back
-        return torch.atan2(*x.chunk(2, -1)) if self.angles else x.clamp(-FAR, FAR)
+        sin, cos, numbers = x.split(self.parts, -1)
+        return torch.cat((torch.atan2(sin, cos), numbers.clamp(-FAR, FAR)), -1)
 
-    def pull(self, g, x):  # a gradient with respect to x = see(q) -> to q, g_sin cos - g_cos sin
-        return torch.sub(*(g * x.roll(self.dim, -1)).chunk(2, -1)) if self.angles else g
-
-
-def geodesic(y, dim, near=8):
-    """Coordinates (n, dim), the first of unit variance, whose distances are those of y (n, k) along
-    the surface they lie on (Tenenbaum et al. 2000, "Isomap"): a curve comes out straight."""
-    d = torch.cdist(y, y)
-    reach = d.kthvalue(min(near + 1, len(d)), 1).values
-    d = torch.where(d <= torch.maximum(reach, reach[:, None]), d, 10 * d)  # no part is out of reach
-    for _ in range(math.ceil(math.log2(len(d)))):  # shortest paths of 2, 4, 8, ... legs
-        d = torch.stack([(row + d).amin(1) for row in d])
-    d = d.square()
-    d = d - d.mean(0) - d.mean(1, keepdim=True) + d.mean()
-    value, axes = torch.linalg.eigh(-0.5 * d.double())
-    q = axes * (value.clamp(min=0) / value[-1].clamp(min=1e-12) * len(d)).sqrt()
-    return F.pad(q.flip(1)[:, :dim], (0, max(0, dim - len(d)))).to(y)
-
-
-def goes_round(frames):
-    """Do frames (n, C, H, W) show what turns round? Then two geodesic coordinates leave a hole."""
-    y = geodesic(frames[:600].flatten(1).unique(dim=0), 2)
-    r = F.normalize(y, dim=0).norm(dim=1)  # 2 % quantile over mean: 0.72 to 0.96, else to 0.65
-    return len(y) > 20 and bool(r.quantile(0.02) > 0.7 * r.mean())
+    def pull(self, g, x):  # a gradient with respect to x = see(q) -> to q
+        (sin, cos, _), (g_sin, g_cos, g) = (t.split(self.parts, -1) for t in (x, g))
+        return torch.cat((g_sin * cos - g_cos * sin, g), -1)
 
 
 class CompactEncoder(nn.Module):
     """Every frame by itself -> its q (`read`), a linear map plus an MLP of the mass, centre and
-    inertia of what each learnt filter sees. A few in a row -> q(z|x), z = (q, dq/dt) at the middle
-    one: a polynomial through the frames' q, plus an MLP."""
+    inertia of what each learnt filter sees. A few in a row -> q(z|x), z = (q, p) at the middle one:
+    value and slope of a polynomial through the frames' q, plus an MLP."""
 
     def __init__(self, size, channels, context, space, filters=48, hidden=24):
         super().__init__()
-        self.lead, self.draws, self.space, self.side = context // 2, 0, space, min(size, 32)
+        self.lead, self.space, self.side = context // 2, space, min(size, 32)
         self.filters = nn.Sequential(conv(channels, hidden), nn.SiLU(), conv(hidden, filters, 1))
         features, seen, dim = 6 * filters, space.seen, space.dim
         self.linear, self.bent = nn.Linear(features, seen), mlp(features, 128, 128, seen)
-        self.mean, self.scale = nn.Buffer(torch.zeros(features)), nn.Buffer(torch.ones(features))
+        self.mean, self.var = nn.Buffer(torch.zeros(features)), nn.Buffer(torch.ones(features))
         self.still = nn.Buffer(torch.zeros(channels, size, size))
-        self.blank = nn.Buffer(torch.ones(()))  # mean squared error of the mean picture
-        time = torch.arange(-self.lead, context - self.lead).double().unsqueeze(1) / context
-        poly = torch.linalg.pinv(time ** torch.arange(min(context, 7)))[:2].float()
-        self.poly = nn.Buffer(poly / torch.tensor([[1.0], [FRAME * context]]))  # -> value; slope
+        time = FRAME * torch.arange(-self.lead, context - self.lead).double().unsqueeze(1)
+        self.poly = nn.Buffer(torch.linalg.pinv(time ** torch.arange(min(context, 7)))[:2].float())
         self.correct = mlp(context * seen + 2 * dim, 128, 128, 2 * dim)
         self.logvar = nn.Parameter(torch.full((2 * dim,), -1.2))
 
@@ -299,30 +265,18 @@ class CompactEncoder(nn.Module):
         return torch.cat(((mass + 1).log(), x, y, xx - x * x, xy - x * y, yy - y * y), 1)
 
     def fit(self, frames):
-        """The still picture, scales of features, and q, by ridge regression of a `geodesic` one."""
-        few = frames[:600].flatten(1).unique(dim=0).view(-1, *frames.shape[1:])  # each once
         self.still.copy_(frames.median(0).values)
-        self.blank.copy_(frames.var(0, correction=0).mean() + 1e-12)
-        y = torch.cat([self.features(part) for part in frames.split(256)])
-        self.mean.copy_(y.mean(0))
-        self.scale.copy_(y.std(0, correction=0) + 1e-2)
-        q = geodesic(y := (self.features(few) - self.mean) / self.scale, self.space.seen)
-        if self.space.angles and goes_round(few):  # one goes round the hole, the others start still
-            q = F.pad(2 * torch.atan2(q[:, 1:2], q[:, :1]), (0, self.space.dim - 1))
-        q = self.space.see(q[:, : self.space.dim] / (2 if self.space.angles else 1))  # within pi
-        self.linear.bias.copy_(q.mean(0))
-        A = y.T @ y / len(y) + 1e-2 * torch.eye(y.shape[1]).to(y)
-        self.linear.weight.copy_(torch.linalg.solve(A, y.T @ (q - q.mean(0)) / len(y)).T)
+        F.batch_norm(self.features(frames), self.mean, self.var, training=True, momentum=1.0)
 
     def read(self, frames):  # (B, n, C, H, W) -> (B, n, latent), of each frame by itself
-        y = (self.features(frames.flatten(0, 1)) - self.mean) / self.scale
+        y = F.batch_norm(self.features(frames.flatten(0, 1)), self.mean, self.var, eps=1e-4)
         return self.space.read(self.linear(y) + self.bent(y)).unflatten(0, frames.shape[:2])
 
     def forward(self, frames):  # (B, context, C, H, W) -> (B, 2 latent) twice
         e = self.read(frames)
         step = self.space.read(self.space.see(e.diff(dim=1)))  # of angles the short way round
         moved = F.pad(step.cumsum(1), (0, 0, 1, 0))  # since the first
-        place, velocity = (self.poly @ moved).unbind(1)
+        place, velocity = (self.poly @ moved).unbind(1)  # at the middle one
         velocity = velocity.clamp(-10, 10)  # 1.25 a frame: a bad chart sends no q far away
         seen = torch.cat((self.space.see(e).flatten(1), moved[:, -1], velocity), 1)
         z = torch.cat((e[:, 0] + place, velocity), 1) + self.correct(seen)
@@ -331,16 +285,15 @@ class CompactEncoder(nn.Module):
 
 class CompactHamiltonian(Hamiltonian):
     """H(q, p) = p^T M(q)^-1 p / 2 + V(q), the form of every natural mechanical system in all
-    coordinates: for Q = f(q) of Jacobian J, M' = J^-T M J^-1, so q may bend. M^-1 = W diag(s) W^T +
-    0.3 I, s = 2 sigmoid(b(q) S), b the hidden units of V; S starts at zero, M constant."""
+    coordinates: for Q = f(q) of Jacobian J, M' = J^-T M J^-1, so q may bend. M^-1 = 0.3 I (so that
+    energy bounds p) + W diag(s) W^T, s = 2 sigmoid(b(q) S), b the hidden units of V; I at first."""
 
-    least = 0.3  # no eigenvalue of M^-1 is below it, so that energy bounds p
     rounds = property(lambda self: 2 if self.training else 6)  # while it learns, cheap
 
     def __init__(self, space, width=128):
         super().__init__()
         self.V, self.space, dim = Energy(space.seen, width), space, space.dim
-        self.W = nn.Parameter(torch.cat((torch.eye(dim), 0.3 * torch.randn(dim, 3 * dim)), 1))
+        self.W = nn.Parameter(nn.init.orthogonal_(torch.empty(dim, 4 * dim), 0.7**0.5))
         self.S = nn.Parameter(torch.zeros(width, 4 * dim))
 
     def forward(self, q, p):  # (B, dim) twice -> (B,)
@@ -358,13 +311,7 @@ class CompactHamiltonian(Hamiltonian):
         return self.space.pull(self.V.grad(x, (a, b), last), x)
 
     def drift(self, here, p):
-        return self.least * p + F.linear(p @ self.W * here[3], self.W)
-
-    def momentum(self, z):  # f_psi, the Legendre transform: z = (q, dq/dt) -> q and p = M(q) dq/dt
-        q, v = z.chunk(2, 1)
-        W = self.W * self.at(q)[3].unsqueeze(1)  # (B, dim, 4 dim)
-        M_inverse = W @ self.W.T + torch.diag(self.least * torch.ones_like(self.W[:, 0]))
-        return q, torch.linalg.solve_ex(M_inverse, v.unsqueeze(2))[0].squeeze(2)  # GPUs don't wait
+        return 0.3 * p + F.linear(p @ self.W * here[3], self.W)
 
 
 class CompactDecoder(nn.Module):
@@ -378,10 +325,7 @@ class CompactDecoder(nn.Module):
         self.finest = 3 + math.log(size / 32)  # 0.8 pixels
         self.whole = mlp(seen, 16, channels * size * size)
         self.linear, self.bent = nn.Linear(seen, 6 * blobs), mlp(seen, 128, 128, 6 * blobs)
-        nn.init.normal_(self.linear.weight, std=0.3)
-        self.linear.weight.data[2 * blobs :] *= 0.1
-        narrow = -torch.linspace(math.log(0.1), math.log(0.6), blobs).repeat(2)
-        self.linear.bias.data = torch.cat((0.3 * torch.randn(2 * blobs), narrow, 0 * narrow))
+        self.linear.bias.data[2 * blobs : 4 * blobs] += 1.5  # at first a fifth of the picture wide
         self.paint = convs(blobs, width, width, channels, kernel_size=1)
         self.paint[-1].weight.data.mul_(0.1)  # at first, hardly anything
 
@@ -399,18 +343,16 @@ class CompactDecoder(nn.Module):
 
     def forward(self, q, rows=slice(None), columns=slice(None)):  # (n, latent) -> (n, C, h, w)
         q, side = self.space.see(q), torch.linspace(-1, 1, self.shape[1], device=q.device).to(q)
-        x, y = side[columns], side[rows]
         whole = self.whole(q).unflatten(1, self.shape)[:, :, rows][..., columns]
-        return whole + self.paint(self.blobs(q, x, y))
+        return whole + self.paint(self.blobs(q, side[columns], side[rows]))
 
 
 # ------------------------------------------------------------------ HGN (section 3)
 def check(config, known):
-    """ValueError, with the cure, where an option is not among its known values."""
+    """Raises: ValueError, with the cure, where an option is not among its known values."""
     for name, values in known.items():
-        if config[name] not in values or isinstance(config[name], float):
-            every = f"{values[0]}, ... {values[-1]}" if isinstance(values, range) else [*values]
-            raise ValueError(f"{name} must be one of {every}, not {config[name]!r}")
+        if config[name] not in values:
+            raise ValueError(f"{name} must be in {values}, not {config[name]!r}")
 
 
 class HGN(nn.Module):
@@ -419,18 +361,18 @@ class HGN(nn.Module):
     size: of frames in pixels, 16, 24, ... 128. context: first frames that the encoder sees. arch:
     "compact" (vectors) or "paper" (the published networks). latent: numbers in q (compact, default
     6) or maps in q (paper, 16). integrator: of INTEGRATORS; None: as in ARCHITECTURES. substeps:
-    its steps a frame. periodic: q are angles (compact). f_psi: False is the paper's ablation, z
-    itself is the state. deterministic: no sampling of z, no KL. friction: learn gamma of p ->
-    exp(-gamma t) p. dt: time between frames. Raises: ValueError."""
+    its steps a frame. periodic: q are angles or, False, numbers (compact; None: half and half).
+    f_psi: False is the paper's ablation, z itself is the state. deterministic: no sampling of z, no
+    KL. friction: learn gamma of p -> exp(-gamma t) p. dt: between frames. Raises: ValueError."""
 
     def __init__(
         self, size=32, channels=3, context=5, arch="compact", latent=None, integrator=None,
-        substeps=1, periodic=False, f_psi=True, deterministic=False, friction=False, dt=0.125,
+        substeps=1, periodic=None, f_psi=True, deterministic=False, friction=False, dt=0.125,
     ):  # fmt: skip
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         check(self.config, {
-            "arch": ARCHITECTURES, "size": range(16, 129, 8), "channels": range(1, 5),
+            "arch": [*ARCHITECTURES], "size": range(16, 129, 8), "channels": range(1, 5),
             "context": range(2, 1001), "latent": range(1, 65) if latent is not None else [None],
             "substeps": range(1, 1001), "integrator": [None, *INTEGRATORS],
         })  # fmt: skip
@@ -444,30 +386,30 @@ class HGN(nn.Module):
             maps, low = latent or 16, size // 8
             tail = () if f_psi else (nn.LeakyReLU(), *convs(96, 64, 64, 4 * maps, stride=2))
             self.encoder = PaperEncoder(size, channels, context, tail)
-            self.f_psi = PaperPsi(*convs(48, 64, 64, 2 * maps, stride=2) if f_psi else ())
+            self.f_psi = Psi(*convs(48, 64, 64, 2 * maps, stride=2) if f_psi else ())
             self.H, self.decoder = PaperHamiltonian(maps, low), PaperDecoder(size, channels, maps)
             self.prior = StandardNormal()
             self.z_shape = (48, size, size) if f_psi else (2 * maps, low, low)
-        else:  # z = (q, dq/dt), of which f_psi makes (q, p)
-            space = Space(latent or 6, periodic)
+        else:  # z is the state itself
+            dim = latent or 6
+            space = Space(dim, dim // 2 if periodic is None else dim * periodic)
             self.encoder = CompactEncoder(size, channels, context, space)
             self.H, self.decoder = CompactHamiltonian(space), CompactDecoder(size, channels, space)
-            self.f_psi, self.prior = self.H.momentum, Couplings(2 * space.dim)
+            self.f_psi, self.prior = Psi(), Couplings(2 * space.dim)
             self.z_shape = (2 * space.dim,)
         self.log_gamma = nn.Parameter(torch.tensor(-3.0)) if friction else None
         for part in (self.encoder, self.decoder):  # 1.3-2x on small convolutions
             part.to(memory_format=torch.channels_last)
 
-    @property
-    def gamma(self):
-        """The friction learnt, of p -> exp(-gamma t) p, in the unit of dt; None without."""
-        return None if self.log_gamma is None else self.log_gamma.exp() * FRAME / self.dt
+    # The friction learnt, of p -> exp(-gamma t) p, or None, in units in which dt is FRAME.
+    gamma = property(lambda self: None if self.log_gamma is None else self.log_gamma.exp())
+    # energy(q, p) of states (B, ...), (B,): the learnt H. Its zero and its unit mean nothing.
+    energy = property(lambda self: self.H)
 
     @torch.no_grad()
     def fit(self, frames):
         """Before training: take what needs no learning from some hundred frames (n, C, H, W)."""
-        self.valid(frames[None], least=2)
-        self.encoder.fit(frames)
+        self.encoder.fit(self.valid(frames[None], least=2)[0])
         self.decoder.fit(frames)
 
     def valid(self, frames, least=1):
@@ -495,31 +437,21 @@ class HGN(nn.Module):
         return tuple(x[:, -1] for x in self.rollout(*self.f_psi(z), self.encoder.lead, -self.dt))
 
     def infer(self, frames):
-        """q, p at frame 0: of q(z|x)'s mean, or the mean over the encoder's fixed draws."""
-        mean, logvar = self.encode(frames)
-        std, draws = (0.5 * logvar).exp(), 0 if self.deterministic else self.encoder.draws
-        noise = torch.randn(draws, *mean.shape[1:], generator=torch.Generator().manual_seed(0))
-        states = [self.state(mean + std * x) for x in noise.to(mean)] or [self.state(mean)]
-        return tuple(torch.stack(x).mean(0) for x in zip(*states))
-
-    def energy(self, q, p):
-        """The learnt H of states (B, ...): (B,). Its zero and its unit mean nothing."""
-        return self.H(q, p)
+        """q, p at frame 0, of the mean of q(z|x): (B, dim) twice."""
+        return self.state(self.encode(frames)[0])
 
     def rollout(self, q, p, steps, dt=None):
         """(q, p) and the states at `steps` frames after it: (B, steps + 1, ...) twice. dt: from
         frame to frame; -model.dt runs backward, twice it at double speed, in steps no longer."""
         frames = 1.0 if dt is None else dt / self.dt
         substeps = self.config["substeps"] * max(1, math.ceil(abs(frames) - 1e-6))
-        gamma = None if self.log_gamma is None else self.log_gamma.exp()  # in the unit of FRAME
-        return self.integrate(self.H, q, p, FRAME * frames, steps, substeps, gamma)
+        return self.integrate(self.H, q, p, FRAME * frames, steps, substeps, self.gamma)
 
-    def decode(self, q, block=256):  # without gradients by blocks, in little memory
+    def decode(self, q, block=512):  # at once, to save memory
         """Paint q (B, T, ...): frames (B, T, C, size, size); without gradients cut to [0, 1]."""
-        flat, learning = q.flatten(0, 1), torch.is_grad_enabled()
-        parts = [self.decoder(part) for part in ([flat] if learning else flat.split(block))]
-        frames = torch.cat(parts).unflatten(0, q.shape[:2])
-        return frames if learning else frames.clamp_(0, 1)
+        frames = torch.cat([self.decoder(part) for part in q.flatten(0, 1).split(block)])
+        frames = frames.unflatten(0, q.shape[:2])
+        return frames if torch.is_grad_enabled() else frames.clamp_(0, 1)
 
     @torch.no_grad()
     def sample(self, n, steps, dt=None, generator=None):
@@ -539,22 +471,6 @@ class HGN(nn.Module):
         q, p = self.rollout(*self.state(z), frames.shape[1] - 1)
         mse = (self.decode(q) - frames).square().mean()
         return mse + beta * kl / frames[0, 0].numel(), mse, kl
-
-
-def hnn_loss(model, frames):
-    """The baseline of Greydanus et al. 2019, "Hamiltonian Neural Networks": an autoencoder of
-    states whose change from frame to frame H's symplectic gradient is asked to be (their third
-    term, p = dq/dt, is left out). frames: (B, T > context, C, S, S). Returns: loss, mse, zero."""
-    clips = model.valid(frames, model.context + 1).unfold(1, model.context, 1).movedim(-1, 2)
-    q, p = model.f_psi(model.encode(clips.flatten(0, 1))[0])  # of (B, n, context, C, size, size)
-    q, p = (x.unflatten(0, clips.shape[:2]) for x in (q, p))  # (B, n, dim)
-    mse = (model.decode(q) - clips[:, :, model.encoder.lead]).square().mean()
-    here, now = model.H.at(q[:, :-1].flatten(0, 1)), p[:, :-1].flatten(0, 1)
-    dq, dp = (x.diff(dim=1).flatten(0, 1) / FRAME for x in (q, p))
-    rate = 0.0 if model.log_gamma is None else model.log_gamma.exp()
-    lost = dp + model.H.kick(here, now) + rate * now
-    off = (dq - model.H.drift(here, now)).square() + lost.square()
-    return mse + 0.1 * off.mean(), mse, mse.new_zeros(())
 
 
 class GECO:
@@ -577,13 +493,13 @@ def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None):
     """The compact model's loss, in units of E, a blank prediction's error:
 
         r(mse / E, 0.1) + beta KL / (C size size E)     the ELBO; r(x, c) = c log(1 + x / c)
-        + chart mse / E                                 of frames painted from `read` + JITTER noise
+        + chart mse / E                                 of frames painted from `read`
         + r(|q - read|^2 / var read, 0.01)              the rollout stays near the chart
 
-    r counts errors above c by their logarithm. context: (B, context, C, size, size). targets: (B,
-    n, C, size, size), at integer times (B, n) from the first frame of context, up to the number
-    `reach`. Returns: sum, mse of pixels scored, kl."""
-    space, blank, size = model.encoder.space, model.encoder.blank, model.valid(targets).shape[-1]
+    context: (B, context, C, size, size). targets: (B, n, C, size, size), at times (B, n), integers
+    up to `reach`, from context's first frame. Returns: sum, mse of pixels scored, kl."""
+    space, size = model.encoder.space, model.valid(targets).shape[-1]
+    blank = targets.flatten(0, 1).var(0, correction=0).mean() + 1e-12
     stride = 1 if size < 32 else 2 if size < 64 else 4
 
     def error(q):  # of pictures from q (B, n, latent) on some rows, columns, over blank's: (B, n)
@@ -597,10 +513,8 @@ def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None):
     q = model.rollout(*model.state(z), reach)[0].take_along_dim(times[..., None], 1)  # (B, n, dim)
     far = error(q)
     e = model.encoder.read(targets[:, : 1 + targets.shape[1] // 8])  # more teaches little more
-    chart = error(e + JITTER * torch.randn_like(e)).mean()
     off = space.read(space.see(q[:, : e.shape[1]] - e)).square().mean(2)
     off = off / (e.detach().flatten(0, 1).var(0, correction=0).mean() + 1e-12)
     robust = lambda x, tolerance: tolerance * torch.log1p(x / tolerance).mean()
-    kl_weight = beta / context[0, 0].numel() / blank
-    loss = robust(far, 0.1) + kl_weight * kl + chart + robust(off, 0.01)
-    return loss, far.mean() * blank, kl
+    elbo = robust(far, 0.1) + beta * kl / context[0, 0].numel() / blank  # negative
+    return elbo + error(e).mean() + robust(off, 0.01), far.mean() * blank, kl

@@ -1,9 +1,8 @@
 """Every source of clips: simulated systems, exact and rendered, and the user's own recordings.
 
 Stands alone on torch and numpy; films and pictures need imageio and Pillow. A system is one entry
-of `SYSTEMS`: constants, initial states and colours follow Toth et al., "Hamiltonian Generative
-Networks", ICLR 2020 (arXiv 1909.13789), section 4 and appendix, as published with its reproduction
-(Balsells Rodas et al., ReScience 2021); from spring_pendulum on they are our own.
+of `SYSTEMS`: constants, initial states and colours follow Toth et al. (ICLR 2020), section 4, as
+published with its reproduction (Balsells Rodas et al. 2021); from spring_pendulum on, our own.
 
     frames, q, p = clips(SYSTEMS["three_body"], n=16)   # (16, 30, 3, 32, 32), (16, 30, 3, 2) twice
     own = Recordings("pendulum.mp4")                    # own.read(clips (B,), times (B, n))
@@ -158,10 +157,10 @@ def initial_states(system, n, generator=None, device=None):
 
 
 def simulate(system, q, p, frames, dt=LONGEST):
-    """True trajectories by symplectic methods of order 8 or more (compositions of leapfrog, or
-    Gauss-Legendre), in float64; with friction in a symmetric splitting. q, p: initial states (B,
-    bodies, dims). frames: to return, the initial one included. dt: between frames; negative runs
-    backward. Returns: q, p of shape (B, frames, bodies, dims). Raises: ValueError if frames < 1."""
+    """True trajectories, in float64, by symplectic methods of order 8 or more (composed leapfrog or
+    Gauss-Legendre); friction splits symmetrically. q, p: initial states (B, bodies, dims). frames:
+    how many, with the initial one. dt: from frame to frame; negative runs backward. Returns: q, p
+    (B, frames, bodies, dims). Raises: ValueError if frames < 1."""
     if frames < 1:
         raise ValueError(f"frames must be at least 1, not {frames}")
     q, p = q.double(), p.double()
@@ -215,8 +214,7 @@ def _advance(system, q, p, dt, refined=1, tolerance=1e-9, most=256):
 
 def render(system, q, size=32):
     """Paint states q (B, T, bodies, dims) as pictures (B, T, 3, size, size), float32 in [0, 1], row
-    0 on top: discs at sub-pixel positions add colour to the background, by a pixel's share, which
-    is linear in its distance across the one-pixel edge."""
+    0 on top: discs add colour by a pixel's share, linear in distance across the one-pixel edge."""
     centres = system.position(q).flatten(0, 1).float()  # (B*T, bodies, 2)
     frames = torch.empty(len(centres), 3, size, size, device=q.device)
     colours = torch.tensor((BACKGROUND, *system.colours)).to(q.device, non_blocking=True)
@@ -330,10 +328,10 @@ class Recordings:
     """Clips of the user's own: squared, resized, and split into those to train on and a tenth held
     out: of one recording, which is cut, the last in time; of several, whole ones.
 
-    path: an array file, a film or GIF, or a folder of films, of pictures or of folders of pictures.
-    size: of a frame; by default the pictures' own, 16 to 128, or 32. clip: frames of a clip
-    cut. stride: take every stride-th frame. dt: seconds from one to the next as recorded; default
-    1 / fps, the files', 0.125. seed: of what is held out. least: of frames. Raises: ValueError."""
+    path: an array, a film or GIF, or a folder of films, of pictures or of folders of pictures.
+    size: pixels; default the pictures' own, 16 to 128, or 32. clip: frames of those cut. stride:
+    take every k-th frame. dt: seconds between recorded ones; default 1 / fps, the files', 0.125.
+    seed: of what is held out. least: frames that a clip must have. Raises: ValueError."""
 
     def __init__(self, path, size=None, clip=60, stride=1, dt=None, fps=None, seed=0, least=6):
         self.path, self.size, self.passed = Path(path), size, []

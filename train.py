@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from eval import FLOWS, MODELS, measure, measure_flow, movies, number, open_run
 from eval import pick_device, provenance, table, test_set, write
-from hgn import ARCHITECTURES, GECO, HGN, INTEGRATORS, Couplings, charted_loss, goes_round, hnn_loss
+from hgn import ARCHITECTURES, FRAME, GECO, HGN, INTEGRATORS, charted_loss, euler
 from nhf import DENSITIES, NHF, RealNVP
 from physics import SYSTEMS, clips, initial_states, jitter, read_points, render, simulate
 
@@ -63,14 +63,13 @@ def parse(**defaults):
     add("--context", type=count, default=5, help="first frames the encoder sees (default: 5)")
     add("--integrator", choices=INTEGRATORS, help="default: that of --arch")
     add("--substeps", type=count, default=1, help="integrator steps a frame (default: 1)")
-    add("--periodic", action=argparse.BooleanOptionalAction, help="q are angles (default: guessed)")
+    add("--periodic", action=argparse.BooleanOptionalAction, help="q are angles (default: half)")
     add("--friction", action="store_true", help="motion dies out, at a rate that is learnt")
     add("--no-f-psi", dest="f_psi", action="store_false", help="without f_psi (paper)")
     add("--deterministic", action="store_true", help="no sampling of z, no KL")
     add("--hamiltonians", type=count, default=1, help="of a flow, in a row (default: 1)")
     add("--leapfrog-steps", type=count, default=6, help="of each of them (default: 6)")
     add("--kinetic", choices=("quadratic", "mlp"), default="quadratic", help="default: quadratic")
-    add("--samples", type=count, default=1, help="draws of p in the bound (default: 1, ELBO)")
     add = parser.add_argument_group("run").add_argument
     add("--steps", type=many, help=f"default: {usual('steps')}")
     add("--batch-size", type=many, help="default: 16, of flows 512")
@@ -110,9 +109,8 @@ def settle(args):
         raise ValueError("--noise is of a --system; --stride and --fps, instead of --dt, of --data")
     if not args.data:
         fill(system="mass_spring", size=32, dt=0.125)
-    if kind != "compact":
-        fill(periodic=False)
-    elif system := SYSTEMS.get(args.system):  # else `build` looks at the pictures
+    if args.system and kind == "compact":  # of recordings nobody knows
+        system = SYSTEMS[args.system]
         fill(latent=initial_states(system, 1)[0].numel(), periodic=system.periodic)
     row = args.window if args.model == "hgn" else min(args.window, args.targets)
     if row < max(3, args.context):
@@ -185,11 +183,6 @@ class Batches:
         frames = read(torch.cat((context, first + times), 1))
         return [*frames.split([args.context, args.targets], 1), times.to(self.device)]
 
-    def frames(self, n=2048):  # (n, C, S, S), of batches after the last: for what needs no learning
-        read = lambda i, part=0: self(self.args.steps + i)[part].flatten(0, 1)
-        first = read(0, 0 if self.row else 1)
-        return torch.cat((first, *(read(i) for i in range(1, 1 + n // len(first)))))[:n]
-
     def paint(self, step, times, generator):
         """Frames of simulated clips at times (B, n). POOL batches are simulated at once."""
         args, system, pool = self.args, SYSTEMS[self.args.system], step // POOL
@@ -202,13 +195,11 @@ class Batches:
 
 
 def build(args, test):
-    """The model that args describe, for data like those of the test set; fills in args.periodic."""
+    """The model that args describe, for data like those of the test set."""
     if args.model in FLOWS:
         options = {"kinetic": args.kinetic, "shift": test.shift, "scale": test.scale}
         flow = NHF(test.dim, args.hamiltonians, args.leapfrog_steps, **options)
         return flow if args.model == "nhf" else RealNVP.like(flow)
-    if args.periodic is None:
-        args.periodic = goes_round(Batches(args, test.data, test.device).frames())
     names = "context arch latent integrator substeps periodic f_psi deterministic friction".split()
     return HGN(test.size, test.channels, dt=test.dt, **{k: getattr(args, k) for k in names})
 
@@ -228,8 +219,7 @@ def make_optimisers(model, lr, rates={}, muon=False):
 
 
 class Muon(torch.optim.Optimizer):
-    """Jordan et al. 2024, as torch.optim.Muon's "match_rms_adamw", but in float32, as most CPUs are
-    slow at bfloat16, and at a rate that is a tensor."""
+    """Jordan et al. 2024, as torch.optim.Muon, "match_rms_adamw", but in float32: fast on CPUs."""
 
     @torch.no_grad()
     def step(self):
@@ -245,6 +235,19 @@ class Muon(torch.optim.Optimizer):
             w.sub_(group["lr"] * 0.2 * max(w.shape) ** 0.5 * x)
 
 
+def hnn_loss(model, frames):
+    """The baseline, Greydanus et al. 2019, "Hamiltonian Neural Networks": an autoencoder of states
+    that move from frame to frame by Euler's steps (their third term, p = dq/dt, is left out).
+    frames: (B, T > context, C, S, S). Returns: loss, mse, zero."""
+    clips = model.valid(frames, model.context + 1).unfold(1, model.context, 1).movedim(-1, 2)
+    states = model.f_psi(model.encode(clips.flatten(0, 1))[0])  # of (B, n, context, C, S, S)
+    states = [x.unflatten(0, clips.shape[:2]) for x in states]  # q and p, (B, n, dim)
+    mse = (model.decode(states[0]) - clips[:, :, model.encoder.lead]).square().mean()
+    ahead = euler(model.H, *(x[:, :-1].flatten(0, 1) for x in states), FRAME, 1, gamma=model.gamma)
+    off = [(x[:, 1] - y[:, 1:].flatten(0, 1)).square().mean() for x, y in zip(ahead, states)]
+    return mse + 0.1 / FRAME**2 * sum(off), mse, mse.new_zeros(())
+
+
 def set_rate(optimisers, lr, step, steps):
     """Warm up to lr over 50 steps, then down to zero along a cosine."""
     lr = lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -254,7 +257,7 @@ def set_rate(optimisers, lr, step, steps):
 
 def stepper(model, losses, optimisers, geco=None, most=1.0):
     """step(*batch) -> losses(*batch), and a step down the gradient of "loss" among them, clipped to
-    the norm `most`: none where it is not finite. On a GPU it waits for nothing: see Graphed."""
+    the norm `most`, or zero where it is not finite. On a GPU it waits for nothing: see Graphed."""
 
     def step(*batch):
         values = losses(*batch)
@@ -265,8 +268,6 @@ def stepper(model, losses, optimisers, geco=None, most=1.0):
         for w in weights:
             w.grad.masked_fill_(~good, 0.0)
         for optimiser in optimisers:
-            for group in optimiser.param_groups:
-                group["lr"].mul_(good)  # else a step of no length
             optimiser.step()
         if geco:
             geco.update(values["mse"])
@@ -306,9 +307,8 @@ def compiled(function):
 
 
 def fit_prior(prior, mean, logvar, rounds=1500, seed=0, lr=5e-3):
-    """The prior anew, at a run's end, to q(z|x) of many clips, (n, dim) twice, in large batches."""
+    """The prior at a run's end, to q(z|x) of many clips, (n, dim) twice, in large batches."""
     torch.manual_seed(seed)
-    prior.load_state_dict(Couplings(mean.shape[1]).state_dict())
     optimisers, size = make_optimisers(prior, lr), min(512, rounds)
     step = stepper(prior, lambda *z: {"loss": prior.kl(*z).mean()}, optimisers)
     for i in range(rounds):
@@ -333,15 +333,14 @@ class Run:
         self.step = stepper(model, losses, self.optimisers, self.geco if args.geco else None)
         self.done, self.logged, self.began = 0, 0, time.time()
 
-    def points(self, step):  # x (B, D), and noise for their momenta (samples, B, D)
+    def points(self, step):  # x (B, D), and noise for their momenta (1, B, D)
         generator = torch.Generator().manual_seed((self.args.seed << 20) + step)
         x = self.test.draw(self.args.batch_size, generator)
-        return x, torch.randn(self.args.samples, *x.shape, generator=generator)
+        return x, torch.randn(1, *x.shape, generator=generator)
 
     def losses(self, *batch):
         if self.flow:
-            log_w = self.model.log_weights(*batch)
-            return {"loss": math.log(len(log_w)) - log_w.logsumexp(0).mean(), "elbo": log_w.mean()}
+            return {"loss": -self.model.log_weights(*batch).mean()}  # the negative ELBO
         if self.compact:
             values = charted_loss(self.model, *batch, self.batches.reach, self.geco.beta)
         elif self.args.model == "hnn":
@@ -356,8 +355,9 @@ class Run:
         if pid.exists() and pid.read_text() != mine and Path("/proc", pid.read_text()).exists():
             raise ValueError(f"process {pid.read_text()} trains {folder}: wait, or delete {pid}")
         if not checkpoint:
-            if not self.flow:
-                self.model.fit(self.batches.frames())
+            if not self.flow:  # of batches after the last
+                some = [self.batches(self.args.steps + i)[0] for i in range(5)]
+                self.model.fit(torch.cat(some).flatten(0, 1))
             self.log(config=self.config, **provenance())
             return self.save()
         try:
@@ -373,7 +373,7 @@ class Run:
             log.truncate(min(self.logged, log.tell()))
 
     def fit_prior(self):
-        """The prior anew, to the states of many clips from batches after the last step."""
+        """The prior, to the states of many clips from batches after the last step."""
         args, rounds = self.args, min(10000, 1 + self.args.steps // 2)
         few = argparse.Namespace(**vars(args) | {"targets": 1, "window": args.context})
         batches = Batches(few, self.test.data, self.device)
@@ -480,8 +480,7 @@ def main():
         model = (model or build(args, test)).to(device).train()
         run = Run(args, model, test, device)
         run.start(folder or new_folder(args), checkpoint)
-        angles = ", q are angles" * bool(args.periodic)  # of recordings, as `build` chose
-        print(f"{run.folder}: step {run.done} of {args.steps}{angles}")
+        print(f"{run.folder}: step {run.done} of {args.steps}")
         run.loop()
         if not run.flow:
             movies(model.eval(), test, run.folder)
