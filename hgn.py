@@ -285,15 +285,15 @@ class CompactEncoder(nn.Module):
 
 class CompactHamiltonian(Hamiltonian):
     """H(q, p) = p^T M(q)^-1 p / 2 + V(q), the form of every natural mechanical system in all
-    coordinates: for Q = f(q) of Jacobian J, M' = J^-T M J^-1, so q may bend. M^-1 = 0.3 I (so that
-    energy bounds p) + W diag(s) W^T, s = 2 sigmoid(b(q) S), b the hidden units of V; I at first."""
+    coordinates: for Q = f(q) of Jacobian J, M' = J^-T M J^-1, so q may bend. M^-1 = W diag(s) W^T +
+    0.3 I, s = 2 sigmoid(b(q) S), b the hidden units of V; S starts at zero, M constant."""
 
     rounds = property(lambda self: 2 if self.training else 6)  # while it learns, cheap
 
     def __init__(self, space, width=128):
         super().__init__()
         self.V, self.space, dim = Energy(space.seen, width), space, space.dim
-        self.W = nn.Parameter(nn.init.orthogonal_(torch.empty(dim, 4 * dim), 0.7**0.5))
+        self.W = nn.Parameter(torch.cat((torch.eye(dim), 0.3 * torch.randn(dim, 3 * dim)), 1))
         self.S = nn.Parameter(torch.zeros(width, 4 * dim))
 
     def forward(self, q, p):  # (B, dim) twice -> (B,)
