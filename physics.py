@@ -234,8 +234,7 @@ def render(system, q, size=32):
 
 
 def clips(system, n, frames=30, dt=LONGEST, noise=0.0, size=32, generator=None, device=None):
-    """n random clips: frames (n, frames, 3, size, size) and the true, noise-free states q, p (n,
-    frames, bodies, dims). noise: as for `jitter`. The same generator seed gives the same clips."""
+    """n random clips: frames (n, frames, 3, size, size), noise as of `jitter`, and true q and p."""
     q, p = simulate(system, *initial_states(system, n, generator, device), frames, dt)
     return render(system, jitter(system, q, noise, generator), size), q, p
 

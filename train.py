@@ -18,8 +18,8 @@ import torch
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from eval import FLOWS, MODELS, measure, measure_flow, movies, number, open_run
-from eval import pick_device, provenance, table, test_set, write
+from eval import measure, measure_flow, movies, number, open_run, pick_device, provenance
+from eval import table, test_set, write
 from hgn import ARCHITECTURES, FRAME, GECO, HGN, INTEGRATORS, charted_loss, euler
 from nhf import DENSITIES, NHF, RealNVP
 from physics import SYSTEMS, clips, initial_states, jitter, read_points, render, simulate
@@ -29,6 +29,7 @@ DEFAULTS = {  # of both --arch of hgn, and of the other models; a step of realnv
     "batch_size": {"compact": 16, "paper": 16, "hnn": 16, "nhf": 512, "realnvp": 512},
     "lr": {"compact": 4e-3, "paper": 1.5e-4, "hnn": 4e-4, "nhf": 2e-2, "realnvp": 5e-3},
 }
+FLOWS = "nhf", "realnvp"  # models of points; the others are of pictures
 POOL = 64  # batches whose trajectories are simulated together
 HERE = "device", "compile", "resume", "name", "bench"  # of the command alone, not of the run
 FREE = "steps", "window", "save_every"  # what --resume may change
@@ -57,7 +58,7 @@ def parse(**defaults):
     add("--window", type=count, default=30, help="frames to learn from (default: 30)")
     add("--targets", type=count, default=8, help="frames of it painted for the loss (default: 8)")
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=MODELS, help="default: hgn; of densities nhf")
+    add("--model", choices=("hgn", "hnn", *FLOWS), help="default: hgn; of densities nhf")
     add("--arch", choices=ARCHITECTURES, default="compact", help="of hgn (default: compact)")
     add("--latent", type=number(1, 64), help="numbers in q; of the paper's, maps in q")
     add("--context", type=count, default=5, help="first frames the encoder sees (default: 5)")
