@@ -56,7 +56,7 @@ def leapfrog(H, q, p, dt, steps, substeps=1, gamma=None, step=leapfrog_step, rou
     return tuple(torch.stack(x, 1) for x in zip(*path))
 
 
-# The paper's, explicit though its H is not separable, and its ablation: order 1, not symplectic.
+# Order 1, not symplectic: the paper's where, like its H, H is not separable; its ablation anywhere.
 explicit_leapfrog, euler = partial(leapfrog, rounds=0), partial(leapfrog, step=euler_step)
 INTEGRATORS = {"leapfrog": leapfrog, "explicit_leapfrog": explicit_leapfrog, "euler": euler}
 ARCHITECTURES = {"compact": leapfrog, "paper": explicit_leapfrog}  # of HGN, and their integrators
@@ -72,13 +72,13 @@ class Hamiltonian(nn.Module):
             raise RuntimeError("autograd's forces need torch.no_grad(), not torch.inference_mode()")
         return torch.func.grad(lambda q, p: self(q, p).sum(), (0, 1))(q, p)
 
-    # What leapfrog asks for: whatever both forces need of q, computed once a step; dH/dq; dH/dp.
+    # What leapfrog asks for: whatever both forces need of q, computed once per q; dH/dq; dH/dp.
     at = lambda self, q: (q,)
     kick = lambda self, here, p: self.grad(*here, p)[0]
     drift = lambda self, here, p: self.grad(*here, p)[1]
 
 
-class Energy(nn.Module):  # V(q): |x L|^2 / 2, so q oscillates from the start, + a bounded MLP
+class Energy(nn.Module):  # V(x): |x L|^2 / 2, so that numbers oscillate at first, + a bounded MLP
     def __init__(self, dim, width):
         super().__init__()
         self.L = nn.Parameter(torch.eye(dim))
@@ -126,7 +126,7 @@ class StandardNormal(nn.Identity):  # the paper's prior, N(0, I), of z (B, ...):
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 
-class Couplings(nn.Module):  # learnt, of z (B, dim): N(0, I) through those of Dinh et al. 2017
+class Couplings(nn.Module):  # a learnt prior of z (B, dim): N(0, I) through RealNVP's, Dinh et al.
     def __init__(self, dim, layers=8, width=64):
         super().__init__()
         self.register_buffer("masks", (torch.arange(dim) + torch.arange(layers)[:, None]) % 2.0)
@@ -171,9 +171,9 @@ class PaperEncoder(nn.Module):
 
 
 class Psi(nn.Sequential):
-    """f_psi: z -> q and p, maps of an eighth of the size, as vectors; ablated, z is both."""
+    """f_psi: z -> q and p, maps of an eighth of the size, as vectors; without layers z is both."""
 
-    def forward(self, z):  # (B, 48 maps, or those of q and p, H, W) -> (B, dim) twice
+    def forward(self, z):  # (B, 48 maps, H, W), or (B, what is q and p) -> (B, dim) twice
         return super().forward(z).flatten(1).chunk(2, 1)
 
 
@@ -237,9 +237,9 @@ class Space:  # of q (..., dim): angles, which networks see as sines and cosines
 
 
 class CompactEncoder(nn.Module):
-    """Every frame by itself -> its q (`read`), a linear map plus an MLP of the mass, centre and
-    inertia of what each learnt filter sees. A few in a row -> q(z|x), z = (q, p) at the middle one:
-    value and slope of a polynomial through the frames' q, plus an MLP."""
+    """Every frame by itself -> its q (`read`, the chart), a linear map plus an MLP of mass, centre
+    and inertia of what each learnt filter sees. A few in a row -> q(z|x), z = (q, p) at the middle
+    one: value and slope of a polynomial through their q, plus an MLP; its variance is constant."""
 
     def __init__(self, size, channels, context, space, filters=48, hidden=24):
         super().__init__()
@@ -310,14 +310,14 @@ class CompactHamiltonian(Hamiltonian):
         last = self.V.last + F.linear(K * (1 - s / 2), self.S)
         return self.space.pull(self.V.grad(x, (a, b), last), x)
 
-    def drift(self, here, p):
+    def drift(self, here, p):  # M^-1 p
         return 0.3 * p + F.linear(p @ self.W * here[3], self.W)
 
 
 class CompactDecoder(nn.Module):
     """A picture that a small MLP of q paints, at first the still one, plus what 1x1 convolutions
-    make, pixel by pixel, of Gaussians exp(h - dy^2 / 2 - (dx + b dy)^2 / 2), dx = a (x - at_x),
-    dy = c (y - at_y), of which at_x, at_y, log a, log c, b, h are a linear map of q plus an MLP."""
+    make, pixel by pixel, of Gaussians h exp(-dy^2 / 2 - (dx + b dy)^2 / 2), dx = a (x - at_x), dy =
+    c (y - at_y), of which at_x, at_y, log a, log c, b, log h are a linear map of q plus an MLP."""
 
     def __init__(self, size, channels, space, blobs=20, width=24):
         super().__init__()
@@ -325,21 +325,21 @@ class CompactDecoder(nn.Module):
         self.finest = 3 + math.log(size / 32)  # 0.8 pixels
         self.whole = mlp(seen, 16, channels * size * size)
         self.linear, self.bent = nn.Linear(seen, 6 * blobs), mlp(seen, 128, 128, 6 * blobs)
-        self.linear.bias.data[2 * blobs : 4 * blobs] += 1.5  # at first a fifth of the picture wide
+        self.linear.bias.data[2 * blobs : 4 * blobs] += 1.5  # at first of a ninth of the picture
         self.paint = convs(blobs, width, width, channels, kernel_size=1)
         self.paint[-1].weight.data.mul_(0.1)  # at first, hardly anything
 
     def fit(self, frames):
         self.whole[-1].bias.copy_(frames.median(0).values.flatten())
 
-    def blobs(self, q, x, y):  # (n, latent), (w,), (h,) -> (n, blobs, h, w), channels_last
+    def blobs(self, q, x, y):  # (n, seen), (w,), (h,) -> (n, blobs, h, w), channels_last
         shapes = (self.linear(q) + self.bent(q)).unflatten(1, (6, -1))
-        at_x, at_y, log_a, log_c, b, h = shapes.unsqueeze(2).unbind(1)  # (n, 1, blobs) each
+        at_x, at_y, log_a, log_c, b, log_h = shapes.unsqueeze(2).unbind(1)  # (n, 1, blobs) each
         dx = log_a.clamp(-2, self.finest).exp() * (x[:, None] - at_x.clamp(-3, 3))  # (n, w, blobs)
         dy = log_c.clamp(-2, self.finest).exp() * (y[:, None] - at_y.clamp(-3, 3))  # (n, h, blobs)
         turned = dx.unsqueeze(1) + (b.clamp(-3, 3) * dy).unsqueeze(2)  # (n, h, w, blobs)
-        h = h.clamp(max=2) - 0.5 * dy.square()
-        return (h.unsqueeze(2) - 0.5 * turned.square()).exp().movedim(3, 1)
+        log_h = log_h.clamp(max=2) - 0.5 * dy.square()
+        return (log_h.unsqueeze(2) - 0.5 * turned.square()).exp().movedim(3, 1)
 
     def forward(self, q, rows=slice(None), columns=slice(None)):  # (n, latent) -> (n, C, h, w)
         q, side = self.space.see(q), torch.linspace(-1, 1, self.shape[1], device=q.device).to(q)
@@ -425,7 +425,7 @@ class HGN(nn.Module):
         return self.encoder(self.valid(frames, self.context)[:, : self.context])
 
     def posterior(self, frames, noise=None):
-        """z ~ q(z|x), and its KL to the prior: nats, the mean over clips."""
+        """z ~ q(z|x), and the KL to the prior, by this z if it is learnt: nats, mean over clips."""
         mean, logvar = self.encode(frames)
         if self.deterministic:
             return mean, mean.new_zeros(())
@@ -447,7 +447,7 @@ class HGN(nn.Module):
         substeps = self.config["substeps"] * max(1, math.ceil(abs(frames) - 1e-6))
         return self.integrate(self.H, q, p, FRAME * frames, steps, substeps, self.gamma)
 
-    def decode(self, q, block=512):  # at once, to save memory
+    def decode(self, q, block=512):  # pictures at a time
         """Paint q (B, T, ...): frames (B, T, C, size, size); without gradients cut to [0, 1]."""
         frames = torch.cat([self.decoder(part) for part in q.flatten(0, 1).split(block)])
         frames = frames.unflatten(0, q.shape[:2])
@@ -464,9 +464,9 @@ class HGN(nn.Module):
         return self.decode(self.rollout(*self.state(z), steps, dt)[0])
 
     def loss(self, frames, beta=1e-3, noise=None):
-        """The negative ELBO, -(1/T) sum_t log p(x_t|q_t) + KL (equation 5), p Gaussian of variance
-        beta / 2, up to a constant, times beta / (C S S). All frames (B, T, C, S, S) are scored; the
-        encoder sees the first `context`. noise: of z, N(0, I). Returns: loss, mse, kl (nats)."""
+        """The negative ELBO, -(1/T) sum_t log p(x_t|q_t) + KL (equation 5), p(x|q) Gaussian, of
+        variance beta / 2, up to a constant, times beta / (C S S). All of frames (B, T, C, S, S) are
+        scored, the first `context` seen. noise: of z, N(0, I). Returns: loss, mse, kl (nats)."""
         z, kl = self.posterior(frames, noise)
         q, p = self.rollout(*self.state(z), frames.shape[1] - 1)
         mse = (self.decode(q) - frames).square().mean()
@@ -476,7 +476,7 @@ class HGN(nn.Module):
 class GECO:
     """Rezende & Viola 2018, "Taming VAEs": minimise the KL subject to mse <= tolerance. beta, the
     inverse of their Lagrange multiplier, shrinks while mse's moving average is above tolerance and
-    grows while it is below, by their ratio (theirs: difference), within bounds."""
+    grows while it is below, by tolerance / mse (theirs: mse - tolerance), within bounds."""
 
     def __init__(self, tolerance=2e-4, rate=0.01, beta=1e-3, bounds=(1e-5, 1.0), device=None):
         self.tolerance, self.rate, self.bounds = tolerance, rate, bounds
@@ -492,9 +492,9 @@ class GECO:
 def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None):
     """The compact model's loss, in units of E, a blank prediction's error:
 
-        r(mse / E, 0.1) + beta KL / (C size size E)     the ELBO; r(x, c) = c log(1 + x / c)
-        + chart mse / E                                 of frames painted from `read`
-        + r(|q - read|^2 / var read, 0.01)              the rollout stays near the chart
+        r(mse / E, 0.1) + beta KL / (C size size E)     the ELBO, but r(x, c) = c log(1 + x / c)
+        + chart mse / E                                 of a few frames painted from `read`
+        + r(|q - read|^2 / var read, 0.01)              the rollout stays near them
 
     context: (B, context, C, size, size). targets: (B, n, C, size, size), at times (B, n), integers
     up to `reach`, from context's first frame. Returns: sum, mse of pixels scored, kl."""
