@@ -238,8 +238,8 @@ class Space:  # of q (..., dim): angles, which networks see as sines and cosines
 
 class CompactEncoder(nn.Module):
     """Every frame by itself -> its q (`read`, the chart), a linear map plus an MLP of mass, centre
-    and inertia of what each learnt filter sees. A few in a row -> q(z|x), z = (q, p) at the middle
-    one: value and slope of a polynomial through their q, plus an MLP; its variance is constant."""
+    and inertia of what each learnt filter sees. A few in a row -> q(z|x), z = (q, dq/dt) at the
+    middle one: a polynomial through their q, plus an MLP; its variance is constant."""
 
     def __init__(self, size, channels, context, space, filters=48, hidden=24):
         super().__init__()
@@ -276,8 +276,7 @@ class CompactEncoder(nn.Module):
         e = self.read(frames)
         step = self.space.read(self.space.see(e.diff(dim=1)))  # of angles the short way round
         moved = F.pad(step.cumsum(1), (0, 0, 1, 0))  # since the first
-        place, velocity = (self.poly @ moved).unbind(1)  # at the middle one
-        velocity = velocity.clamp(-10, 10)  # 1.25 a frame: a bad chart sends no q far away
+        place, velocity = (self.poly @ moved).clamp(-10, 10).unbind(1)  # bad charts send none far
         seen = torch.cat((self.space.see(e).flatten(1), moved[:, -1], velocity), 1)
         z = torch.cat((e[:, 0] + place, velocity), 1) + self.correct(seen)
         return z, (10 * self.logvar).expand_as(z)  # Adam moves it ten times as fast
@@ -312,6 +311,11 @@ class CompactHamiltonian(Hamiltonian):
 
     def drift(self, here, p):  # M^-1 p
         return 0.3 * p + F.linear(p @ self.W * here[3], self.W)
+
+    def momentum(self, z):  # f_psi, the Legendre transform: z = (q, dq/dt) -> q and p = M(q) dq/dt
+        q, v = z.chunk(2, 1)
+        M_inverse = (self.W * self.at(q)[3].unsqueeze(1)) @ self.W.T + torch.diag_embed(0.3 + 0 * v)
+        return q, torch.linalg.solve_ex(M_inverse, v.unsqueeze(2))[0].squeeze(2)  # GPUs don't wait
 
 
 class CompactDecoder(nn.Module):
@@ -348,8 +352,7 @@ class CompactDecoder(nn.Module):
 
 
 # ------------------------------------------------------------------ HGN (section 3)
-def check(config, known):
-    """Raises: ValueError, with the cure, where an option is not among its known values."""
+def check(config, known):  # raises ValueError where an option is not among its known values
     for name, values in known.items():
         if config[name] not in values:
             raise ValueError(f"{name} must be in {values}, not {config[name]!r}")
@@ -390,12 +393,12 @@ class HGN(nn.Module):
             self.H, self.decoder = PaperHamiltonian(maps, low), PaperDecoder(size, channels, maps)
             self.prior = StandardNormal()
             self.z_shape = (48, size, size) if f_psi else (2 * maps, low, low)
-        else:  # z is the state itself
+        else:  # z = (q, dq/dt)
             dim = latent or 6
             space = Space(dim, dim // 2 if periodic is None else dim * periodic)
             self.encoder = CompactEncoder(size, channels, context, space)
             self.H, self.decoder = CompactHamiltonian(space), CompactDecoder(size, channels, space)
-            self.f_psi, self.prior = Psi(), Couplings(2 * space.dim)
+            self.f_psi, self.prior = self.H.momentum, Couplings(2 * space.dim)
             self.z_shape = (2 * space.dim,)
         self.log_gamma = nn.Parameter(torch.tensor(-3.0)) if friction else None
         for part in (self.encoder, self.decoder):  # 1.3-2x on small convolutions
@@ -403,8 +406,7 @@ class HGN(nn.Module):
 
     # The friction learnt, of p -> exp(-gamma t) p, or None, in units in which dt is FRAME.
     gamma = property(lambda self: None if self.log_gamma is None else self.log_gamma.exp())
-    # energy(q, p) of states (B, ...), (B,): the learnt H. Its zero and its unit mean nothing.
-    energy = property(lambda self: self.H)
+    energy = property(lambda self: self.H)  # energy(q, p), (B,): its zero and unit mean nothing
 
     @torch.no_grad()
     def fit(self, frames):
@@ -474,9 +476,8 @@ class HGN(nn.Module):
 
 
 class GECO:
-    """Rezende & Viola 2018, "Taming VAEs": minimise the KL subject to mse <= tolerance. beta, the
-    inverse of their Lagrange multiplier, shrinks while mse's moving average is above tolerance and
-    grows while it is below, by tolerance / mse (theirs: mse - tolerance), within bounds."""
+    """Rezende & Viola 2018: least KL subject to mse <= tolerance. beta, their multiplier's inverse,
+    grows by (tolerance / moving average of mse)^rate a step (theirs: by the difference), clamped."""
 
     def __init__(self, tolerance=2e-4, rate=0.01, beta=1e-3, bounds=(1e-5, 1.0), device=None):
         self.tolerance, self.rate, self.bounds = tolerance, rate, bounds
@@ -511,10 +512,9 @@ def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None):
 
     z, kl = model.posterior(context, noise)
     q = model.rollout(*model.state(z), reach)[0].take_along_dim(times[..., None], 1)  # (B, n, dim)
-    far = error(q)
     e = model.encoder.read(targets[:, : 1 + targets.shape[1] // 8])  # more teaches little more
     off = space.read(space.see(q[:, : e.shape[1]] - e)).square().mean(2)
     off = off / (e.detach().flatten(0, 1).var(0, correction=0).mean() + 1e-12)
     robust = lambda x, tolerance: tolerance * torch.log1p(x / tolerance).mean()
-    elbo = robust(far, 0.1) + beta * kl / context[0, 0].numel() / blank  # negative
+    elbo = robust(far := error(q), 0.1) + beta * kl / context[0, 0].numel() / blank  # negative
     return elbo + error(e).mean() + robust(off, 0.01), far.mean() * blank, kl
