@@ -477,7 +477,7 @@ class HGN(nn.Module):
 
 class GECO:
     """Rezende & Viola 2018: least KL subject to mse <= tolerance. beta, their multiplier's inverse,
-    grows by (tolerance / moving average of mse)^rate a step (theirs: by the difference), clamped."""
+    grows by (tolerance / moving average of mse)^rate a step (theirs: by the difference)."""
 
     def __init__(self, tolerance=2e-4, rate=0.01, beta=1e-3, bounds=(1e-5, 1.0), device=None):
         self.tolerance, self.rate, self.bounds = tolerance, rate, bounds
