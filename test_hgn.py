@@ -416,7 +416,7 @@ def test_hnn_fits_h_to_the_change_of_its_states(monkeypatch):
     model = HGN(size=16, latent=1, context=2, friction=True)  # whose frames are its states
     path = torch.cat(leapfrog(Twist(), *start(3, 1), 1e-3, 20, gamma=model.gamma.detach()), 2)
     monkeypatch.setattr("train.FRAME", 1e-3)
-    model.H, model.valid = Twist(), lambda x, least: x
+    model.H, model.f_psi, model.valid = Twist(), lambda z: z.chunk(2, 1), lambda x, least: x
     model.encode, model.decode = lambda x: (x[:, 1], None), lambda q: 0 * q
     off = [loss - mse for loss, mse, _ in (train.hnn_loss(model, x) for x in (path, path.flip(1)))]
     assert off[0] < 1e-6 and off[1] > 0.01
