@@ -110,9 +110,9 @@ def settle(args):
         raise ValueError("--noise is of a --system; --stride and --fps, instead of --dt, of --data")
     if not args.data:
         fill(system="mass_spring", size=32, dt=0.125)
-    if args.system and kind == "compact":  # of recordings nobody knows
-        system = SYSTEMS[args.system]
-        fill(latent=initial_states(system, 1)[0].numel(), periodic=system.periodic)
+    if kind == "compact" and (system := SYSTEMS.get(args.system)):  # of recordings nobody knows
+        free = initial_states(system, 1)[0].numel()  # but a number alone might fold
+        fill(latent=free if system.periodic else max(2, free), periodic=system.periodic)
     row = args.window if args.model == "hgn" else min(args.window, args.targets)
     if row < max(3, args.context):
         raise ValueError(f"{row} frames are too few to learn from: --window, --targets, --context")
