@@ -322,7 +322,7 @@ def wells(model, centres, n=161, reach=2.5):
 
 LABELS = {
     "blank_mse": "mse of a blank prediction, the mean picture",
-    "energy_std_ratio": "std of H along a rollout / across clips (0: conserved)",
+    "energy_std_ratio": "std of H along a rollout over that across clips (0: kept)",
     "vpt": "VPT: share of frames past the window that are predicted",
     "strict_vpt_forward": "first frame with a tenth of blank's error, median",
     "strict_vpt_backward": "the same, backward in time",
