@@ -170,10 +170,10 @@ class PaperEncoder(nn.Module):
         return self.convs(4 * (frames - self.still).flatten(1, 2)).chunk(2, 1)
 
 
-class Psi(nn.Sequential):
+class PaperPsi(nn.Sequential):
     """f_psi: z -> q and p, maps of an eighth of the size, as vectors; without layers z is both."""
 
-    def forward(self, z):  # (B, 48 maps, H, W), or (B, what is q and p) -> (B, dim) twice
+    def forward(self, z):  # (B, 48 maps, or those of q and p, H, W) -> (B, dim) twice
         return super().forward(z).flatten(1).chunk(2, 1)
 
 
@@ -389,7 +389,7 @@ class HGN(nn.Module):
             maps, low = latent or 16, size // 8
             tail = () if f_psi else (nn.LeakyReLU(), *convs(96, 64, 64, 4 * maps, stride=2))
             self.encoder = PaperEncoder(size, channels, context, tail)
-            self.f_psi = Psi(*convs(48, 64, 64, 2 * maps, stride=2) if f_psi else ())
+            self.f_psi = PaperPsi(*convs(48, 64, 64, 2 * maps, stride=2) if f_psi else ())
             self.H, self.decoder = PaperHamiltonian(maps, low), PaperDecoder(size, channels, maps)
             self.prior = StandardNormal()
             self.z_shape = (48, size, size) if f_psi else (2 * maps, low, low)

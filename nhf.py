@@ -88,7 +88,7 @@ class Points:
     def __init__(self, source, seed=0, name="points"):
         self.density, fixed = None, lambda seed: torch.Generator().manual_seed(seed)
         if isinstance(source, str):
-            check({"density": source}, {"density": DENSITIES})
+            check({"density": source}, {"density": [*DENSITIES]})
             self.density = DENSITIES[source]
             self.held_out = self.density.sample(10_000, fixed(TEST_SEED))
             rows = self.density.sample(20_000, fixed(TEST_SEED - 1)).double()

@@ -358,7 +358,7 @@ class Run:
         if not checkpoint:
             if not self.flow:  # of batches after the last
                 some = [self.batches(self.args.steps + i)[0] for i in range(5)]
-                self.model.fit(torch.cat(some).flatten(0, 1))
+                self.model.fit(torch.cat(some).flatten(0, 1)[:1024])
             self.log(config=self.config, **provenance())
             return self.save()
         try:
