@@ -338,9 +338,9 @@ LABELS = {
 
 def table(config, result):
     """Print the figures of `measure` (and `measure_physics`) or of `measure_flow`."""
-    tests = "{points} points, nats" if "points" in result else "{clips} clips, MSE x 1e-4"
+    tests = "points: {points}; nats" if "points" in result else "clips: {clips}; MSE x 1e-4"
     source = config["system"] or config["density"] or config["data"]
-    print(f"\n{source}, tested on {tests.format(**result)}:")
+    print(f"\n{source}, tested on {tests.format(**result)}")
     for key, value in result.items():
         if isinstance(value, float):
             words = LABELS.get(key) or re.sub(r"(\d+)_(\d+)", r"of frames \1-\2", key)

@@ -20,22 +20,24 @@ from torch import nn
 
 
 @torch.compiler.nested_compile_region  # compiled once, not once for every step of a rollout
-def leapfrog_step(H, q, p, here, h, rounds):  # here = H.at(q), passed on to the next step
-    half = p
-    for _ in range(1 + rounds):  # towards half = p - h/2 dH/dq(q, half)
-        half = p - h / 2 * H.kick(here, half)
+def leapfrog_step(H, q, p, here, force, h, rounds):  # here = H.at(q); force: about dH/dq there
+    for _ in range(rounds):  # towards half = p - h/2 dH/dq(q, half)
+        force = H.kick(here, p - h / 2 * force)
+    half = p - h / 2 * force
     drift = H.drift(here, half)
     new = q + h * drift
     for _ in range(rounds):  # towards new = q + h/2 (dH/dp(q, half) + dH/dp(new, half))
         new = q + h / 2 * (drift + H.drift(H.at(new), half))
     here = H.at(new)
-    return new, half - h / 2 * H.kick(here, half), here
+    force = H.kick(here, half)
+    p = half - h / 2 * force
+    return new, p, here, force if rounds == H.rounds else H.kick(here, p)
 
 
 @torch.compiler.nested_compile_region
-def euler_step(H, q, p, here, h, rounds):
-    new, p = q + h * H.drift(here, p), p - h * H.kick(here, p)
-    return new, p, H.at(new)
+def euler_step(H, q, p, here, force, h, rounds):
+    q, p = q + h * H.drift(here, p), p - h * force
+    return q, p, (here := H.at(q)), H.kick(here, p)
 
 
 def leapfrog(H, q, p, dt, steps, substeps=1, gamma=None, step=leapfrog_step, rounds=None):
@@ -45,12 +47,12 @@ def leapfrog(H, q, p, dt, steps, substeps=1, gamma=None, step=leapfrog_step, rou
     in `substeps` steps of length h; negative runs backward. gamma: of friction, a tensor, p ->
     exp(-gamma h / 2) p before and after a step. Returns: q, p, (B, steps + 1, ...), from now on."""
     q, p, h = q.clone(), p.clone(), dt / substeps  # a compiled step refuses views of one tensor
-    here, path = H.at(q), [(q, p)]
+    path, force = [(q, p)], H.kick(here := H.at(q), p)
     decay = 1.0 if gamma is None else torch.exp(-gamma * h / 2)
     rounds = H.rounds if rounds is None else rounds
     for _ in range(steps):
         for _ in range(substeps):
-            q, p, here = step(H, q, decay * p, here, h, rounds)
+            q, p, here, force = step(H, q, decay * p, here, force, h, rounds)
             p = decay * p
         path.append((q, p))
     return tuple(torch.stack(x, 1) for x in zip(*path))
@@ -132,8 +134,7 @@ class Couplings(nn.Module):  # a learnt prior of z (B, dim): N(0, I) through Rea
         self.register_buffer("masks", (torch.arange(dim) + torch.arange(layers)[:, None]) % 2.0)
         self.nets = nn.ModuleList(chain(dim, width, width, 2 * dim) for _ in range(layers))
 
-    def forward(self, u):  # (B, dim) -> (B, dim)
-        return self.inverse(u, order=-1)[0]
+    forward = lambda self, u: self.inverse(u, order=-1)[0]  # (B, dim) -> (B, dim)
 
     def inverse(self, z, order=1):  # -> u, which forward (order -1) takes to z, log |det du/dz|
         log_det = 0
@@ -241,7 +242,7 @@ class CompactEncoder(nn.Module):
     and inertia of what each learnt filter sees. A few in a row -> q(z|x), z = (q, dq/dt) at the
     middle one: a polynomial through their q, plus an MLP; its variance is constant."""
 
-    def __init__(self, size, channels, context, space, filters=48, hidden=24):
+    def __init__(self, size, channels, context, space, filters=32, hidden=24):
         super().__init__()
         self.lead, self.space, self.side = context // 2, space, min(size, 32)
         self.filters = nn.Sequential(conv(channels, hidden), nn.SiLU(), conv(hidden, filters, 1))
@@ -259,8 +260,8 @@ class CompactEncoder(nn.Module):
         side = torch.linspace(-1, 1, self.side, dtype=frames.dtype, device=frames.device)
         x, y = (x.flatten() for x in torch.meshgrid(side, side, indexing="xy"))  # (H W,)
         powers = torch.stack((torch.ones_like(x), x, y, x * x, x * y, y * y))
-        seen = self.filters(frames).square().movedim(1, 3).flatten(1, 2)  # (n, H W, filters)
-        mass, *moments = (powers @ seen).unbind(1)
+        seen = self.filters(frames).movedim(1, 3).flatten(1, 2)  # (n, H W, filters)
+        mass, *moments = (powers @ (seen * seen)).unbind(1)  # square() has a slow backward
         x, y, xx, xy, yy = (moment / (mass + 0.01) for moment in moments)
         return torch.cat(((mass + 1).log(), x, y, xx - x * x, xy - x * y, yy - y * y), 1)
 
@@ -451,9 +452,8 @@ class HGN(nn.Module):
 
     def decode(self, q, block=512):  # pictures at a time
         """Paint q (B, T, ...): frames (B, T, C, size, size); without gradients cut to [0, 1]."""
-        frames = torch.cat([self.decoder(part) for part in q.flatten(0, 1).split(block)])
-        frames = frames.unflatten(0, q.shape[:2])
-        return frames if torch.is_grad_enabled() else frames.clamp_(0, 1)
+        x = torch.cat([*map(self.decoder, q.flatten(0, 1).split(block))]).unflatten(0, q.shape[:2])
+        return x if torch.is_grad_enabled() else x.clamp_(0, 1)
 
     @torch.no_grad()
     def sample(self, n, steps, dt=None, generator=None):

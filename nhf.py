@@ -136,7 +136,7 @@ class Separable(Hamiltonian):
     def __init__(self, dim, width, kinetic="quadratic"):
         super().__init__()
         self.K = Quadratic(dim) if kinetic == "quadratic" else Energy(dim, width)
-        self.V = Energy(dim, width)
+        self.V, self.rounds = Energy(dim, width), 0  # of leapfrog, which is explicit here
 
     def forward(self, q, p):
         return self.K(p) + self.V(q)

@@ -262,11 +262,11 @@ def _reading(path):
     """One kind of error, in one line, of the many that files which cannot be read cause."""
     try:
         if not path.is_file():  # a pipe would be waited for
-            raise ValueError("it is no regular file" if path.exists() else "there is no such file")
+            raise ValueError("it is no regular file" if path.exists() else "it is not there")
         yield
     except Exception as error:
         why = " ".join(str(error).split()).split(" If you trust")[0] or type(error).__name__
-        raise ValueError(f"{path} cannot be read: {why}") from error
+        raise ValueError(f"{path} cannot be read: {why}. Put it right or leave it out") from error
 
 
 def _array(path):
@@ -339,7 +339,7 @@ class Recordings:
         long, rates = [*zip(*(x for x in films if len(x[0]) >= least))] or [(), ()]
         need = 2 * least if 1 in (len(films), len(long)) else least
         if not long or len(long[0]) < need:
-            raise ValueError(f"{path} has {len(films)} recordings, none of {need} frames")
+            raise ValueError(f"{path}: of {len(films)} recordings none has {need} frames: add some")
         if not any(_unit(x[:: 1 + len(x) // 64]).max() > 1.5 / 255 for x in long):
             raise ValueError(f"{path} is black: of 16-bit integers 65535 is white, of 8-bit 255")
         if not (dt or fps) and max(rates) > 1.1 * min(rates):
@@ -358,9 +358,9 @@ class Recordings:
         self.lengths, self.channels = torch.tensor([*map(len, self.clips)]), long[0].shape[3]
         self.summary = (
             f"{path}: recordings {len(films)}, too short {len(films) - len(long)}; {len(held)} "
-            f"clips of {self.lengths.min()} to {self.lengths.max()} frames, {self.lengths.sum()} "
+            f"clip(s) of {self.lengths.min()} to {self.lengths.max()} frames, {self.lengths.sum()} "
             f"in all, {self.before} -> {self.size} x {self.size}, {1 / self.dt:.4g} a second; "
-            f"passed over: {len(self.passed)} files {', '.join(self.passed[:3])}"
+            f"passed over: {len(self.passed)} file(s) {', '.join(self.passed[:3])}"
         )
 
     def read(self, clips, times):

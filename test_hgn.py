@@ -218,7 +218,7 @@ def test_pictures_of_every_mode_in_the_order_of_their_numbers(mode, tmp_path):
     (tmp_path / ".DS_Store").write_text("x")
     data = Recordings(tmp_path, size=16)
     first, tenth = data.read(torch.tensor([0, 1]), torch.tensor([[0], [4]]))[:, 0]
-    assert data.channels == 1 and "passed over: 1 files .DS_Store" in data.summary
+    assert data.channels == 1 and "passed over: 1 file(s) .DS_Store" in data.summary
     assert (first == 1).all() == (mode[-1] == "A")  # what is transparent is white
     close(tenth, FILM[10, :1], rtol=0, atol=0.003)
 
@@ -1164,7 +1164,8 @@ MISTAKES = {
         --density rings --model hgn; --density rings --hamiltonians 0; --data nowhere.npy;
         --size 20; --noise loud; --window 0; --context 50; --arch big; --latent 65; --steps 1.5;
         --lr nan; --beta -1; --seed -1; --name taken; --name ../up; --resume nowhere.pt;
-        --device cuda:77; --colour red""",
+        --device cuda:77; --colour red; --density rings --latent 3; --hamiltonians 2; --fps 9;
+        --arch paper --targets 3; --model hnn --geco; --deterministic --geco 1e-3""",
     "eval": "--density rings; --checkpoint nowhere.pt; --frames 0; --speed inf; --device tpu",
 }
 

@@ -33,13 +33,19 @@ FLOWS = "nhf", "realnvp"  # models of points; the others are of pictures
 POOL = 64  # batches whose trajectories are simulated together
 HERE = "device", "compile", "resume", "name", "bench"  # of the command alone, not of the run
 FREE = "steps", "window", "save_every"  # what --resume may change
+UNUSED = {  # options that a run of this kind would ignore, and so refuses
+    "points": "fps size dt noise window targets latent context integrator substeps periodic arch "
+    "f_psi friction clip stride deterministic geco beta",
+    "pictures": "hamiltonians leapfrog_steps kinetic", "simulated clips": "fps stride clip",
+    "recordings": "noise bench", "--dt": "fps", "--bench": "model arch", "--arch paper": "targets",
+    "--model hnn": "arch context deterministic geco beta", "--deterministic": "geco beta",
+}  # fmt: skip
 GROWTH = 0.5  # part of a compact run over which the times that are scored grow to the whole window
 SEEN = 163840  # frames of the clips whose states the prior is fitted to at the end
 RATES = {"decoder.whole": 0.3, "decoder": 3.0, "encoder.filters": 0.1}  # times --lr: first to fit
 
 
-def parse(**defaults):
-    """The command line as a namespace."""
+def parse(words=None, **defaults):  # the command line, or other words -> a namespace
     parser = argparse.ArgumentParser("python train.py", "%(prog)s [options]")
     parser.print_usage = lambda file: None  # a mistake gets one line; --help says more
     count, many, positive = number(1, 1000), number(1, 10**9), number(1e-9, 1e6, float)
@@ -76,8 +82,7 @@ def parse(**defaults):
     add("--batch-size", type=many, help="default: 16, of flows 512")
     add("--lr", type=positive, help=f"default: {usual('lr')}")
     add("--beta", type=number(0, 1e6, float), default=1e-3, help="of the KL (default: 0.001)")
-    add("--geco", action="store_true", help="the paper's constraint, no fixed beta")
-    add("--tolerance", type=positive, default=2e-4, help="MSE of --geco (default: 0.0002)")
+    add("--geco", nargs="?", type=positive, const=2e-4, metavar="MSE", help="not beta but the MSE")
     add("--seed", type=number(0, 2**20 - 1), default=0, help="(default: 0)")
     add("--name", help="folder under runs/ (default: the system's name)")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on (default: the newest run)")
@@ -86,36 +91,33 @@ def parse(**defaults):
     add("--compile", action="store_true", help="fuse the step: a minute at first")
     add("--bench", action="store_true", help="measure the speed here; --compile adds rows")
     parser.set_defaults(**defaults)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def settle(args):
     """Fill in what depends on other options. Raises: ValueError for what does not go together."""
     fill = lambda **own: vars(args).update((k, v) for k, v in own.items() if vars(args)[k] is None)
     flow = bool(args.density or args.data and read_points(args.data) is not None)
+    given = {k: v for k, v in vars(args).items() if v != getattr(parse([]), k)}
+    kinds = ["points"] if flow else ["pictures", "recordings" if args.data else "simulated clips"]
+    for kind in (*kinds, *(f"--{k}{end}" for k, v in given.items() for end in ("", f" {v}"))):
+        for name in (name for name in UNUSED.get(kind, "").split() if name in given):
+            option = "no_" * (given[name] is False) + name
+            raise ValueError(f"--{option.replace('_', '-')} is of no use with {kind}: leave it out")
     fill(model="nhf" if flow else "hgn")
     if flow != (args.model in FLOWS):
-        raise ValueError(f"--model {args.model} is not for {'points' if flow else 'pictures'}")
-    if args.geco and (args.model != "hgn" or args.deterministic):
-        raise ValueError("--geco weighs the KL of --model hgn, not --deterministic")
-    if args.bench and (args.model, args.arch, args.data) != ("hgn", "compact", None):
-        raise ValueError("--bench chooses the model itself: give a --system, or none")
+        raise ValueError(f"--model {args.model} is not for {kinds[0]}")
     if args.model == "hnn":  # the published networks, with another loss
         args.arch, args.context, args.deterministic = "paper", 2, True
     kind = args.arch if args.model == "hgn" else args.model
     fill(**{name: usual[kind] for name, usual in DEFAULTS.items()})
     if flow:
         return
-    if (args.noise or args.fps and args.dt) if args.data else (args.fps or args.stride > 1):
-        raise ValueError("--noise is of a --system; --stride and --fps, instead of --dt, of --data")
     if not args.data:
         fill(system="mass_spring", size=32, dt=0.125)
     if kind == "compact" and (system := SYSTEMS.get(args.system)):  # of recordings nobody knows
         free = initial_states(system, 1)[0].numel()  # but a number alone might fold
         fill(latent=free if system.periodic else max(2, free), periodic=system.periodic)
-    row = args.window if args.model == "hgn" else min(args.window, args.targets)
-    if row < max(3, args.context):
-        raise ValueError(f"{row} frames are too few to learn from: --window, --targets, --context")
     if args.batch_size * (args.context + args.window) * (args.size or 32) ** 2 > 5e8:
         raise ValueError("batches are gigabytes: less of --batch-size, --context, --window, --size")
 
@@ -154,24 +156,22 @@ class Batches:
 
     def __init__(self, args, data, device):
         self.args, self.data, self.device, self.pool = args, data, device, None
-        lengths = data.lengths[data.train] if data else torch.tensor([args.window])
-        longest = min(args.window, int(lengths.max()))
+        self.lengths = data.lengths if data else torch.tensor([args.window], device=device)
+        train = data.train if data else torch.zeros_like(self.lengths)
+        longest = min(args.window, int(self.lengths[train].max()))
         row = min(longest, args.targets) if args.model == "hnn" else longest
+        if row < max(3, args.context):
+            raise ValueError(f"to learn from {row} frames is too little: more --window, --targets")
         self.most, self.row = longest - 1, 0 if args.arch == "compact" else row
-        if data:  # the clip of every frame there is: long ones are drawn more often
-            self.clips = data.train.repeat_interleave(lengths * (lengths >= self.row))
+        lengths = self.lengths[train]  # of every frame there is the clip: long ones come more often
+        self.clips = train.repeat_interleave(lengths * (lengths >= self.row))
 
     def __call__(self, step):
         args, device = self.args, "cpu" if self.data else self.device
         generator = torch.Generator(device).manual_seed((args.seed << 20) + step + 2**19)
         uniform = lambda n: torch.rand(args.batch_size, n, generator=generator, device=device)
-        if self.data:
-            clips = self.clips[(uniform(1) * len(self.clips)).long()]
-            length = self.data.lengths[clips]
-            read = lambda times: self.data.read(clips.flatten(), times).to(self.device)
-        else:
-            length = torch.full((args.batch_size, 1), args.window, device=device)
-            read = lambda times: self.paint(step, times, generator)
+        clips = self.clips[(uniform(1) * len(self.clips)).long()]
+        length, read = self.lengths[clips], lambda times: self.read(step, clips, times, generator)
         if self.row:
             first = (uniform(1) * (length - self.row + 1)).long()
             return [read(first + torch.arange(self.row, device=device))]
@@ -184,8 +184,10 @@ class Batches:
         frames = read(torch.cat((context, first + times), 1))
         return [*frames.split([args.context, args.targets], 1), times.to(self.device)]
 
-    def paint(self, step, times, generator):
-        """Frames of simulated clips at times (B, n). POOL batches are simulated at once."""
+    def read(self, step, clips, times, generator):
+        """Frames of clips (B, 1) at times (B, n). POOL batches are simulated at once."""
+        if self.data:
+            return self.data.read(clips.flatten(), times).to(self.device)
         args, system, pool = self.args, SYSTEMS[self.args.system], step // POOL
         if self.pool != pool:
             start = torch.Generator(self.device).manual_seed((args.seed << 20) + pool)
@@ -241,12 +243,12 @@ def hnn_loss(model, frames):
     that move from frame to frame by Euler's steps (their third term, p = dq/dt, is left out).
     frames: (B, T > context, C, S, S). Returns: loss, mse, zero."""
     clips = model.valid(frames, model.context + 1).unfold(1, model.context, 1).movedim(-1, 2)
-    states = model.f_psi(model.encode(clips.flatten(0, 1))[0])  # of (B, n, context, C, S, S)
-    states = [x.unflatten(0, clips.shape[:2]) for x in states]  # q and p, (B, n, dim)
+    states = torch.stack(model.f_psi(model.encode(clips.flatten(0, 1))[0]))
+    states = states.unflatten(1, clips.shape[:2])  # q and p, (2, B, n, dim)
     mse = (model.decode(states[0]) - clips[:, :, model.encoder.lead]).square().mean()
-    ahead = euler(model.H, *(x[:, :-1].flatten(0, 1) for x in states), FRAME, 1, gamma=model.gamma)
-    off = [(x[:, 1] - y[:, 1:].flatten(0, 1)).square().mean() for x, y in zip(ahead, states)]
-    return mse + 0.1 / FRAME**2 * sum(off), mse, mse.new_zeros(())
+    now, ahead = states[:, :, :-1].flatten(1, 2), states[:, :, 1:].flatten(1, 2)
+    moved = torch.stack(euler(model.H, *now, FRAME, 1, gamma=model.gamma))[:, :, 1]
+    return mse + 0.2 / FRAME**2 * (moved - ahead).square().mean(), mse, mse.new_zeros(())
 
 
 def set_rate(optimisers, lr, step, steps):
@@ -328,7 +330,7 @@ class Run:
         self.compact = args.model == "hgn" and args.arch == "compact"
         rates, muon = RATES if self.compact else {}, self.flow or self.compact
         self.optimisers = make_optimisers(model, args.lr, rates, muon)
-        self.geco = GECO(args.tolerance, beta=args.beta, device=device)
+        self.geco = GECO(args.geco or 1.0, beta=args.beta, device=device)
         self.batches = self.points if self.flow else Batches(args, test.data, device)
         losses = compiled(self.losses) if args.compile else self.losses
         self.step = stepper(model, losses, self.optimisers, self.geco if args.geco else None)
@@ -348,7 +350,7 @@ class Run:
             values = hnn_loss(self.model, *batch)
         else:
             values = self.model.loss(*batch, self.geco.beta)
-        return dict(zip(("loss", "mse", "kl"), values))
+        return dict(zip(("loss", "mse", "kl", "beta"), (*values, self.geco.beta)))
 
     def start(self, folder, checkpoint=None):
         """Anew, or where the checkpoint was made: what was logged after it is dropped."""
@@ -376,7 +378,7 @@ class Run:
     def fit_prior(self):
         """The prior, to the states of many clips from batches after the last step."""
         args, rounds = self.args, min(10000, 1 + self.args.steps // 2)
-        few = argparse.Namespace(**vars(args) | {"targets": 1, "window": args.context})
+        few = argparse.Namespace(**vars(args) | {"targets": 1, "window": max(3, args.context)})
         batches = Batches(few, self.test.data, self.device)
         n = max(1, min(SEEN // args.context, 64 * rounds) // args.batch_size)
         with torch.no_grad():
@@ -416,8 +418,7 @@ class Run:
                 bar.update()
                 last = self.done == args.steps or stopped
                 if self.done % 20 == 0 or last:
-                    beta = {"beta": self.geco.beta} if args.geco else {}
-                    values = {k: v.item() for k, v in (values | beta).items()}
+                    values = {k: v.item() for k, v in values.items()}
                     bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()})
                     self.log(**values)
                     bad = 0 if math.isfinite(values["loss"]) else bad + 1
@@ -440,8 +441,7 @@ def bench(args, device):
 
     def row(what, n, call):
         timer = Timer("call()", globals={"call": call}, num_threads=threads)
-        if cuda:  # a CPU counts no memory
-            torch.cuda.reset_peak_memory_stats()
+        cuda and torch.cuda.reset_peak_memory_stats()  # a CPU counts none
         begin = time.time()
         call()
         first = time.time() - begin  # compiles
