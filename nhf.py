@@ -25,12 +25,11 @@ _polar = lambda r, a: _xy(r * a.cos(), r * a.sin())
 
 class Density(NamedTuple):
     """A density in the plane. sample(n, generator) -> (n, 2). entropy: nats. Of noise round equal
-    modes, points or curves: its width, their number, the centres (parts * nodes, 2) they are."""
+    modes, points or curves: its width, and points (m, 2) of these modes."""
 
     sample: Callable
     entropy: float
     sigma: Optional[float] = None
-    parts: Optional[int] = None
     centres: Optional[torch.Tensor] = None
 
 
@@ -43,7 +42,7 @@ def _on(curves, entropy, sigma, parts=1, nodes=400):
         k, t = torch.randint(parts, (n,), generator=generator), torch.rand(n, generator=generator)
         return curves(k, t) + sigma * torch.randn(n, 2, generator=generator)
 
-    return Density(sample, entropy, sigma, parts, centres)
+    return Density(sample, entropy, sigma, centres)
 
 
 def _pinwheel(n, generator=None):

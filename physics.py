@@ -242,8 +242,6 @@ def clips(system, n, frames=30, dt=LONGEST, noise=0.0, size=32, generator=None, 
 def jitter(system, q, noise=0.0, generator=None):
     """q plus observation noise: a Gaussian of sigma `noise`, world units, or "paper" for its."""
     sigma = system.noise if noise == "paper" else noise
-    if sigma == 0:
-        return q
     source = generator.device if generator is not None else q.device
     noise = torch.randn(q.shape, generator=generator, device=source, dtype=q.dtype)
     return q + sigma * noise.to(q.device)
