@@ -324,6 +324,13 @@ def test_leapfrog_is_hamiltons_flow_symplectic_and_returns(name):
     assert (there[:, :dim] - q).norm() > 0.1 < (J - torch.eye(2 * dim)).norm()
 
 
+def test_a_separable_H_takes_one_force_a_step():
+    H, (q, p), seen = Separable(3, 32), start(4, 3), []
+    H.kick = lambda here, p, kick=H.kick: seen.append(p) or kick(here, p)
+    leapfrog(H.double(), q, p, 0.1, 20)
+    assert len(seen) == 20 + 1
+
+
 def test_frames_depend_on_q_alone_and_faster_is_the_same_motion():
     """At double speed every second state: steps are never longer than in training."""
     model, (q, p) = shaken(HGN(size=16, latent=3)), start(4, 3)
