@@ -28,9 +28,8 @@ from nhf import DENSITIES, NHF, TEST_SEED, Points, RealNVP
 from physics import BACKGROUND, SYSTEMS, Recordings, read_points, render, simulate
 
 FLOWS = {"nhf": NHF, "realnvp": RealNVP}
-MODELS = {"hgn": HGN, "hnn": HGN, **FLOWS}
-if sys.platform == "linux":  # keep what is freed: a step's page faults cost a fifth of its time
-    [ctypes.CDLL(None).mallopt(*x) for x in ((-1, 2**31 - 1), (-3, 2**25))]  # trim, mmap threshold
+if hasattr(libc := ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt"):  # glibc
+    [libc.mallopt(*x) for x in ((-1, 2**31 - 1), (-3, 2**25))]  # keep what is freed: no page faults
 WINDOW = 30  # frames of the paper's test clips
 SIZE = 288  # pixels of a chart's side
 PLAIN = str | float | int | None  # what options are
@@ -88,7 +87,7 @@ def load(path, device="cpu", **wanted):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config, kind = checkpoint["config"], checkpoint["kind"]
         with torch.device("meta"):  # costs no memory, whatever the sizes are
-            model = MODELS[kind](**checkpoint["model_config"])
+            model = ({"hgn": HGN, "hnn": HGN} | FLOWS)[kind](**checkpoint["model_config"])
         model.load_state_dict(checkpoint["model"], assign=True)
         same = all(model.config.get(k, v) == v for k, v in config.items() if config["system"])
         plain = *config.values(), *map(checkpoint.get, ("command", "step", "seconds", "logged"))
@@ -143,6 +142,8 @@ class HeldOut:
     def __init__(self, config, n, device="cpu", data=None):
         how = {k: config[k] for k in ("size", "clip", "stride", "dt", "fps", "seed")}
         data = data or Recordings(config["data"], **how, least=config["context"] + 1)
+        if config.get("digest") not in (None, data.digest):
+            raise ValueError(f"{config['data']} is not what the run learnt from: put that back")
         self.data, self.device, self.system, self.noise = data, device, None, 0.0
         self.size, self.channels, self.dt = data.size, data.channels, data.dt
         self.summary, lengths = data.summary, data.lengths[data.held_out]
@@ -188,6 +189,8 @@ def measure(model, clips, frames=90, steps=90):
     if clips.noise:
         painted = model.decode(model.rollout(q0, p0, WINDOW - 1)[0])
         result["mse_noisy"] = (painted - clips.observed[:, :WINDOW]).square().mean().item()
+        how, generator = (clips.noise, clips.size), torch.Generator().manual_seed(TEST_SEED + 1)
+        result["noise_floor"] = physics.noise_floor(clips.system, *how, generator=generator)
     q, p = model.rollout(q0, p0, steps - 1)
     H = torch.stack([*map(model.energy, q.unbind(1), p.unbind(1))], 1)
     if len(q0) > 1:  # of one clip there is no spread
@@ -286,9 +289,6 @@ def measure_physics(model, clips, window, frames=300):
         generator = torch.Generator().manual_seed(TEST_SEED + 4)
         drawn = model.sample(min(256, 2 * len(q0)), WINDOW - 1, generator=generator)
         result["samples_valid"], result["samples_obey"] = judge(clips.system, drawn, clips.dt)
-    if clips.noise:
-        how, generator = (clips.noise, clips.size), torch.Generator().manual_seed(TEST_SEED + 1)
-        result["noise_floor"] = physics.noise_floor(clips.system, *how, generator=generator)
     return result
 
 

@@ -20,24 +20,24 @@ from torch import nn
 
 
 @torch.compiler.nested_compile_region  # compiled once, not once for every step of a rollout
-def leapfrog_step(H, q, p, here, force, h, rounds):  # here = H.at(q); force: about dH/dq there
+def leapfrog_step(H, q, p, here, slope, h, rounds):  # here = H.at(q); slope: about dH/dq there
+    slope = slope if rounds == H.rounds else H.kick(here, p)  # the explicit form's is of this p
     for _ in range(rounds):  # towards half = p - h/2 dH/dq(q, half)
-        force = H.kick(here, p - h / 2 * force)
-    half = p - h / 2 * force
+        slope = H.kick(here, p - h / 2 * slope)
+    half = p - h / 2 * slope
     drift = H.drift(here, half)
     new = q + h * drift
     for _ in range(rounds):  # towards new = q + h/2 (dH/dp(q, half) + dH/dp(new, half))
         new = q + h / 2 * (drift + H.drift(H.at(new), half))
     here = H.at(new)
-    force = H.kick(here, half)
-    p = half - h / 2 * force
-    return new, p, here, force if rounds == H.rounds else H.kick(here, p)
+    slope = H.kick(here, half)
+    return new, half - h / 2 * slope, here, slope
 
 
 @torch.compiler.nested_compile_region
-def euler_step(H, q, p, here, force, h, rounds):
-    q, p = q + h * H.drift(here, p), p - h * force
-    return q, p, (here := H.at(q)), H.kick(here, p)
+def euler_step(H, q, p, here, slope, h, rounds):
+    q, p = q + h * H.drift(here, p), p - h * H.kick(here, p)
+    return q, p, H.at(q), p  # it needs no slope
 
 
 def leapfrog(H, q, p, dt, steps, substeps=1, gamma=None, step=leapfrog_step, rounds=None):
@@ -47,18 +47,18 @@ def leapfrog(H, q, p, dt, steps, substeps=1, gamma=None, step=leapfrog_step, rou
     in `substeps` steps of length h; negative runs backward. gamma: of friction, a tensor, p ->
     exp(-gamma h / 2) p before and after a step. Returns: q, p, (B, steps + 1, ...), from now on."""
     q, p, h = q.clone(), p.clone(), dt / substeps  # a compiled step refuses views of one tensor
-    path, force = [(q, p)], H.kick(here := H.at(q), p)
+    path, slope = [(q, p)], H.kick(here := H.at(q), p)
     decay = 1.0 if gamma is None else torch.exp(-gamma * h / 2)
     rounds = H.rounds if rounds is None else rounds
     for _ in range(steps):
         for _ in range(substeps):
-            q, p, here, force = step(H, q, decay * p, here, force, h, rounds)
+            q, p, here, slope = step(H, q, decay * p, here, slope, h, rounds)
             p = decay * p
         path.append((q, p))
     return tuple(torch.stack(x, 1) for x in zip(*path))
 
 
-# Order 1, not symplectic: the paper's where, like its H, H is not separable; its ablation anywhere.
+# Of order 1, not symplectic: the paper's form (leapfrog, where H is separable), and its ablation.
 explicit_leapfrog, euler = partial(leapfrog, rounds=0), partial(leapfrog, step=euler_step)
 INTEGRATORS = {"leapfrog": leapfrog, "explicit_leapfrog": explicit_leapfrog, "euler": euler}
 ARCHITECTURES = {"compact": leapfrog, "paper": explicit_leapfrog}  # of HGN, and their integrators
@@ -123,7 +123,7 @@ convs = partial(chain, layer=conv, activation=nn.LeakyReLU)
 mlp = partial(chain, activation=nn.SiLU, flat=True)  # zero at first: bends what is linear
 
 
-class StandardNormal(nn.Identity):  # the paper's prior, N(0, I), of z (B, ...): noise is a z
+class StandardNormal(nn.Identity):  # the paper's prior, N(0, I), of z (B, ...), which noise is
     def kl(self, z, mean, logvar):  # KL(q(z|x) || p(z)) of each clip, nats, (B,)
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
@@ -242,7 +242,7 @@ class CompactEncoder(nn.Module):
     and inertia of what each learnt filter sees. A few in a row -> q(z|x), z = (q, dq/dt) at the
     middle one: a polynomial through their q, plus an MLP; its variance is constant."""
 
-    def __init__(self, size, channels, context, space, filters=32, hidden=24):
+    def __init__(self, size, channels, context, space, filters=24, hidden=24):
         super().__init__()
         self.lead, self.space, self.side = context // 2, space, min(size, 32)
         self.filters = nn.Sequential(conv(channels, hidden), nn.SiLU(), conv(hidden, filters, 1))

@@ -264,13 +264,13 @@ def _reading(path):
         yield
     except Exception as error:
         why = " ".join(str(error).split()).split(" If you trust")[0] or type(error).__name__
-        raise ValueError(f"{path} cannot be read: {why}. Put it right or leave it out") from error
+        raise ValueError(f"{path} cannot be read: {why}. Mend it or put it back") from error
 
 
 def _array(path):
     """What an .npy file holds, left on disk; of an .npz file the clips or, without any, points."""
     with _reading(path):
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             found = [np.load(path, mmap_mode="r", allow_pickle=False)]
         else:
             size = sum(x.file_size for x in zipfile.ZipFile(path).infolist())
@@ -285,7 +285,7 @@ def _array(path):
 
 def read_points(path):
     """Points (N, D), float64, of an array file; None where path holds clips. Raises ValueError."""
-    array = _array(Path(path)) if Path(path).suffix in ARRAYS else np.empty(0)
+    array = _array(Path(path)) if Path(path).suffix.lower() in ARRAYS else np.empty(0)
     return array.astype("float64") if array.ndim == 2 else None
 
 
@@ -332,16 +332,16 @@ class Recordings:
 
     def __init__(self, path, size=None, clip=60, stride=1, dt=None, fps=None, seed=0, least=6):
         self.path, self.size, self.passed = Path(path), size, []
-        read = self._of_array if self.path.suffix in ARRAYS else self._of_files
+        read = self._of_array if self.path.suffix.lower() in ARRAYS else self._of_files
         films = [(film[::stride], rate) for film, rate in read()]
         long, rates = [*zip(*(x for x in films if len(x[0]) >= least))] or [(), ()]
         need = 2 * least if 1 in (len(films), len(long)) else least
         if not long or len(long[0]) < need:
-            raise ValueError(f"{path}: of {len(films)} recordings none has {need} frames: add some")
-        if not any(_unit(x[:: 1 + len(x) // 64]).max() > 1.5 / 255 for x in long):
-            raise ValueError(f"{path} is black: of 16-bit integers 65535 is white, of 8-bit 255")
+            raise ValueError(f"{path} has no {need} frames on end. Passed over: {self.passed[:3]}")
+        if not any(_unit(x[:: 1 + len(x) // 64]).max() > 0.1 for x in long):
+            raise ValueError(f"{path} is dark: scale it; of 16-bit integers 65535 is white")
         if not (dt or fps) and max(rates) > 1.1 * min(rates):
-            raise ValueError(f"{path} holds recordings of different rates: give one with --fps")
+            raise ValueError(f"{path} has films of unlike rates: convert them, or set all by --fps")
         self.dt = stride * (dt or (1 / fps if fps else rates[0] or 0.125))
         clip = max(least, min(clip, len(long[0]) // 2) if len(long) == 1 else clip)
         groups = [np.split(x, range(clip, len(x) - clip + 1, clip)) for x in long]
@@ -353,6 +353,7 @@ class Recordings:
         held = torch.isin(which, order[: max(1, len(order) // 10)])
         self.held_out, self.train = held.nonzero().flatten(), (~held).nonzero().flatten()
         self.clips = [x for group in groups for x in group]
+        self.digest = f"{sum(map(len, long))} frames, {sum(float(x[0].sum()) for x in long):.9g}"
         self.lengths, self.channels = torch.tensor([*map(len, self.clips)]), long[0].shape[3]
         self.summary = (
             f"{path}: recordings {len(films)}, too short {len(films) - len(long)}; {len(held)} "
@@ -378,13 +379,13 @@ class Recordings:
 
     def _of_array(self):
         """Recordings (T, H, W, C), and the seconds between their frames, 0 if unknown."""
-        x = _array(self.path)
-        if x.ndim == 4:  # one film in colour, or clips in grey
-            x = x[None] if x.shape[3] in (1, 3) else x[..., None]
+        shape = (x := _array(self.path)).shape
+        x = x[None] if x.ndim == 3 or x.ndim == 4 and {shape[1], shape[3]} & {1, 3} else x  # a film
+        x = x[..., None] if x.ndim == 4 else x
         x = np.moveaxis(x, 2, 4) if x.ndim == 5 and x.shape[4] not in (1, 3) else x
         with _reading(self.path):
             if x.ndim != 5 or x.shape[4] not in (1, 3) or 0 in x.shape:
-                raise ValueError(f"clips are (N, T, H, W), or have C of 1 or 3, not {x.shape}")
+                raise ValueError(f"clips are (N, T, H, W), or have C of 1 or 3, not {shape}")
             self._fit(x[0, 0])
             for film in x:
                 if film.shape[1:3] != (self.size, self.size):
@@ -402,9 +403,9 @@ class Recordings:
         for folder in (files, *(shown(x) for x in files if x.is_dir() and x.name[0] != ".")):
             self.passed += [x.name for x in folder if not known(x) and not x.is_dir()]
             films = [self._of_file(x) for x in filter(known, folder)]
-            if all(len(film) == 1 for film, _ in films) and films:
-                films = [(np.concatenate([film for film, _ in films]), 0.0)]
-            recordings += films
+            stills = [film for film, _ in films if len(film) == 1]
+            recordings += [x for x in films if len(x[0]) > 1]
+            recordings += [(np.concatenate(stills), 0.0)] if stills else []
         grey = all((film == film[..., :1]).all() for film, _ in recordings)
         return [(film[..., :1] if grey else film, rate) for film, rate in recordings]
 

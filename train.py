@@ -35,12 +35,11 @@ HERE = "device", "compile", "resume", "name", "bench"  # of the command alone, n
 FREE = "steps", "window", "save_every"  # what --resume may change
 UNUSED = {  # options that a run of this kind would ignore, and so refuses
     "points": "fps size dt noise window targets latent context integrator substeps periodic arch "
-    "f_psi friction clip stride deterministic geco beta",
+    "f_psi friction clip stride deterministic geco beta bench", "--dt": "fps",
     "pictures": "hamiltonians leapfrog_steps kinetic", "simulated clips": "fps stride clip",
-    "recordings": "noise bench", "--dt": "fps", "--bench": "model arch", "--arch paper": "targets",
-    "--model hnn": "arch context deterministic geco beta", "--deterministic": "geco beta",
+    "recordings": "noise bench", "--bench": "model arch", "--arch paper": "targets periodic",
+    "--model hnn": "periodic arch context deterministic geco beta", "--deterministic": "geco beta",
 }  # fmt: skip
-GROWTH = 0.5  # part of a compact run over which the times that are scored grow to the whole window
 SEEN = 163840  # frames of the clips whose states the prior is fitted to at the end
 RATES = {"decoder.whole": 0.3, "decoder": 3.0, "encoder.filters": 0.1}  # times --lr: first to fit
 
@@ -82,15 +81,16 @@ def parse(words=None, **defaults):  # the command line, or other words -> a name
     add("--batch-size", type=many, help="default: 16, of flows 512")
     add("--lr", type=positive, help=f"default: {usual('lr')}")
     add("--beta", type=number(0, 1e6, float), default=1e-3, help="of the KL (default: 0.001)")
-    add("--geco", nargs="?", type=positive, const=2e-4, metavar="MSE", help="not beta but the MSE")
+    add("--geco", nargs="?", type=positive, const=2e-4, metavar="MSE", help="beta moves towards")
     add("--seed", type=number(0, 2**20 - 1), default=0, help="(default: 0)")
+    add("--save-every", type=many, default=250, help="steps between checkpoints (default: 250)")
+    add("--device", help="cpu, cuda, cuda:1 (default: cuda if any; flows: cpu)")
+    add("--compile", action="store_true", help="fuse the step: a minute at first")
+    add = parser.add_argument_group("either").add_mutually_exclusive_group().add_argument
     add("--name", help="folder under runs/ (default: the system's name)")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on (default: the newest run)")
-    add("--save-every", type=many, default=250, help="steps between checkpoints (default: 250)")
-    add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    add("--compile", action="store_true", help="fuse the step: a minute at first")
     add("--bench", action="store_true", help="measure the speed here; --compile adds rows")
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**{"digest": None} | defaults)
     return parser.parse_args(words)
 
 
@@ -100,20 +100,18 @@ def settle(args):
     flow = bool(args.density or args.data and read_points(args.data) is not None)
     given = {k: v for k, v in vars(args).items() if v != getattr(parse([]), k)}
     kinds = ["points"] if flow else ["pictures", "recordings" if args.data else "simulated clips"]
+    fill(model="nhf" if flow else "hgn")
+    if flow != (args.model in FLOWS):
+        raise ValueError(f"--model {args.model} is not for {kinds[0]}")
     for kind in (*kinds, *(f"--{k}{end}" for k, v in given.items() for end in ("", f" {v}"))):
         for name in (name for name in UNUSED.get(kind, "").split() if name in given):
             option = "no_" * (given[name] is False) + name
             raise ValueError(f"--{option.replace('_', '-')} is of no use with {kind}: leave it out")
-    fill(model="nhf" if flow else "hgn")
-    if flow != (args.model in FLOWS):
-        raise ValueError(f"--model {args.model} is not for {kinds[0]}")
     if args.model == "hnn":  # the published networks, with another loss
         args.arch, args.context, args.deterministic = "paper", 2, True
     kind = args.arch if args.model == "hgn" else args.model
     fill(**{name: usual[kind] for name, usual in DEFAULTS.items()})
-    if flow:
-        return
-    if not args.data:
+    if not (flow or args.data):
         fill(system="mass_spring", size=32, dt=0.125)
     if kind == "compact" and (system := SYSTEMS.get(args.system)):  # of recordings nobody knows
         free = initial_states(system, 1)[0].numel()  # but a number alone might fold
@@ -161,7 +159,7 @@ class Batches:
         longest = min(args.window, int(self.lengths[train].max()))
         row = min(longest, args.targets) if args.model == "hnn" else longest
         if row < max(3, args.context):
-            raise ValueError(f"to learn from {row} frames is too little: more --window, --targets")
+            raise ValueError(f"{row} frames are too few: see --window, --context, --targets")
         self.most, self.row = longest - 1, 0 if args.arch == "compact" else row
         lengths = self.lengths[train]  # of every frame there is the clip: long ones come more often
         self.clips = train.repeat_interleave(lengths * (lengths >= self.row))
@@ -175,7 +173,7 @@ class Batches:
         if self.row:
             first = (uniform(1) * (length - self.row + 1)).long()
             return [read(first + torch.arange(self.row, device=device))]
-        reach = min(self.most, 3 + int((self.most + 1) * step / args.steps / GROWTH))
+        reach = min(self.most, 3 + 2 * (self.most + 1) * step // args.steps)  # all after half a run
         self.reach = self.most if args.compile or self.device.type == "cuda" else reach  # one graph
         ahead = (length // 2 if self.data else length).clamp(max=reach)  # recordings start late too
         first = (uniform(1) * (length - ahead.clamp(min=args.context - 1))).long()
@@ -325,6 +323,7 @@ class Run:
 
     def __init__(self, args, model, test, device):
         self.args, self.model, self.test, self.device = args, model, test, device
+        args.digest = getattr(getattr(test, "data", None), "digest", None)
         self.config = {k: v for k, v in vars(args).items() if k not in HERE}
         self.flow = args.model in FLOWS
         self.compact = args.model == "hgn" and args.arch == "compact"
