@@ -240,7 +240,7 @@ class Space:  # of q (..., dim): angles, which networks see as sines and cosines
 class CompactEncoder(nn.Module):
     """Every frame by itself -> its q (`read`, the chart), a linear map plus an MLP of mass, centre
     and inertia of what each learnt filter sees, at half scale, or charts start folded. A few in a
-    row -> q(z|x), z = (q, dq/dt) at the middle one: a polynomial in q, plus an MLP; one variance."""
+    row -> q(z|x), z = (q, dq/dt) at the middle one: a polynomial in q + an MLP; one variance."""
 
     def __init__(self, size, channels, context, space, filters=48, hidden=24):
         super().__init__()
