@@ -239,8 +239,8 @@ class Space:  # of q (..., dim): angles, which networks see as sines and cosines
 
 class CompactEncoder(nn.Module):
     """Every frame by itself -> its q (`read`, the chart), a linear map plus an MLP of mass, centre
-    and inertia of what each learnt filter sees, at half scale, or charts start folded. A few in a
-    row -> q(z|x), z = (q, dq/dt) at the middle one: a polynomial in q + an MLP; one variance."""
+    and inertia of what each learnt filter sees. A few in a row -> q(z|x), z = (q, dq/dt) at the
+    middle one: a polynomial through their q, plus an MLP; its variance is constant."""
 
     def __init__(self, size, channels, context, space, filters=48, hidden=24):
         super().__init__()
@@ -270,7 +270,7 @@ class CompactEncoder(nn.Module):
         F.batch_norm(self.features(frames), self.mean, self.var, training=True, momentum=1.0)
 
     def read(self, frames):  # (B, n, C, H, W) -> (B, n, latent), of each frame by itself
-        y = F.batch_norm(self.features(frames.flatten(0, 1)), self.mean, 4 * self.var, eps=1e-4)
+        y = F.batch_norm(self.features(frames.flatten(0, 1)), self.mean, self.var, eps=1e-4)
         return self.space.read(self.linear(y) + self.bent(y)).unflatten(0, frames.shape[:2])
 
     def forward(self, frames):  # (B, context, C, H, W) -> (B, 2 latent) twice

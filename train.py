@@ -25,7 +25,7 @@ from nhf import DENSITIES, NHF, RealNVP
 from physics import SYSTEMS, clips, initial_states, jitter, read_points, render, simulate
 
 DEFAULTS = {  # of both --arch of hgn, and of the other models; a step of realnvp is twice as fast
-    "steps": {"compact": 2500, "paper": 5000, "hnn": 5000, "nhf": 4000, "realnvp": 10000},
+    "steps": {"compact": 3000, "paper": 5000, "hnn": 5000, "nhf": 4000, "realnvp": 10000},
     "batch_size": {"compact": 16, "paper": 16, "hnn": 16, "nhf": 512, "realnvp": 512},
     "lr": {"compact": 4e-3, "paper": 1.5e-4, "hnn": 4e-4, "nhf": 2e-2, "realnvp": 5e-3},
 }
