@@ -98,7 +98,7 @@ def settle(args):
     """Fill in what depends on other options. Raises: ValueError for what does not go together."""
     fill = lambda **own: vars(args).update((k, v) for k, v in own.items() if vars(args)[k] is None)
     flow = bool(args.density or args.data and read_points(args.data) is not None)
-    given = {k: v for k, v in vars(args).items() if v != getattr(parse([]), k)}
+    given = {k: v for (k, v), u in zip(vars(args).items(), vars(parse([])).values()) if v != u}
     kinds = ["points"] if flow else ["pictures", "recordings" if args.data else "simulated clips"]
     fill(model="nhf" if flow else "hgn")
     if flow != (args.model in FLOWS):
@@ -307,7 +307,7 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
-def fit_prior(prior, mean, logvar, rounds=1500, seed=0, lr=5e-3):
+def fit_prior(prior, mean, logvar, rounds=3000, seed=0, lr=5e-3):
     """The prior at a run's end, to q(z|x) of many clips, (n, dim) twice, in large batches."""
     torch.manual_seed(seed)
     optimisers, size = make_optimisers(prior, lr), min(512, rounds)
