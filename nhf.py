@@ -192,7 +192,7 @@ class NHF(Flow):
     learnt length. width: of the MLPs. kinetic: "quadratic" (Souveton et al. 2023, arXiv 2302.01955)
     or "mlp" (the paper). units: shift and scale of the data. Raises: ValueError."""
 
-    def __init__(self, dim=2, hamiltonians=1, steps=6, width=96, kinetic="quadratic", **units):
+    def __init__(self, dim=2, hamiltonians=1, steps=6, width=64, kinetic="quadratic", **units):
         known = dict.fromkeys(("dim", "hamiltonians", "steps", "width"), range(1, 4097))
         known["kinetic"] = "quadratic", "mlp"
         self.config = {k: v for k, v in locals().items() if k in known}
@@ -250,10 +250,10 @@ class RealNVP(Flow):
 
     @classmethod
     def like(cls, flow, layers=8):
-        """A RealNVP with as many parameters as `flow`, to within a percent, on the same data."""
+        """The smallest RealNVP with no fewer parameters than `flow`, on the same data."""
         count = lambda model: sum(w.numel() for w in model.parameters())
-        off = lambda width: abs(count(cls(flow.dim, layers, width)) - count(flow))
-        size = flow.dim, layers, min(range(8, 513, 2), key=off)
+        enough = lambda width: count(cls(flow.dim, layers, width)) >= count(flow)
+        size = flow.dim, layers, next(filter(enough, range(8, 4097)))
         return cls(*size, shift=flow.shift, scale=flow.scale)
 
     def log_weights(self, x, noise=None):

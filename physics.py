@@ -308,7 +308,6 @@ def _frames(path):
         return
     from PIL import Image, ImageOps
 
-    Image.MAX_IMAGE_PIXELS = 2**26  # a picture of twice as many is refused
     with Image.open(path) as file:
         for i in range(1 if file.format == "MPO" else getattr(file, "n_frames", 1)):
             file.seek(i)

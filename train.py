@@ -25,8 +25,8 @@ from nhf import DENSITIES, NHF, RealNVP
 from physics import SYSTEMS, clips, initial_states, jitter, read_points, render, simulate
 
 DEFAULTS = {  # of both --arch of hgn, and of the other models; a step of realnvp is twice as fast
-    "steps": {"compact": 3000, "paper": 5000, "hnn": 5000, "nhf": 4000, "realnvp": 10000},
-    "batch_size": {"compact": 16, "paper": 16, "hnn": 16, "nhf": 512, "realnvp": 512},
+    "steps": {"compact": 4000, "paper": 5000, "hnn": 5000, "nhf": 4000, "realnvp": 10000},
+    "batch_size": {"compact": 16, "paper": 16, "hnn": 16, "nhf": 256, "realnvp": 512},
     "lr": {"compact": 4e-3, "paper": 1.5e-4, "hnn": 4e-4, "nhf": 2e-2, "realnvp": 5e-3},
 }
 FLOWS = "nhf", "realnvp"  # models of points; the others are of pictures
@@ -78,7 +78,7 @@ def parse(words=None, **defaults):  # the command line, or other words -> a name
     add("--kinetic", choices=("quadratic", "mlp"), default="quadratic", help="default: quadratic")
     add = parser.add_argument_group("run").add_argument
     add("--steps", type=many, help=f"default: {usual('steps')}")
-    add("--batch-size", type=many, help="default: 16, of flows 512")
+    add("--batch-size", type=many, help=f"default: {usual('batch_size')}")
     add("--lr", type=positive, help=f"default: {usual('lr')}")
     add("--beta", type=number(0, 1e6, float), default=1e-3, help="of the KL (default: 0.001)")
     add("--geco", nargs="?", type=positive, const=2e-4, metavar="MSE", help="beta moves towards")
@@ -335,14 +335,15 @@ class Run:
         self.step = stepper(model, losses, self.optimisers, self.geco if args.geco else None)
         self.done, self.logged, self.began = 0, 0, time.time()
 
-    def points(self, step):  # x (B, D), and noise for their momenta (1, B, D)
+    def points(self, step):  # x (B, D), and noise for four momenta of each (4, B, D)
         generator = torch.Generator().manual_seed((self.args.seed << 20) + step)
         x = self.test.draw(self.args.batch_size, generator)
-        return x, torch.randn(1, *x.shape, generator=generator)
+        return x, torch.randn(4, *x.shape, generator=generator)
 
     def losses(self, *batch):
-        if self.flow:
-            return {"loss": -self.model.log_weights(*batch).mean()}  # the negative ELBO
+        if self.flow:  # half the ELBO, half the tighter IWAE, which alone neglects f(p|q)
+            w = self.model.log_weights(*batch)
+            return {"loss": math.log(len(w)) / 2 - (w.mean(0) + w.logsumexp(0)).mean() / 2}
         if self.compact:
             values = charted_loss(self.model, *batch, self.batches.reach, self.geco.beta)
         elif self.args.model == "hnn":
