@@ -281,11 +281,12 @@ def measure_physics(model, clips, frames=300):
         result[f"strict_vpt_{name}"] = good.cumprod(1).sum(1).float().median().item()
     if q0.shape[1] <= len(q0) / 8:  # of so many numbers a linear map fits anything
         truth = simulate(clips.system, clips.q, clips.p, WINDOW, clips.dt)
-        paths = model.rollout(q0, p0, WINDOW - 1), truth  # ten points of each, as theirs
+        paths = model.rollout(q0, p0, WINDOW - 1), truth  # ten points of each
         paths = [[x[:, ::3].flatten(2).double() for x in path] for path in paths]
-        for q, _ in paths if clips.system.periodic else ():  # starts away from the cut
-            first = q[:, :1] - torch.atan2(q[:, 0].sin().mean(0), q[:, 0].cos().mean(0))
-            q += wrapped(first) - q[:, :1]
+        for (q, _), angles in zip(paths, (model.config["periodic"], clips.system.periodic)):
+            if angles:  # that start away from the cut
+                first = q[:, :1] - torch.atan2(q[:, 0].sin().mean(0), q[:, 0].cos().mean(0))
+                q += wrapped(first) - q[:, :1]
         result |= symetric(*(torch.cat(path, 2).flatten(0, 1) for path in paths))
     if not getattr(model, "deterministic", False):  # else it has no prior
         generator = torch.Generator().manual_seed(TEST_SEED + 4)
@@ -330,7 +331,7 @@ LABELS = {
     "energy_std_ratio": "std of H along a rollout over that across clips (0: kept)",
     "strict_vpt_forward": "first frame with a tenth of blank's error, median",
     "symetric_r2": "SyMetric: R^2, latent to true state (passes above 0.9)",
-    "symetric": "SyMetric: distance from symplectic (passes below 0.05)",
+    "symetric": "SyMetric: what moves is this far from symplectic (< 0.05)",
     "samples_valid": "share of samples that are pictures of the system",
     "samples_obey": "share of samples that move as the system does",
     "mode_to_well": "farthest point of a mode from the nearest minimum of V",

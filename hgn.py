@@ -513,7 +513,7 @@ def charted_loss(model, context, targets, times, reach, beta=1e-3, noise=None):
     z, kl = model.posterior(context, noise)
     q = model.rollout(*model.state(z), reach)[0].take_along_dim(times[..., None], 1)  # (B, n, dim)
     e = model.encoder.read(targets[:, : 1 + targets.shape[1] // 8])  # more teaches little more
-    off = space.read(space.see(q[:, : e.shape[1]] - e)).square().mean(2)
+    off = space.read(space.see(q[:, : e.shape[1]] - e)).square().mean(2)  # angles the short way
     off = off / (e.detach().flatten(0, 1).var(0, correction=0).mean() + 1e-12)
     robust = lambda x, tolerance: tolerance * torch.log1p(x / tolerance).mean()
     elbo = robust(far := error(q), 0.1) + beta * kl / context[0, 0].numel() / blank  # negative

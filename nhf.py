@@ -2,7 +2,7 @@
 
 Toth et al., "Hamiltonian Generative Networks", ICLR 2020, section 4. A state (q, p) is drawn from
 N(0, I) and rolled by leapfrog through a learnt Hamiltonian; q is the datum. Leapfrog preserves
-volume, so no log-determinant appears anywhere:
+volume, so the dynamics need no log-determinant:
 
     model = NHF(dim=2)
     loss = -model.elbo(x).mean()                    # x (B, 2)
@@ -120,7 +120,7 @@ class Quadratic(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.L = nn.Parameter(0.3 * torch.eye(dim))  # heavy: wells turn narrow p to narrow modes
+        self.L = nn.Parameter(0.3 * torch.eye(dim))  # heavy: q drifts slowly, wells focus it
 
     def forward(self, p):  # (..., dim) -> (...)
         return 0.5 * (p @ self.L).square().sum(-1)
@@ -167,12 +167,12 @@ class Flow(nn.Module):
         """Data (..., dim) -> standardised data, and log of a unit's volume. Raises: ValueError."""
         if x.shape[-1:] != (self.dim,):
             raise ValueError(f"points must be (..., {self.dim}), not {[*x.shape]}")
-        x = (x - self.shift) @ self.scale.inverse().mT
+        x = (x.double() - self.shift) @ self.scale.double().inverse().mT  # the model may be float()
         return x.to(next(self.parameters()).dtype), self.scale.diagonal().log().sum()
 
     def user(self, q):
         """Standardised data (..., dim) -> data, in float64."""
-        return q.double() @ self.scale.mT + self.shift
+        return q.double() @ self.scale.double().mT + self.shift
 
     def noise(self, *shape, generator=None):
         """N(0, I) in the model's precision and place, drawn where the generator is."""
