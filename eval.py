@@ -471,7 +471,7 @@ def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
     dots = lambda x: count(x, SIZE) > 0
     learnt = field(model.log_prob(at, 32, generator).div(2).exp())
     shown = {"target": count(test), "learnt": learnt, "samples": count(model.sample(n, generator))}
-    note = f", x1, x2 of {model.dim}" * (model.dim > 2) + ", its square root"
+    note = f", x1, x2 of {model.dim}, learnt: rest at mean" * (model.dim > 2) + ", its square root"
     rows, movie = [[chart(title + note, x, box) for title, x in shown.items()]], []
     dense = F.avg_pool2d(torch.from_numpy(count(test, SIZE))[None], 21, 1, 10)[0].numpy()
     edge = abs(dense / dense.max() - 0.3) < 0.03

@@ -81,7 +81,7 @@ def parse(words=None, **defaults):  # the command line, or other words -> a name
     add("--batch-size", type=many, help=f"default: {usual('batch_size')}")
     add("--lr", type=positive, help=f"default: {usual('lr')}")
     add("--beta", type=number(0, 1e6, float), default=1e-3, help="of the KL (default: 0.001)")
-    add("--geco", nargs="?", type=positive, const=2e-4, metavar="MSE", help="beta moves towards")
+    add("--geco", nargs="?", type=positive, const=2e-4, help="error that beta seeks (2e-4)")
     add("--seed", type=number(0, 2**20 - 1), default=0, help="(default: 0)")
     add("--save-every", type=many, default=250, help="steps between checkpoints (default: 250)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if any; flows: cpu)")
@@ -159,7 +159,7 @@ class Batches:
         longest = min(args.window, int(self.lengths[train].max()))
         row = min(longest, args.targets) if args.model == "hnn" else longest
         if row < max(3, args.context):
-            raise ValueError(f"{row} frames are too few: see --window, --context, --targets")
+            raise ValueError(f"{row} frames are too few: more --window, --targets, less --context")
         self.most, self.row = longest - 1, 0 if args.arch == "compact" else row
         lengths = self.lengths[train]  # of every frame there is the clip: long ones come more often
         self.clips = train.repeat_interleave(lengths * (lengths >= self.row))
