@@ -152,8 +152,8 @@ class Couplings(nn.Module):  # a learnt prior of z (B, dim): N(0, I) through Rea
 
 # ------------------------------------------------------------------ the paper's networks (appendix)
 class PaperEncoder(nn.Module):
-    """Frames, less their median, stacked along channels -> eight convolutions -> q(z|x), 48 maps;
-    with the `tail` of the ablation, f_psi's layers, the state itself."""
+    """Frames, less their median and times 4 as most of a picture is ground, stacked along channels
+    -> eight convolutions -> q(z|x), 48 maps; with the ablation's `tail`, f_psi's, the state."""
 
     def __init__(self, size, channels, context, tail=()):
         super().__init__()
