@@ -307,7 +307,7 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
-def fit_prior(prior, mean, logvar, rounds=3000, seed=0, lr=5e-3):
+def fit_prior(prior, mean, logvar, rounds=4000, seed=0, lr=5e-3):
     """The prior at a run's end, to q(z|x) of many clips, (n, dim) twice, in large batches."""
     torch.manual_seed(seed)
     optimisers, size = make_optimisers(prior, lr), min(512, rounds)
