@@ -288,7 +288,7 @@ class CompactHamiltonian(Hamiltonian):
     coordinates: for Q = f(q) of Jacobian J, M' = J^-T M J^-1, so q may bend. M^-1 = W diag(s) W^T +
     0.3 I, s = 2 sigmoid(b(q) S), b the hidden units of V; S starts at zero, M constant."""
 
-    rounds = property(lambda self: 2 if self.training else 6)  # one: H is fitted to its error
+    rounds = property(lambda self: 2 if self.training else 6)  # with one, H learns its error
 
     def __init__(self, space, width=128):
         super().__init__()
