@@ -329,7 +329,7 @@ def wells(model, centres, n=161, reach=2.5):
 LABELS = {
     "blank_mse": "mse of a blank prediction, the mean picture",
     "energy_std_ratio": "std of H along a rollout over that across clips (0: kept)",
-    "strict_vpt_forward": "first frame with a tenth of blank's error, median",
+    "strict_vpt_forward": "strict VPT forward: median first frame at 0.1 of blank's",
     "symetric_r2": "SyMetric: R^2, latent to true state (passes above 0.9)",
     "symetric": "SyMetric: what moves is this far from symplectic (< 0.05)",
     "samples_valid": "share of samples that are pictures of the system",
