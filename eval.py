@@ -480,7 +480,7 @@ def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
     for i, H in enumerate(getattr(model, "H", ())):
         V, reached = (H.V(model.standard(x)[0]) for x in (at, test))
         V = field(V.clamp(max=2 * reached.quantile(0.999) - V.min()))  # data's: half the colours
-        leg = path[:, i * model.steps : (i + 1) * model.steps + 1]
+        leg = path[:, i * model.config["steps"] :][:, : model.config["steps"] + 1]
         lines = F.interpolate(leg[:24].mT, 1000, mode="linear").mT.flatten(0, 1)
         show = lambda what, marks: chart(f"H{i + 1}: {what}", V, box, marks)
         K = chart(f"H{i + 1}: K(p)", field(H.K(3 * plane)), {"p1": (-3, 3), "p2": (-3, 3)})

@@ -136,10 +136,10 @@ class Couplings(nn.Module):  # a learnt prior of z (B, dim): N(0, I) through Rea
 
     forward = lambda self, u: self.inverse(u, order=-1)[0]  # (B, dim) -> (B, dim)
 
-    def inverse(self, z, order=1):  # -> u, which forward (order -1) takes to z, log |det du/dz|
-        log_det = 0
-        for net, mask in list(zip(self.nets, self.masks))[::order]:
-            log_s, t = (net(mask * z) * (1 - mask).repeat(2)).chunk(2, -1)
+    def inverse(self, z, order=1, context=()):  # -> u, which forward takes to z, log |det du/dz|
+        log_det, context = 0, context or [0.0] * len(self.nets)  # added to first hidden units
+        for net, mask, c in list(zip(self.nets, self.masks, context))[::order]:
+            log_s, t = (net[1:](net[0](mask * z) + c) * (1 - mask).repeat(2)).chunk(2, -1)
             log_s = 2 * torch.tanh(log_s / 2)
             z = z * log_s.exp() + t if order == 1 else (z - t) * (-log_s).exp()
             log_det = log_det + log_s.sum(-1)

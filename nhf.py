@@ -189,7 +189,7 @@ class NHF(Flow):
     """Neural Hamiltonian Flow (Toth et al. 2020, section 4).
 
     dim: of the data. hamiltonians: how many, each H = K(p) + V(q), rolled `steps` leapfrog steps of
-    learnt length. width: of the MLPs. kinetic: "quadratic" (Souveton et al. 2023, arXiv 2302.01955)
+    learnt lengths. width: of MLPs. kinetic: "quadratic" (Souveton et al. 2023, arXiv 2302.01955)
     or "mlp" (the paper). units: shift and scale of the data. Raises: ValueError."""
 
     def __init__(self, dim=2, hamiltonians=1, steps=6, width=64, kinetic="quadratic", **units):
@@ -198,29 +198,29 @@ class NHF(Flow):
         self.config = {k: v for k, v in locals().items() if k in known}
         check(self.config, known)
         super().__init__(dim, **units)
-        self.steps = steps
         self.H = nn.ModuleList(Separable(dim, width, kinetic) for _ in range(hamiltonians))
-        self.log_dt = nn.Parameter(torch.full((hamiltonians,), log(1.6 / hamiltonians / steps)))
-        self.encoder = Couplings(2 * dim, 6, max(width // 3, 2 * dim))
-        self.encoder.masks[:, :dim] = 1  # of (q, p) only p changes: noise -> p ~ f(p|q)
+        lengths = torch.full((hamiltonians, steps), 1.6 / hamiltonians / steps)
+        self.log_dt, hidden = nn.Parameter(lengths.log()), max(width // 4, 2 * dim)
+        self.encoder = Couplings(dim, 6, hidden)  # noise -> p ~ f(p|q)
+        self.read = nn.Linear(width, 6 * hidden)  # of what V sees of q, each coupling's context
 
     def flow(self, q, p, reverse=False):
         """Roll base states (q, p), each (..., dim), to data, or with `reverse` data to base: their
         path (2, ..., hamiltonians * steps + 1, dim), in standardised units."""
         path, sign = [(q, p)], -1 if reverse else 1
-        for H, log_dt in list(zip(self.H, self.log_dt))[::sign]:
-            for _ in range(self.steps):
-                path.append(H.leap(*path[-1], sign * log_dt.exp()))
+        for H, lengths in list(zip(self.H, self.log_dt.exp()))[::sign]:
+            for dt in list(lengths)[::sign]:
+                path.append(H.leap(*path[-1], sign * dt))
         return torch.stack([torch.stack(x, -2) for x in zip(*path)])
 
     def log_weights(self, x, noise):
         """log pi(flow^-1(q, p)) - log f(p|q) for every draw p ~ f(p|q) made of noise N(0, I),
         (samples, B, dim): (samples, B), nats in the units of x; its mean is the ELBO."""
         q, volume = self.standard(x)
-        state, log_det = self.encoder.inverse(torch.cat((q.expand_as(noise), noise), -1))
-        log_f = log_normal(noise) - log_det
-        q0, p0 = self.flow(*state.chunk(2, -1), reverse=True)[..., -1, :]
-        return log_normal(q0) + log_normal(p0) - log_f - volume
+        context = self.read(self.H[-1].V.hidden(q)[1]).chunk(6, -1)
+        p, log_det = self.encoder.inverse(noise, context=context)
+        q0, p0 = self.flow(q.expand_as(noise), p, reverse=True)[..., -1, :]
+        return log_normal(q0) + log_normal(p0) - log_normal(noise) + log_det - volume
 
     def log_prob(self, x, samples=16, generator=None):
         """log p(x) by importance weighting with `samples` draws of p (IWAE, Burda et al. 2016): x
