@@ -91,8 +91,8 @@ class Energy(nn.Module):  # V(x): |x L|^2 / 2, so that numbers oscillate at firs
         self.last = nn.Parameter(torch.randn(width) * 0.1 / width**0.5)
 
     def hidden(self, x):  # (..., dim) -> (..., width) twice
-        a = torch.tanh(self.first(x))
-        return a, torch.tanh(self.second(a))
+        tanh = lambda y: 2 * torch.sigmoid(2 * y) - 1  # torch.tanh takes a CPU five times as long
+        return (a := tanh(self.first(x))), tanh(self.second(a))
 
     def forward(self, x):  # (..., dim) -> (...)
         return 0.5 * (x @ self.L).square().sum(-1) + self.hidden(x)[1] @ self.last

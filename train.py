@@ -27,7 +27,7 @@ from physics import SYSTEMS, clips, initial_states, jitter, read_points, render,
 DEFAULTS = {  # of both --arch of hgn, and of the other models; a step of realnvp is twice as fast
     "steps": {"compact": 4000, "paper": 5000, "hnn": 5000, "nhf": 4000, "realnvp": 10000},
     "batch_size": {"compact": 16, "paper": 16, "hnn": 16, "nhf": 256, "realnvp": 512},
-    "lr": {"compact": 4e-3, "paper": 1.5e-4, "hnn": 4e-4, "nhf": 2e-2, "realnvp": 5e-3},
+    "lr": {"compact": 4e-3, "paper": 1.5e-4, "hnn": 4e-4, "nhf": 1e-2, "realnvp": 5e-3},
 }
 FLOWS = "nhf", "realnvp"  # models of points; the others are of pictures
 POOL = 64  # batches whose trajectories are simulated together
