@@ -91,7 +91,7 @@ class Energy(nn.Module):  # V(x): |x L|^2 / 2, so that numbers oscillate at firs
         self.last = nn.Parameter(torch.randn(width) * 0.1 / width**0.5)
 
     def hidden(self, x):  # (..., dim) -> (..., width) twice
-        tanh = lambda y: 2 * torch.sigmoid(2 * y) - 1  # torch.tanh takes a CPU five times as long
+        tanh = lambda y: 2 * torch.sigmoid(2 * y) - 1  # on CPUs torch.tanh is far slower
         return (a := tanh(self.first(x))), tanh(self.second(a))
 
     def forward(self, x):  # (..., dim) -> (...)
@@ -136,8 +136,8 @@ class Couplings(nn.Module):  # a learnt prior of z (B, dim): N(0, I) through Rea
 
     forward = lambda self, u: self.inverse(u, order=-1)[0]  # (B, dim) -> (B, dim)
 
-    def inverse(self, z, order=1, context=()):  # -> u, which forward takes to z, log |det du/dz|
-        log_det, context = 0, context or [0.0] * len(self.nets)  # added to first hidden units
+    def inverse(self, z, order=1, context=()):  # -> u, that -order takes to z, log |det du/dz|
+        log_det, context = 0, context or [0.0] * len(self.nets)  # added before the first ReLU
         for net, mask, c in list(zip(self.nets, self.masks, context))[::order]:
             log_s, t = (net[1:](net[0](mask * z) + c) * (1 - mask).repeat(2)).chunk(2, -1)
             log_s = 2 * torch.tanh(log_s / 2)
