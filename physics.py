@@ -384,7 +384,7 @@ class Recordings:
         x = np.moveaxis(x, 2, 4) if x.ndim == 5 and x.shape[4] not in (1, 3) else x
         with _reading(self.path):
             if x.ndim != 5 or x.shape[4] not in (1, 3) or 0 in x.shape:
-                raise ValueError(f"clips are (N, T, H, W), or have C of 1 or 3, not {shape}")
+                raise ValueError(f"clips are (N, T, H, W[, 1 or 3]), points (N, D), not {shape}")
             self._fit(x[0, 0])
             for film in x:
                 if film.shape[1:3] != (self.size, self.size):
