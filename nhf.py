@@ -149,8 +149,8 @@ class Separable(Hamiltonian):
 
 class Flow(nn.Module):
     """What NHF and RealNVP share: the user's units. Inside, x is scale^-1 (x - shift), computed in
-    float64, for data far from zero. scale: a number, (dim,), or a lower
-    triangular matrix. Raises: ValueError."""
+    float64, for data far from zero. scale: a number, (dim,), or a lower triangular matrix. Raises:
+    ValueError."""
 
     def __init__(self, dim, shift=0.0, scale=1.0):
         super().__init__()
