@@ -13,7 +13,8 @@ import re
 import shlex
 import sys
 import time
-from itertools import combinations_with_replacement
+from functools import partial
+from itertools import combinations, combinations_with_replacement
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +23,17 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import physics
 from hgn import FRAME, HGN
 from nhf import DENSITIES, NHF, TEST_SEED, Points, RealNVP
-from physics import BACKGROUND, SYSTEMS, Recordings, read_points, render, simulate
+from physics import SYSTEMS, Recordings, clips, gauss_newton, noise_floor, read_points, read_q
+from physics import render, simulate
 
 FLOWS = {"nhf": NHF, "realnvp": RealNVP}
 if hasattr(libc := ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt"):  # glibc
     [libc.mallopt(*x) for x in ((-1, 2**31 - 1), (-3, 2**25))]  # keep what is freed: no page faults
 WINDOW = 30  # frames of the paper's test clips
 SIZE = 288  # pixels of a chart's side
+OF_PICTURES = "frames", "clips", "reverse", "speed", "sample", "show", "scale"  # options
 PLAIN = str | float | int | None  # what options are
 wrapped = lambda x: torch.atan2(x.sin(), x.cos())  # angles, into (-pi, pi]
 
@@ -78,8 +80,9 @@ def write(path, data):
 def load(path, device="cpu", **wanted):
     """A checkpoint file of a run with the options `wanted` that are not None -> model in eval mode,
     its dict; runs no code in it. Raises: ValueError."""
+    cure = " ".join(["python train.py", *(f"--{k} {v}" for k, v in wanted.items() if v)])
     if not Path(path).is_file():
-        raise ValueError(f"no checkpoint at {path}: train first (python train.py --help)")
+        raise ValueError(f"no checkpoint at {path}: {cure}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config, kind = checkpoint["config"], checkpoint["kind"]
@@ -90,13 +93,13 @@ def load(path, device="cpu", **wanted):
         plain = *config.values(), *map(checkpoint.get, ("command", "step", "seconds", "logged"))
         if not same or config["model"] != kind or not all(isinstance(v, PLAIN) for v in plain):
             raise ValueError("the options are another model's")
-        other = [f"--{k} {v}" for k, v in wanted.items() if v not in (None, config[k])]
+        other = any(v not in (None, config[k]) for k, v in wanted.items())
     except Exception as error:  # torch raises many kinds for a damaged file
         raise ValueError(f"{path} is no checkpoint of train.py at this version") from error
     if not all(w.isfinite().all() for w in model.parameters()):
         raise ValueError(f"{path} has weights that are not finite: train again, lower --lr")
     if other:
-        raise ValueError(f"{path} was not trained with {other[0]}: python train.py {other[0]}")
+        raise ValueError(f"{path} was not trained like that: {cure}")
     return model.to(device).eval(), checkpoint
 
 
@@ -119,12 +122,12 @@ class TestClips:
     """Fixed test clips of a system: true states q, p at frame 0, and, noisy, what is observed."""
 
     def __init__(self, config, n, device="cpu"):
-        self.data, self.channels, self.length = None, 3, math.inf
+        self.data, self.digest, self.channels, self.length = None, None, 3, math.inf
         self.system, self.summary = SYSTEMS[config["system"]], config["system"]
         self.size, self.noise, self.dt = config["size"], config["noise"], config["dt"]
         length, generator = max(WINDOW, config["context"]), torch.Generator().manual_seed(TEST_SEED)
         how = length, self.dt, self.noise, self.size, generator, device
-        self.observed, q, p = physics.clips(self.system, n, *how)
+        self.observed, q, p = clips(self.system, n, *how)
         self.q, self.p = q[:, 0], p[:, 0]
 
     def truth(self, frames, speed=1.0, block=32):
@@ -139,11 +142,10 @@ class HeldOut:
     def __init__(self, config, n, device="cpu", data=None):
         how = {k: config[k] for k in ("size", "clip", "stride", "dt", "fps", "seed")}
         data = data or Recordings(config["data"], **how, least=config["context"] + 1)
-        if config.get("digest") not in (None, data.digest):
-            raise ValueError(f"{config['data']} is not what the run learnt from: put that back")
         self.data, self.device, self.system, self.noise = data, device, None, 0.0
         self.size, self.channels, self.dt = data.size, data.channels, data.dt
-        self.summary, lengths = data.summary, data.lengths[data.held_out]
+        self.summary, self.digest = data.summary, data.digest
+        lengths = data.lengths[data.held_out]
         self.length = max(lengths.tolist(), key=lambda length: length * (lengths >= length).sum())
         self.clips = data.held_out[lengths >= self.length][:n]
         self.observed = next(self.truth(config["context"], block=n))
@@ -155,11 +157,17 @@ class HeldOut:
 
 
 def test_set(config, n, device="cpu", data=None):
-    """What a run is tested on: n clips (of recordings `data` if those are read), or Points."""
+    """What a run is tested on. Raises: ValueError where it is not what the run learnt from."""
     if config["model"] in FLOWS:
         source = config["density"] or read_points(config["data"])
-        return Points(source, config["seed"], config["data"])
-    return TestClips(config, n, device) if config["system"] else HeldOut(config, n, device, data)
+        test = Points([] if source is None else source, config["seed"], config["data"])
+    elif config["system"]:
+        test = TestClips(config, n, device)
+    else:
+        test = HeldOut(config, n, device, data)
+    if config.get("digest") not in (None, test.digest):
+        raise ValueError(f"{config['data']} is not what the run learnt from: put that back")
+    return test
 
 
 def errors(model, clips, q0, p0, frames, speed=1.0):
@@ -187,7 +195,7 @@ def measure(model, clips, frames=90, steps=90):
         painted = model.decode(model.rollout(q0, p0, WINDOW - 1)[0])
         result["mse_noisy"] = (painted - clips.observed[:, :WINDOW]).square().mean().item()
         how, generator = (clips.noise, clips.size), torch.Generator().manual_seed(TEST_SEED + 1)
-        result["noise_floor"] = physics.noise_floor(clips.system, *how, generator=generator)
+        result["noise_floor"] = noise_floor(clips.system, *how, generator=generator)
     q, p = model.rollout(q0, p0, steps - 1)
     H = torch.stack([*map(model.energy, q.unbind(1), p.unbind(1))], 1)
     if len(q0) > 1:  # of one clip there is no spread
@@ -224,45 +232,13 @@ def symetric(latent, true, orders=5):
     return {"symetric_r2": r2, "symetric": P.square().mean().item(), "symetric_order": order}
 
 
-def gauss_newton(f, x, target, rounds, h, most, damping):
-    """x (n, ...) whose f(x) is target; slopes by central differences of h, steps to `most`."""
-    shape, x, target = x.shape[1:], x.flatten(1), target.flatten(1)
-    flat = lambda x: f(x.view(-1, *shape)).flatten(1)
-    one = torch.eye(x.shape[1]).to(x)
-    moves = h * torch.stack((one, -one)).unsqueeze(2)  # (2, dim, 1, dim)
-    for _ in range(rounds):
-        ahead, behind = flat((x + moves).flatten(0, 2)).to(x).unflatten(0, (2, -1, len(x)))
-        J = (ahead - behind).permute(1, 2, 0) / (2 * h)  # (n, m, dim)
-        wrong = (target - flat(x)).to(x).unsqueeze(2)
-        step = torch.linalg.solve(J.mT @ J + damping * one, J.mT @ wrong)
-        x = x + step.squeeze(2).clamp(-most, most)
-    return x.view(-1, *shape)
-
-
-def read(system, frames):
-    """The true system's q (n, T, bodies, dims) that frames (n, T, 3, S, S) show: centroids of the
-    pixels whose colour is nearest a body's, then Gauss-Newton steps towards the picture."""
-    size, pictures = frames.shape[-1], frames.flatten(0, 1)
-    light = pictures - torch.tensor(BACKGROUND).to(frames).view(3, 1, 1)
-    colours = F.normalize(torch.tensor(system.colours).to(frames), dim=1)
-    share = torch.einsum("ncyx,bc->nbyx", light, colours).clamp(min=1e-9)
-    share = share * (share == share.amax(1, keepdim=True))
-    side = (torch.arange(size).to(frames) - (size - 1) / 2) * 2 * system.half_width / size
-    grid = torch.stack(torch.meshgrid(side, -side, indexing="xy"))  # (2, S, S), y upward
-    centre = torch.einsum("nbyx,dyx->nbd", share, grid) / (share.sum((2, 3)) + 1e-9).unsqueeze(2)
-    painted = lambda q: render(system, q.unsqueeze(1), size)
-    q = gauss_newton(painted, system.locate(centre).double(), pictures, 2, 0.01, 0.2, 1e-3)
-    return q.unflatten(0, frames.shape[:2])
-
-
 def judge(system, frames, dt, seen=10):
     """Shares of clips (n, T, 3, S, S) that show the system (excess pixel MSE at most 5e-4 in every
     frame), and that stay within 0.15 of its motion from the state that fits `seen` frames best."""
-    q = torch.cat([read(system, part) for part in tqdm(frames.split(8), "samples", leave=False)])
+    q = torch.cat([read_q(system, part) for part in tqdm(frames.split(8), "samples", leave=False)])
     excess = (render(system, q, frames.shape[-1]) - frames).square().mean((2, 3, 4))
     shown = system.position(q)
-    v = wrapped(q[:, 1] - q[:, 0]) / dt  # roughly: where the fit starts
-    p = system.momentum(q[:, 0], v) if system.momentum else system.inertia * v
+    p = system.inertia * wrapped(q[:, 1] - q[:, 0]) / dt  # roughly: where the fit starts
     path = lambda x, T=seen: system.position(simulate(system, *x.unbind(1), T, dt)[0])
     start = torch.stack((q[:, 0], p), 1)  # (n, 2, bodies, dims)
     start = gauss_newton(path, start, shown[:, :seen], 4, 1e-4, 0.5, 1e-9)
@@ -309,21 +285,7 @@ def measure_flow(model, points, n=10_000, samples=(16, 256)):
     result["standard_error"] = log_p.std(correction=0).item() / len(x) ** 0.5
     if density := points.density:
         result |= {"entropy": density.entropy, "gap": -log_p.mean().item() - density.entropy}
-        if density.sigma and len(getattr(model, "H", ())) == 1:
-            result |= wells(model, density.centres)
     return result
-
-
-def wells(model, centres, n=161, reach=2.5):
-    """Of a flow with one V: the farthest of the modes' points (m, 2) from the nearest minimum, in
-    the user's units; the share of the picture where V is below its mean on the modes."""
-    side = torch.linspace(-reach, reach, n)
-    grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)
-    V, on = model.H[0].V(grid), model.H[0].V(model.standard(centres)[0])
-    lowest = (V == -F.max_pool2d(-V[None], 3, 1, 1)[0])[1:-1, 1:-1]
-    far = torch.cdist(centres, model.user(grid[1:-1, 1:-1][lowest]))
-    far = far.amin(1).max().item() if far.numel() else None
-    return {"mode_to_well": far, "V_below_modes": (V < on.mean()).double().mean().item()}
 
 
 LABELS = {
@@ -334,8 +296,6 @@ LABELS = {
     "symetric": "SyMetric: what moves is this far from symplectic (< 0.05)",
     "samples_valid": "share of samples that are pictures of the system",
     "samples_obey": "share of samples that move as the system does",
-    "mode_to_well": "farthest point of a mode from the nearest minimum of V",
-    "V_below_modes": "share of the picture where V is below its mean on modes",
 }
 
 
@@ -415,18 +375,29 @@ def movies(
     return wrote
 
 
-def chart(title, level, box, marks=False):
+def chart(title, level, box, marks=False, ends=None):
     """A picture of values on a grid, NaN where there are none, rows from low to high y, over a box
-    {axis: its two ends}; with a colour bar, and white where `marks` (SIZE, SIZE)."""
-    ends = np.nanmin(level), np.nanquantile(level, 0.999)  # an outlier darkens no rest
-    level = Image.fromarray(((level - ends[0]) / (ends[1] - ends[0] + 1e-12)).astype("float32"))
+    {axis: its two ends}, white where `marks` (SIZE, SIZE); beside it the colours between `ends`."""
+    low, high = ends or (np.nanmin(level), np.nanquantile(level, 0.999))  # outliers darken no rest
+    above = ">" * bool(np.nanmax(level) > high)
+    level = Image.fromarray(((level - low) / (high - low + 1e-12)).astype("float32"))
     bar = np.linspace(0, 1, SIZE)[:, None].repeat(12, 1)
     level = np.concatenate((level.resize((SIZE, SIZE)), bar), 1).clip(0, 1)
     picture = np.stack((level**0.5, level**2, 0.7 - 0.6 * level), 2)  # blue, purple, orange, yellow
     picture = np.rint(255 * np.nan_to_num(picture)).astype("uint8")
     picture[:, :SIZE][marks] = 255
-    scales = [f"{k} {a:.3g} to {b:.3g}" for k, (a, b) in (box | {"colour": ends}).items()]
-    return panel(title, panel(", ".join(scales), picture[::-1]))
+    sheet = Image.new("RGB", (SIZE + 150, SIZE + 24))  # room for words left, below and right
+    sheet.paste(Image.fromarray(picture[::-1]), (60, 0))
+    pen, font, middle = ImageDraw.Draw(sheet), ImageFont.load_default(14), SIZE / 2
+    (x, (left, right)), (y, (bottom, top)) = box.items()
+    for at, anchor, word in (
+        ((60, SIZE + 4), "la", f"{left:.3g}"), ((60 + middle, SIZE + 4), "ma", x),
+        ((60 + SIZE, SIZE + 4), "ra", f"{right:.3g}"), ((54, SIZE), "rd", f"{bottom:.3g}"),
+        ((54, middle), "rm", y), ((54, 0), "ra", f"{top:.3g}"),
+        ((78 + SIZE, SIZE), "ld", f"{low:.3g}"), ((78 + SIZE, 0), "la", f"{above}{high:.3g}"),
+    ):  # fmt: skip
+        pen.text(at, word, "white", font, anchor)
+    return panel(title, np.asarray(sheet))
 
 
 @torch.no_grad()
@@ -454,41 +425,58 @@ def phase(model, clips, folder, frames=90, n=24):
     return save_picture(folder / "phase.png", np.concatenate(panels, 1))
 
 
+def count(x, box, k=SIZE, **how):  # of points (n, 2), in each of k x k cells of a box
+    return np.histogram2d(x[:, 1], x[:, 0], k, [*box.values()][::-1], **how)[0]
+
+
 @torch.no_grad()
-def flow_pictures(model, points, folder, n=20_000, bins=96, seed=0):
-    """density.png: target, learnt density, samples; of each Hamiltonian V(q) with the data's
-    contour, K(p), and V with paths of points. flow.gif: points on V. In the user's units, but for
-    p; of more dimensions the first two, the others at their mean; of one nothing. Returns names."""
-    if model.dim < 2:
-        return []
-    test, generator = points.rows[:n], torch.Generator().manual_seed(seed)
-    half = 1.25 * (test - points.shift).abs().amax(0)
-    box = dict(zip("xy", torch.stack((points.shift - half, points.shift + half), 1).tolist()))
-    side = (2 * torch.arange(bins) + 1) / bins - 1
-    plane = F.pad(torch.cartesian_prod(side, side).flip(1), (0, model.dim - 2))
-    at, field = points.shift + half * plane, lambda values: values.view(bins, bins).numpy()
-    count = lambda x, k=bins: np.histogram2d(*x.T[[1, 0]], k, (box["y"], box["x"]))[0] ** 0.5
-    dots = lambda x: count(x, SIZE) > 0
-    learnt = field(model.log_prob(at, 32, generator).div(2).exp())
-    shown = {"target": count(test), "learnt": learnt, "samples": count(model.sample(n, generator))}
-    note = f", x1, x2 of {model.dim}, learnt: rest at mean" * (model.dim > 2) + ", its square root"
-    rows, movie = [[chart(title + note, x, box) for title, x in shown.items()]], []
-    dense = F.avg_pool2d(torch.from_numpy(count(test, SIZE))[None], 21, 1, 10)[0].numpy()
-    edge = abs(dense / dense.max() - 0.3) < 0.03
-    noise = model.noise(2, 2000, model.dim, generator=generator)
-    path = model.user(model.flow(*noise)[0]) if hasattr(model, "H") else None
-    for i, H in enumerate(getattr(model, "H", ())):
-        V, reached = (H.V(model.standard(x)[0]) for x in (at, test))
-        V = field(V.clamp(max=2 * reached.quantile(0.999) - V.min()))  # data's: half the colours
-        leg = path[:, i * model.config["steps"] :][:, : model.config["steps"] + 1]
-        lines = F.interpolate(leg[:24].mT, 1000, mode="linear").mT.flatten(0, 1)
-        show = lambda what, marks: chart(f"H{i + 1}: {what}", V, box, marks)
-        K = chart(f"H{i + 1}: K(p)", field(H.K(3 * plane)), {"p1": (-3, 3), "p2": (-3, 3)})
-        rows.append([show("V(q), data's contour", edge), K, show("paths of q", dots(lines))])
-        movie += [show(f"q on V, step {k}", dots(q)) for k, q in enumerate(leg.unbind(1))]
+def flow_pictures(model, points, folder, n=20_000, seed=0):
+    """density.png: target, learnt density, samples, and `landscapes`; of more than two dimensions
+    target and samples alone, over the three pairs of columns where these differ most. flow.gif:
+    points on V. In the user's units, but for p. Returns names."""
+    test, shift, generator = points.rows[:n], points.shift, torch.Generator().manual_seed(seed)
+    drawn, half = model.sample(n, generator), 1.25 * (test - shift).abs().amax(0)
+    ends, pairs = torch.stack((shift - half, shift + half), 1), combinations(range(model.dim), 2)
+    boxes = {pair: {f"x{k + 1}": ends[k].tolist() for k in pair} for pair in pairs}
+    both = lambda pair, *k, **how: [
+        count(x[:, pair], boxes[pair], *k, **how) for x in (test, drawn)
+    ]
+    rows, movie = [[], []], []
+    for pair in sorted(boxes, key=lambda pair: -abs(np.subtract(*both(pair, 16))).sum())[:3]:
+        target, samples = both(pair, 96, density=True)
+        show = partial(chart, box=boxes[pair], ends=(0.0, np.quantile(target, 0.999)))
+        rows[0].append(show("target density", target))
+        rows[1].append(show("density of samples", samples))
+    if model.dim == 2:
+        side = (2 * torch.arange(96) + 1) / 96 - 1
+        grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), 2)
+        at = shift + half * grid
+        learnt = show("learnt density", model.log_prob(at, 32, generator).exp().numpy())
+        more, movie = landscapes(model, test, at, 3 * grid, boxes[pair], generator)
+        rows = [[*rows[0], learnt, *rows[1]], *more]
     wrote = [save_picture(folder / "flow.gif", *movie, delays=150)] if movie else []
     picture = np.concatenate([np.concatenate(row, 1) for row in rows])
     return [save_picture(folder / "density.png", picture), *wrote]
+
+
+def landscapes(model, test, at, p, box, generator):
+    """Of each Hamiltonian three charts: V on the grid `at` (k, k, 2) with the data's contour, K on
+    p (k, k, 2), V with paths of points; and a chart of each leapfrog step: points on V."""
+    dense = F.avg_pool2d(torch.from_numpy(count(test, box) ** 0.5)[None], 21, 1, 10)[0].numpy()
+    edge, rows, movie = abs(dense / dense.max() - 0.3) < 0.03, [], []
+    noise = model.noise(2, 2000, 2, generator=generator)
+    path = model.user(model.flow(*noise)[0]) if hasattr(model, "H") else None
+    for i, H in enumerate(getattr(model, "H", ())):
+        V, reached = (H.V(model.standard(x)[0]) for x in (at, test))
+        ends = V.min().item(), (2 * reached.quantile(0.999) - V.min()).item()  # data's: half of it
+        show = lambda what, marks: chart(f"H{i + 1}: {what}", V.numpy(), box, marks, ends)
+        leg = path[:, i * model.config["steps"] :][:, : model.config["steps"] + 1]
+        lines = count(F.interpolate(leg[:24].mT, 1000, mode="linear").mT.flatten(0, 1), box) > 0
+        lines |= np.kron(count(leg[:24, -1], box, SIZE // 6) > 0, np.ones((6, 6), bool))
+        K = chart(f"H{i + 1}: K(p)", H.K(p).numpy(), {"p1": (-3, 3), "p2": (-3, 3)})
+        rows.append([show("V(q), data's contour", edge), K, show("paths, dots: ends", lines)])
+        movie += [show(f"q on V, step {k}", count(q, box) > 0) for k, q in enumerate(leg.unbind(1))]
+    return rows, movie
 
 
 def look(args):
@@ -496,13 +484,15 @@ def look(args):
     device = pick_device(args.device)
     path, model, run = open_run(args.checkpoint, device, system=args.system, density=args.density)
     config, folder = run["config"], path.parent
+    if args.given and config["model"] in FLOWS:
+        raise ValueError(f"--{args.given[0]} is of no use with points: leave it out")
     if folder.name == "checkpoints":  # of all systems: each gets a folder of its own
         folder = Path("runs") / f"{path.stem}-shipped"
     folder.mkdir(parents=True, exist_ok=True)
     test = test_set(config, args.clips, device)
-    print(f"{path}: {getattr(test, 'summary', config['density'] or config['data'])}\nlooking ...")
+    print(f"{path}: {test.summary}\nlooking ...")
     if config["model"] in FLOWS:
-        wrote = flow_pictures(model.cpu(), test, folder, seed=args.seed)
+        wrote = flow_pictures(model.cpu(), test, folder, seed=args.seed) if test.dim > 1 else []
         result = measure_flow(model, test)
     else:
         shown = test_set(config, args.show, device, test.data)
@@ -527,6 +517,9 @@ def main():
     add("--checkpoint", metavar="PATH", help="a file or a run's folder (default: the newest run)")
     add("--system", choices=SYSTEMS, help="take the newest run of this system")
     add("--density", choices=DENSITIES, help="take the newest run of this density")
+    add("--seed", type=number(0, 2**63 - 1), default=0, help="of samples (default: 0)")
+    add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add = parser.add_argument_group("of pictures, not of points").add_argument
     add("--frames", type=number(2, 10_000), default=90, help="to roll out (default: 90)")
     add("--clips", type=number(2, 10_000), default=256, help="to measure on (default: 256)")
     add("--reverse", action="store_true", help="reverse.gif: from the last state to the first")
@@ -534,10 +527,10 @@ def main():
     add("--sample", type=number(0, 1000), default=0, metavar="N", help="samples.gif: N of them")
     add("--show", type=number(1, 100), default=4, help="clips in a GIF (default: 4)")
     add("--scale", type=number(1, 64), default=8, help="screen pixels a pixel (default: 8)")
-    add("--seed", type=number(0, 2**63 - 1), default=0, help="of samples (default: 0)")
-    add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    args = parser.parse_args()
+    args.given = [k for k in OF_PICTURES if getattr(args, k) != parser.get_default(k)]
     try:
-        look(parser.parse_args())
+        look(args)
     except (ValueError, OSError, MemoryError) as error:  # a user's mistake
         parser.exit(2, f"error: {(str(error) or 'no memory').splitlines()[0]}\n")
 

@@ -23,13 +23,10 @@ import torch
 BACKGROUND = (81 / 255, 88 / 255, 93 / 255)
 YELLOW, RED, GREEN = (173 / 255, 146 / 255, 0.0), (173 / 255, 0.0, 0.0), (0.0, 146 / 255, 0.0)
 
-# Kahan & Li, Math. Comp. 66 (1997), s17odr8a: 17 leapfrog steps, of order 8. The first nine.
-_HALF = (
-    0.13020248308889008, 0.56116298177510838, -0.38947496264484729, 0.15884190655515560,
-    -0.39590389413323758, 0.18453964097831571, 0.25837438768632205, 0.29501172360931030,
-    -0.60550853383003451,
-)  # fmt: skip
-KAHAN_LI = _HALF + _HALF[-2::-1]
+# Gauss and Legendre's method of six stages: symplectic, order 12 (Hairer, Lubich & Wanner, II.1.3).
+_C = torch.from_numpy(np.polynomial.legendre.leggauss(6)[0] + 1).unsqueeze(1) / 2
+_POWERS, _COUNT = _C ** torch.arange(6), torch.arange(1.0, 7.0, dtype=torch.float64)
+A, B = (x @ _POWERS.inverse() for x in (_C * _POWERS / _COUNT, 1 / _COUNT))
 LONGEST = 0.125  # step of the simulator, the paper's time between frames
 
 ARRAYS, FILMS = (".npy", ".npz"), (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".wmv")
@@ -49,17 +46,18 @@ class System:
     inertia: float = 0.5  # m, or m l^2 for an angle
     potential: Callable = None  # V(q): (..., bodies, dims) -> (...)
     force: Callable = None  # -dV/dq, same shape as q; written out: it is the simulator's hot loop
+    motion: Callable = None  # (q, p) -> dq/dt, dp/dt, in place of force where K depends on q
     position: Callable = lambda q: q  # where the discs are, (..., bodies, 2), world units, y upward
     locate: Callable = lambda x: x  # the inverse of position
     periodic: bool = False  # q are angles
     friction: float = 0.0  # gamma of dp/dt = -dH/dq - gamma p
-    gradient: Callable = None  # (q, p) -> dH/dq, dH/dp, in place of force where K depends on q;
-    momentum: Callable = None  # then also (q, dq/dt) -> p
 
-    def energy(self, q, p):
-        """H(q, p) of states (..., bodies, dims), shape (...)."""
-        v = self.gradient(q, p)[1] if self.gradient else p / self.inertia
-        return (p * v).sum((-2, -1)) / 2 + self.potential(q)
+    def slope(self, q, p):  # dq/dt and dp/dt of states (..., bodies, dims)
+        dq, dp = self.motion(q, p) if self.motion else (p / self.inertia, self.force(q))
+        return dq, dp - self.friction * p
+
+    def energy(self, q, p):  # H(q, p) of states (..., bodies, dims), shape (...)
+        return (p * self.slope(q, p)[0]).sum((-2, -1)) / 2 + self.potential(q)
 
 
 def _polar(low, high, n, uniform):
@@ -96,15 +94,12 @@ _pull = lambda q: sum(d * (inverse * inverse * inverse) for d, inverse in _pairs
 _rods = lambda q: torch.cat((q.sin(), -q.cos()), -1).cumsum(-2)  # ends of a chain of rods
 
 
-def _double_gradient(q, p):
-    """Of the double pendulum, m 0.5 and l 1 both, g 3; see its momentum for the masses."""
-    (p1, p2), a = p[..., 0].unbind(-1), q[..., 0, 0] - q[..., 1, 0]
-    s, c = a.sin(), a.cos()
-    d = 1 + s * s
-    twist = 2 * s * (p1 * p2 - (p1 * p1 + 2 * p2 * p2 - 2 * p1 * p2 * c) * c / d) / d
-    dq = torch.stack((twist + 3 * q[..., 0, 0].sin(), 1.5 * q[..., 1, 0].sin() - twist), -1)
-    dp = 2 * torch.stack((p1 - c * p2, 2 * p2 - c * p1), -1) / d.unsqueeze(-1)
-    return dq.unsqueeze(-1), dp.unsqueeze(-1)
+def _double(q, p):
+    """Of the double pendulum, m 0.5 and l 1 both, g 3, whose M is ((1, c / 2), (c / 2, 1 / 2))."""
+    sign, two = q.new_tensor((1.0, -1.0)).unsqueeze(1), q.new_tensor((1.0, 2.0)).unsqueeze(1)
+    s, c = (f(q.diff(dim=-2)) for f in (torch.sin, torch.cos))  # (..., 1, 1)
+    v = 2 * (two * p - c * p.flip(-2)) / (1 + s * s)
+    return v, 0.5 * sign * s * v.prod(-2, keepdim=True) - 3 * q.sin() / two
 
 
 SYSTEMS = {
@@ -137,9 +132,7 @@ SYSTEMS = {
         colours=(YELLOW, RED), radius=0.4, half_width=2.5,
         initial=lambda n, uniform: (uniform(-1.5, 1.5, n, 2, 1), uniform(-0.5, 0.5, n, 2, 1)),
         potential=lambda q: (q.new_tensor((3.0, 1.5)) * (1 - q[..., 0].cos())).sum(-1),
-        gradient=_double_gradient, position=_rods, locate=_angles, periodic=True,
-        momentum=lambda q, v: v * v.new_tensor([[1.0], [0.5]])
-        + 0.5 * v.flip(-2) * q.diff(dim=-2).cos(),
+        motion=_double, position=_rods, locate=_angles, periodic=True,
     ),
 }  # fmt: skip
 SYSTEMS["damped_spring"] = replace(SYSTEMS["mass_spring"], friction=0.1)
@@ -157,57 +150,37 @@ def initial_states(system, n, generator=None, device=None):
 
 
 def simulate(system, q, p, frames, dt=LONGEST):
-    """True trajectories, in float64, by symplectic methods of order 8 or more (composed leapfrog or
-    Gauss-Legendre); friction splits symmetrically. q, p: initial states (B, bodies, dims). frames:
-    how many, with the initial one. dt: from frame to frame; negative runs backward. Returns: q, p
-    (B, frames, bodies, dims). Raises: ValueError if frames < 1."""
+    """True trajectories, in float64, by Gauss and Legendre's method. q, p: initial states (B,
+    bodies, dims). frames: how many, with the initial one. dt: from frame to frame; negative runs
+    backward. Returns: q, p (B, frames, bodies, dims). Raises: ValueError if frames < 1."""
     if frames < 1:
         raise ValueError(f"frames must be at least 1, not {frames}")
-    q, p = q.double(), p.double()
-    states, parts = [(q, p)], 16 if system.friction else 1  # which comes to 1e-6 of the exact
-    damp = math.exp(-system.friction * dt / parts / 2)
+    path = [(q.double(), p.double())]
     for _ in range(frames - 1):
-        for _ in range(parts):
-            q, p = _advance(system, q, damp * p, dt / parts)
-            p = damp * p
-        states.append((q, p))
-    return tuple(torch.stack(x, 1) for x in zip(*states))
+        path.append(_advance(system, *path[-1], dt))
+    return tuple(torch.stack(x, 1) for x in zip(*path))
 
 
-def _compose(system, q, p, h):
-    """One step of length h: 17 leapfrog steps, drift first, with half drifts merged."""
-    drift = [(a + b) / 2 * h / system.inertia for a, b in zip((0.0,) + KAHAN_LI, KAHAN_LI + (0.0,))]
-    for c, d in zip(drift, KAHAN_LI):
-        q = torch.add(q, p, alpha=c)
-        p = torch.add(p, system.force(q), alpha=d * h)
-    return torch.add(q, p, alpha=drift[-1]), p
-
-
-def _implicit(system, q, p, h, stages=6, rounds=16):
-    """The same for any H: Gauss-Legendre collocation, solved by fixed-point iteration."""
-    c = torch.from_numpy(np.polynomial.legendre.leggauss(stages)[0] + 1) / 2
-    powers, k = c.unsqueeze(1) ** torch.arange(stages), torch.arange(1, stages + 1)
-    inverse = torch.linalg.inv(powers)
-    A, b = (powers * c.unsqueeze(1) / k @ inverse).to(q), (1 / k.double() @ inverse).to(q)
-    k = torch.stack(system.gradient(q, p)).unsqueeze(1).expand(-1, stages, *q.shape)
-    for _ in range(rounds):  # k: (2, stages, B, bodies, dims), of dH/dq and dH/dp
-        last, (dq, dp) = k, torch.einsum("ij,sj...->si...", A, k)
-        k = torch.stack(system.gradient(q + h * dp, p - h * dq))
+def _step(system, q, p, h, rounds=16):
+    """One step of length h, whose stages are found by fixed-point iteration."""
+    k = torch.stack(system.slope(q, p)).unsqueeze(1).expand(-1, 6, *q.shape)
+    for _ in range(rounds):  # k: (2, stages, B, bodies, dims), of dq/dt and dp/dt
+        last, (dq, dp) = k, h * torch.einsum("ij,sj...->si...", A.to(q), k)
+        k = torch.stack(system.slope(q + dq, p + dp))
         if (k - last).abs().max() < 1e-13:
             break
-    dq, dp = torch.einsum("j,sj...->s...", b, k)
-    return q + h * dp, p - h * dq
+    dq, dp = h * torch.einsum("j,sj...->s...", B.to(q), k)
+    return q + dq, p + dp
 
 
 def _advance(system, q, p, dt, refined=1, tolerance=1e-9, most=256):
-    """The flow of H for dt; where energy changed, as when bodies meet, again in shorter steps."""
-    start, step = (q, p), _implicit if system.gradient else _compose
-    substeps = refined * max(1, math.ceil(abs(dt) / LONGEST))
+    """The motion for dt; where energy changed, as when bodies meet, again in shorter steps."""
+    start, substeps = (q, p), refined * max(1, math.ceil(abs(dt) / LONGEST))
     for _ in range(substeps):
-        q, p = step(system, q, p, dt / substeps)
+        q, p = _step(system, q, p, dt / substeps)
     before, after = system.energy(*start), system.energy(q, p)
     bad = ~((after - before).abs() <= tolerance * (1 + before.abs()))  # true for NaN as well
-    if substeps < most and bad.any():
+    if substeps < most and bad.any() and not system.friction:
         q[bad], p[bad] = _advance(system, start[0][bad], start[1][bad], dt, 4 * refined)
     return q, p
 
@@ -231,6 +204,37 @@ def render(system, q, size=32):
             out.addcmul_(disc, colour[:, None, None])
         out.clamp_(max=1)
     return frames.view(*q.shape[:2], 3, size, size)
+
+
+def gauss_newton(f, x, target, rounds, h, most, damping):
+    """x (n, ...) whose f(x) is target; slopes by central differences of h, steps to `most`."""
+    shape, x, target = x.shape[1:], x.flatten(1), target.flatten(1)
+    flat = lambda x: f(x.view(-1, *shape)).flatten(1)
+    one = torch.eye(x.shape[1]).to(x)
+    moves = h * torch.stack((one, -one)).unsqueeze(2)  # (2, dim, 1, dim)
+    for _ in range(rounds):
+        ahead, behind = flat((x + moves).flatten(0, 2)).to(x).unflatten(0, (2, -1, len(x)))
+        J = (ahead - behind).permute(1, 2, 0) / (2 * h)  # (n, m, dim)
+        wrong = (target - flat(x)).to(x).unsqueeze(2)
+        step = torch.linalg.solve(J.mT @ J + damping * one, J.mT @ wrong)
+        x = x + step.squeeze(2).clamp(-most, most)
+    return x.view(-1, *shape)
+
+
+def read_q(system, frames):
+    """The true system's q (n, T, bodies, dims) that frames (n, T, 3, S, S) show: centroids of the
+    pixels whose colour is nearest a body's, then Gauss-Newton steps towards the picture."""
+    size, pictures = frames.shape[-1], frames.flatten(0, 1)
+    light = pictures - torch.tensor(BACKGROUND).to(frames).view(3, 1, 1)
+    colours = torch.nn.functional.normalize(torch.tensor(system.colours).to(frames))
+    share = torch.einsum("ncyx,bc->nbyx", light, colours).clamp(min=1e-9)
+    share = share * (share == share.amax(1, keepdim=True))
+    side = (torch.arange(size).to(frames) - (size - 1) / 2) * 2 * system.half_width / size
+    grid = torch.stack(torch.meshgrid(side, -side, indexing="xy"))  # (2, S, S), y upward
+    centre = torch.einsum("nbyx,dyx->nbd", share, grid) / (share.sum((2, 3)) + 1e-9).unsqueeze(2)
+    painted = lambda q: render(system, q.unsqueeze(1), size)
+    q = gauss_newton(painted, system.locate(centre).double(), pictures, 2, 0.01, 0.2, 1e-3)
+    return q.unflatten(0, frames.shape[:2])
 
 
 def clips(system, n, frames=30, dt=LONGEST, noise=0.0, size=32, generator=None, device=None):
@@ -264,7 +268,7 @@ def _reading(path):
         yield
     except Exception as error:
         why = " ".join(str(error).split()).split(" If you trust")[0] or type(error).__name__
-        raise ValueError(f"{path} cannot be read: {why}. Mend it or put it back") from error
+        raise ValueError(f"{path} cannot be read: {why.strip('.')}. Mend or replace it") from error
 
 
 def _array(path):
@@ -336,7 +340,8 @@ class Recordings:
         long, rates = [*zip(*(x for x in films if len(x[0]) >= least))] or [(), ()]
         need = 2 * least if 1 in (len(films), len(long)) else least
         if not long or len(long[0]) < need:
-            raise ValueError(f"{path} has no {need} frames on end. Passed over: {self.passed[:3]}")
+            what = f"film or pictures of {need} frames, nor is it a .npy or .npz file"
+            raise ValueError(f"{path} has no {what}. Passed over: {self.passed[:3]}")
         if not any(_unit(x[:: 1 + len(x) // 64]).max() > 0.1 for x in long):
             raise ValueError(f"{path} is dark: scale it; of 16-bit integers 65535 is white")
         if not (dt or fps) and max(rates) > 1.1 * min(rates):
@@ -397,7 +402,7 @@ class Recordings:
         """The same, decoded: of each film in a folder, or of the folder's pictures."""
         natural = lambda x: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", x.name)]
         shown = lambda x: sorted(x.iterdir(), key=natural) if x.is_dir() else [x]
-        known = lambda x: x == self.path or x.suffix.lower() in KNOWN and x.name[0] != "."
+        known = lambda x: x.suffix.lower() in KNOWN and x.name[0] != "."
         recordings, files = [], shown(self.path)
         for folder in (files, *(shown(x) for x in files if x.is_dir() and x.name[0] != ".")):
             self.passed += [x.name for x in folder if not known(x) and not x.is_dir()]

@@ -18,8 +18,8 @@ import torch
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from eval import measure, measure_flow, movies, number, open_run, pick_device, provenance
-from eval import table, test_set, write
+from eval import FLOWS, measure, measure_flow, movies, number, open_run, pick_device
+from eval import provenance, table, test_set, write
 from hgn import ARCHITECTURES, FRAME, GECO, HGN, INTEGRATORS, charted_loss, euler
 from nhf import DENSITIES, NHF, RealNVP
 from physics import SYSTEMS, clips, initial_states, jitter, read_points, render, simulate
@@ -29,7 +29,6 @@ DEFAULTS = {  # of both --arch of hgn, and of the other models; realnvp's: the s
     "batch_size": {"compact": 16, "paper": 16, "hnn": 16, "nhf": 256, "realnvp": 512},
     "lr": {"compact": 4e-3, "paper": 1.5e-4, "hnn": 4e-4, "nhf": 1e-2, "realnvp": 5e-3},
 }
-FLOWS = "nhf", "realnvp"  # models of points; the others are of pictures
 POOL = 64  # batches whose trajectories are simulated together
 HERE = "device", "compile", "resume", "name", "bench"  # of the command alone, not of the run
 FREE = "steps", "window", "save_every"  # what --resume may change
@@ -39,6 +38,7 @@ UNUSED = {  # options that a run of this kind would ignore, and so refuses
     "pictures": "hamiltonians leapfrog_steps kinetic", "simulated clips": "fps stride clip",
     "recordings": "noise bench", "--bench": "model arch", "--arch paper": "targets periodic",
     "--model hnn": "periodic arch context deterministic geco beta", "--deterministic": "geco beta",
+    "--model realnvp": "hamiltonians leapfrog_steps kinetic",
 }  # fmt: skip
 SEEN = 163840  # frames of the clips whose states the prior is fitted to at the end
 RATES = {"decoder.whole": 0.3, "decoder": 3.0, "encoder.filters": 0.1}  # times --lr: first to fit
@@ -102,7 +102,7 @@ def settle(args):
     kinds = ["points"] if flow else ["pictures", "recordings" if args.data else "simulated clips"]
     fill(model="nhf" if flow else "hgn")
     if flow != (args.model in FLOWS):
-        raise ValueError(f"--model {args.model} is not for {kinds[0]}")
+        raise ValueError(f"--model {args.model} is not for {kinds[0]}: see --density, --data")
     for kind in (*kinds, *(f"--{k}{end}" for k, v in given.items() for end in ("", f" {v}"))):
         for name in (name for name in UNUSED.get(kind, "").split() if name in given):
             option = "no_" * (given[name] is False) + name
@@ -323,7 +323,7 @@ class Run:
 
     def __init__(self, args, model, test, device):
         self.args, self.model, self.test, self.device = args, model, test, device
-        args.digest = getattr(getattr(test, "data", None), "digest", None)
+        args.digest = test.digest
         self.config = {k: v for k, v in vars(args).items() if k not in HERE}
         self.flow = args.model in FLOWS
         self.compact = args.model == "hgn" and args.arch == "compact"
@@ -476,7 +476,7 @@ def main():
         if args.bench:
             return bench(args, device)
         test = test_set(vars(args), 100, device)
-        print(getattr(test, "summary", args.density or args.data))
+        print(test.summary)
         torch.manual_seed(args.seed)
         model = (model or build(args, test)).to(device).train()
         run = Run(args, model, test, device)
