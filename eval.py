@@ -384,7 +384,7 @@ def chart(title, level, box, marks=False, ends=None):
     bar = np.linspace(0, 1, SIZE)[:, None].repeat(12, 1)
     level = np.concatenate((level.resize((SIZE, SIZE)), bar), 1).clip(0, 1)
     picture = np.stack((level**0.5, level**2, 0.7 - 0.6 * level), 2)  # blue, purple, orange, yellow
-    picture = np.rint(255 * np.nan_to_num(picture)).astype("uint8")
+    picture = np.rint(210 * np.nan_to_num(picture)).astype("uint8")  # less than white marks
     picture[:, :SIZE][marks] = 255
     sheet = Image.new("RGB", (SIZE + 150, SIZE + 24))  # room for words left, below and right
     sheet.paste(Image.fromarray(picture[::-1]), (60, 0))
