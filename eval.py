@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from hgn import FRAME, HGN
 from nhf import DENSITIES, NHF, TEST_SEED, Points, RealNVP
-from physics import SYSTEMS, Recordings, clips, gauss_newton, noise_floor, read_points, read_q
-from physics import render, simulate
+from physics import SYSTEMS, Recordings, clips, gauss_newton, initial_states, jitter, read_points
+from physics import read_q, render, simulate
 
 FLOWS = {"nhf": NHF, "realnvp": RealNVP}
 if hasattr(libc := ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt"):  # glibc
@@ -144,8 +144,7 @@ class HeldOut:
         data = data or Recordings(config["data"], **how, least=config["context"] + 1)
         self.data, self.device, self.system, self.noise = data, device, None, 0.0
         self.size, self.channels, self.dt = data.size, data.channels, data.dt
-        self.summary, self.digest = data.summary, data.digest
-        lengths = data.lengths[data.held_out]
+        self.summary, self.digest, lengths = data.summary, data.digest, data.lengths[data.held_out]
         self.length = max(lengths.tolist(), key=lambda length: length * (lengths >= length).sum())
         self.clips = data.held_out[lengths >= self.length][:n]
         self.observed = next(self.truth(config["context"], block=n))
@@ -160,14 +159,22 @@ def test_set(config, n, device="cpu", data=None):
     """What a run is tested on. Raises: ValueError where it is not what the run learnt from."""
     if config["model"] in FLOWS:
         source = config["density"] or read_points(config["data"])
-        test = Points([] if source is None else source, config["seed"], config["data"])
+        test = None if source is None else Points(source, config["seed"], config["data"])
     elif config["system"]:
         test = TestClips(config, n, device)
     else:
         test = HeldOut(config, n, device, data)
-    if config.get("digest") not in (None, test.digest):
+    if test is None or config.get("digest") not in (None, test.digest):
         raise ValueError(f"{config['data']} is not what the run learnt from: put that back")
     return test
+
+
+def noise_floor(system, noise="paper", size=32, n=2000, draws=32, generator=None):
+    """Smallest pixel MSE any model can reach under `noise`: the mean variance of a pixel given the
+    true state, by Monte Carlo over n random states with `draws` noisy pictures each."""
+    q, _ = simulate(system, *initial_states(system, n, generator), 8, dt=0.5)
+    q = q[:, -1:].expand(-1, draws, -1, -1)  # away from the start
+    return render(system, jitter(system, q, noise, generator), size).var(1).mean().item()
 
 
 def errors(model, clips, q0, p0, frames, speed=1.0):
@@ -380,21 +387,21 @@ def chart(title, level, box, marks=False, ends=None):
     {axis: its two ends}, white where `marks` (SIZE, SIZE); beside it the colours between `ends`."""
     low, high = ends or (np.nanmin(level), np.nanquantile(level, 0.999))  # outliers darken no rest
     above = ">" * bool(np.nanmax(level) > high)
-    level = Image.fromarray(((level - low) / (high - low + 1e-12)).astype("float32"))
+    level = Image.fromarray(((level - low) / max(high - low, 1e-99)).astype("float32"))
     bar = np.linspace(0, 1, SIZE)[:, None].repeat(12, 1)
     level = np.concatenate((level.resize((SIZE, SIZE)), bar), 1).clip(0, 1)
     picture = np.stack((level**0.5, level**2, 0.7 - 0.6 * level), 2)  # blue, purple, orange, yellow
     picture = np.rint(210 * np.nan_to_num(picture)).astype("uint8")  # less than white marks
     picture[:, :SIZE][marks] = 255
-    sheet = Image.new("RGB", (SIZE + 150, SIZE + 24))  # room for words left, below and right
-    sheet.paste(Image.fromarray(picture[::-1]), (60, 0))
+    sheet = Image.new("RGB", (SIZE + 180, SIZE + 24))  # room for words left, below and right
+    sheet.paste(Image.fromarray(picture[::-1]), (80, 0))
     pen, font, middle = ImageDraw.Draw(sheet), ImageFont.load_default(14), SIZE / 2
     (x, (left, right)), (y, (bottom, top)) = box.items()
     for at, anchor, word in (
-        ((60, SIZE + 4), "la", f"{left:.3g}"), ((60 + middle, SIZE + 4), "ma", x),
-        ((60 + SIZE, SIZE + 4), "ra", f"{right:.3g}"), ((54, SIZE), "rd", f"{bottom:.3g}"),
-        ((54, middle), "rm", y), ((54, 0), "ra", f"{top:.3g}"),
-        ((78 + SIZE, SIZE), "ld", f"{low:.3g}"), ((78 + SIZE, 0), "la", f"{above}{high:.3g}"),
+        ((80, SIZE + 4), "la", f"{left:.3g}"), ((80 + middle, SIZE + 4), "ma", x),
+        ((80 + SIZE, SIZE + 4), "ra", f"{right:.3g}"), ((74, SIZE), "rd", f"{bottom:.3g}"),
+        ((74, middle), "rm", y), ((74, 0), "ra", f"{top:.3g}"),
+        ((98 + SIZE, SIZE), "ld", f"{low:.3g}"), ((98 + SIZE, 0), "la", f"{above}{high:.3g}"),
     ):  # fmt: skip
         pen.text(at, word, "white", font, anchor)
     return panel(title, np.asarray(sheet))
@@ -414,38 +421,38 @@ def phase(model, clips, folder, frames=90, n=24):
         orbits = {f"q{i + 1}": q.flatten(2)[..., i], f"p{i + 1}": p.flatten(2)[..., i]}
         for what, axes in {"p over q": orbits, "H over time": {"frame": frame, "H": H}}.items():
             points = torch.stack((*axes.values(), H), 2).flatten(0, 1).double().cpu()
-            x, y, energy = points[points.isfinite().all(1)].T.numpy()
+            points = points[points.isfinite().all(1)].numpy()
+            x, y, energy = points.T
             more = max(0, 0.1 * abs(y).max() - np.ptp(y))  # what hardly changes shows as a line
-            ends = (y.min() - more, y.max() + more), (x.min(), x.max())
-            count, high, wide = np.histogram2d(y, x, SIZE // 2, ends)
-            total = np.histogram2d(y, x, SIZE // 2, ends, weights=energy)[0]
-            level = np.kron(total / np.where(count, count, np.nan), np.ones((2, 2)))
-            box = dict(zip(axes, (wide[[0, -1]], high[[0, -1]])))
+            box = dict(zip(axes, ((x.min(), x.max()), (y.min() - more, y.max() + more))))
+            n, total = (count(points, box, SIZE // 2, weights) for weights in (None, energy))
+            level = np.kron(total / np.where(n, n, np.nan), np.ones((2, 2)))
             panels.append(chart(f"{name}: {what}, colour H", level, box))
     return save_picture(folder / "phase.png", np.concatenate(panels, 1))
 
 
-def count(x, box, k=SIZE, **how):  # of points (n, 2), in each of k x k cells of a box
-    return np.histogram2d(x[:, 1], x[:, 0], k, [*box.values()][::-1], **how)[0]
+def count(x, box, k=SIZE, weights=None):  # of points (n, >= 2), in each of k x k cells of a box
+    return np.histogram2d(x[:, 1], x[:, 0], k, [*box.values()][::-1], weights=weights)[0]
 
 
 @torch.no_grad()
 def flow_pictures(model, points, folder, n=20_000, seed=0):
-    """density.png: target, learnt density, samples, and `landscapes`; of more than two dimensions
-    target and samples alone, over the three pairs of columns where these differ most. flow.gif:
-    points on V. In the user's units, but for p. Returns names."""
+    """density.png: data, learnt density, samples, and `landscapes`; of more than two dimensions
+    data and samples alone, over the three pairs of (64) columns where these differ most. flow.gif:
+    points on V. In the user's units, but for p; outliers lie outside. Returns names."""
     test, shift, generator = points.rows[:n], points.shift, torch.Generator().manual_seed(seed)
-    drawn, half = model.sample(n, generator), 1.25 * (test - shift).abs().amax(0)
-    ends, pairs = torch.stack((shift - half, shift + half), 1), combinations(range(model.dim), 2)
-    boxes = {pair: {f"x{k + 1}": ends[k].tolist() for k in pair} for pair in pairs}
-    both = lambda pair, *k, **how: [
-        count(x[:, pair], boxes[pair], *k, **how) for x in (test, drawn)
-    ]
-    rows, movie = [[], []], []
+    drawn, far = model.sample(len(test), generator), (test - shift).abs().sort(0).values
+    half = 1.5 * torch.maximum(far[-1 - len(far) // 1000], points.scale.norm(dim=1))
+    ends = torch.stack((shift - half, shift + half), 1).tolist()
+    pairs = combinations(range(min(model.dim, 64)), 2)
+    boxes = {pair: {f"x{k + 1}": ends[k] for k in pair} for pair in pairs}
+    both = lambda pair, k: [count(x[:, pair], boxes[pair], k) for x in (test, drawn)]
+    rows, movie = [[], []], []  # of data and of samples
     for pair in sorted(boxes, key=lambda pair: -abs(np.subtract(*both(pair, 16))).sum())[:3]:
-        target, samples = both(pair, 96, density=True)
-        show = partial(chart, box=boxes[pair], ends=(0.0, np.quantile(target, 0.999)))
-        rows[0].append(show("target density", target))
+        cell = 4 * half[[*pair]].prod().item() / 96**2
+        data, samples = (x / len(test) / cell for x in both(pair, 96))
+        show = partial(chart, box=boxes[pair], ends=(0.0, np.quantile(data[data > 0], 0.99)))
+        rows[0].append(show("density of data", data))
         rows[1].append(show("density of samples", samples))
     if model.dim == 2:
         side = (2 * torch.arange(96) + 1) / 96 - 1
@@ -492,8 +499,8 @@ def look(args):
     test = test_set(config, args.clips, device)
     print(f"{path}: {test.summary}\nlooking ...")
     if config["model"] in FLOWS:
-        wrote = flow_pictures(model.cpu(), test, folder, seed=args.seed) if test.dim > 1 else []
-        result = measure_flow(model, test)
+        result = measure_flow(model.cpu(), test)
+        wrote = flow_pictures(model, test, folder, seed=args.seed) if test.dim > 1 else []
     else:
         shown = test_set(config, args.show, device, test.data)
         how = args.frames, args.show, args.reverse, args.speed, args.sample, args.seed, args.scale

@@ -62,8 +62,7 @@ def _spirals(n, generator=None):
 
 def _checkerboard(n, generator=None):
     x, y = 4 * torch.rand(n, generator=generator) - 2, torch.rand(n, generator=generator)
-    y = y - 2 * torch.randint(2, (n,), generator=generator) + x.floor() % 2
-    return 2 * _xy(x, y)
+    return 2 * _xy(x, y - 2 * torch.randint(2, (n,), generator=generator) + x.floor() % 2)
 
 
 # After FFJORD's toys (Grathwohl et al. 2019). Entropies: means of -log p, +- 0.002.
@@ -95,10 +94,10 @@ class Points:
             rows = self.draw(20_000, fixed(TEST_SEED - 1)).double()
         else:
             rows = torch.as_tensor(source, dtype=torch.float64, device="cpu")  # 1e7 + N(0, 1)
-            if rows.dim() != 2 or len(rows) < 2:
+            if rows.dim() != 2 or len(rows) < 2 or not rows.shape[1]:
                 raise ValueError(f"{name} must be points (N, D), N > 1, not {[*rows.shape]}")
             if len(bad := (~rows.isfinite()).nonzero()):
-                raise ValueError(f"{name}: not finite in row {bad[0, 0]}: drop such rows")
+                raise ValueError(f"{name}: not finite at {bad[0].tolist()}: drop such rows")
             rows = rows[torch.randperm(len(rows), generator=fixed(seed))]
             self.digest = f"points {(*rows.shape,)}, CRC {zlib.crc32(rows.numpy()):x}"
             self.held_out, rows = rows.tensor_split([max(1, len(rows) // 10)])
@@ -108,7 +107,7 @@ class Points:
         self.scale, failed = torch.linalg.cholesky_ex(rows.mT.cov(correction=0).view(self.dim, -1))
         bad = [failed - 1] if failed else (self.scale.diagonal() <= least).nonzero()
         if len(bad):  # constant, or a sum of others
-            raise ValueError(f"{name}: column {int(bad[0])} says nothing new: drop it, or add rows")
+            raise ValueError(f"{name}: [:, {int(bad[0])}] says nothing new: drop it, or add rows")
         self.summary = f"{name}: {self.digest or 'fresh points'}, {len(self.held_out)} held out"
 
 
@@ -150,18 +149,17 @@ class Separable(Hamiltonian):
 
 
 class Flow(nn.Module):
-    """What NHF and RealNVP share: the user's units. Inside, x is scale^-1 (x - shift), computed in
-    float64, for data far from zero. scale: a number, (dim,), or a lower triangular matrix. Raises:
-    ValueError."""
+    """What NHF and RealNVP share: the user's units. Inside, x is scale^-1 (x - shift), by float64.
+    shift: a number or (dim,). scale: also a lower triangular matrix. Raises: ValueError."""
 
     def __init__(self, dim, shift=0.0, scale=1.0):
         super().__init__()
         double = {"dtype": torch.float64, "device": "cpu"}
         shift, scale = (torch.as_tensor(x, **double) for x in (shift, scale))
-        fits = {*shift.shape, *scale.shape} <= {dim}
-        scale = scale if scale.dim() == 2 or not fits else scale.expand(dim).diag()
-        if not (fits and torch.cat((shift.view(-1), scale.diagonal().log())).isfinite().all()):
-            raise ValueError(f"shift must be finite, scale above 0, of {dim} numbers each")
+        scale = scale if scale.dim() > 1 else (scale if scale.dim() else scale.expand(dim)).diag()
+        bad = shift.shape not in ((), (dim,)) or scale.shape != (dim, dim) or scale.triu(1).any()
+        if bad or not torch.cat((shift.view(-1), scale.diagonal().log())).isfinite().all():
+            raise ValueError(f"shift, scale: {dim} numbers, scale above 0 or lower triangular")
         self.register_buffer("shift", shift.expand(dim).clone())
         self.register_buffer("scale", scale.clone())
         self.dim = dim

@@ -11,9 +11,10 @@ published with its reproduction (Balsells Rodas et al. 2021); from spring_pendul
 import math
 import re
 import zipfile
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Callable
 
@@ -35,7 +36,7 @@ KNOWN = FILMS + (".gif", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".web
 
 @dataclass(frozen=True)
 class System:
-    """A physical system, H(q, p) = sum p^2 / (2 inertia) + V(q) or any other H, and how it looks.
+    """A physical system, H(q, p) = p M^-1 p / 2 + V(q), where M may depend on q, and how it looks.
     States q and p have shape (..., bodies, dims). Units are the paper's: dt = 0.125 a frame."""
 
     colours: tuple  # RGB that each body adds to the background, in [0, 1]
@@ -46,7 +47,7 @@ class System:
     inertia: float = 0.5  # m, or m l^2 for an angle
     potential: Callable = None  # V(q): (..., bodies, dims) -> (...)
     force: Callable = None  # -dV/dq, same shape as q; written out: it is the simulator's hot loop
-    motion: Callable = None  # (q, p) -> dq/dt, dp/dt, in place of force where K depends on q
+    motion: Callable = None  # (q, p) -> dq/dt, dp/dt, in place of force where M depends on q
     position: Callable = lambda q: q  # where the discs are, (..., bodies, 2), world units, y upward
     locate: Callable = lambda x: x  # the inverse of position
     periodic: bool = False  # q are angles
@@ -162,25 +163,27 @@ def simulate(system, q, p, frames, dt=LONGEST):
 
 
 def _step(system, q, p, h, rounds=16):
-    """One step of length h, whose stages are found by fixed-point iteration."""
+    """One step of length h: q, p, and the energy (B,) that friction took. Slopes of the stages, k
+    (2, 6, B, bodies, dims), are found by fixed-point iteration."""
     k = torch.stack(system.slope(q, p)).unsqueeze(1).expand(-1, 6, *q.shape)
-    for _ in range(rounds):  # k: (2, stages, B, bodies, dims), of dq/dt and dp/dt
+    for _ in range(rounds):
         last, (dq, dp) = k, h * torch.einsum("ij,sj...->si...", A.to(q), k)
         k = torch.stack(system.slope(q + dq, p + dp))
         if (k - last).abs().max() < 1e-13:
             break
+    lost = h * system.friction * torch.einsum("j,jb->b", B.to(q), ((p + dp) * k[0]).sum((2, 3)))
     dq, dp = h * torch.einsum("j,sj...->s...", B.to(q), k)
-    return q + dq, p + dp
+    return q + dq, p + dp, lost
 
 
-def _advance(system, q, p, dt, refined=1, tolerance=1e-9, most=256):
-    """The motion for dt; where energy changed, as when bodies meet, again in shorter steps."""
-    start, substeps = (q, p), refined * max(1, math.ceil(abs(dt) / LONGEST))
-    for _ in range(substeps):
-        q, p = _step(system, q, p, dt / substeps)
-    before, after = system.energy(*start), system.energy(q, p)
-    bad = ~((after - before).abs() <= tolerance * (1 + before.abs()))  # true for NaN as well
-    if substeps < most and bad.any() and not system.friction:
+def _advance(system, q, p, dt, refined=1, tolerance=1e-9):
+    """The motion for dt; where energy changed, as when bodies meet, again in 4 to 256 parts."""
+    start, energy, parts = (q, p), system.energy(q, p), math.ceil(abs(dt) / LONGEST) * refined
+    for _ in range(parts):
+        q, p, lost = _step(system, q, p, dt / parts)
+        energy = energy - lost
+    bad = ~((system.energy(q, p) - energy).abs() <= tolerance * (1 + energy.abs()))  # NaN is
+    if refined < 256 and bad.any():
         q[bad], p[bad] = _advance(system, start[0][bad], start[1][bad], dt, 4 * refined)
     return q, p
 
@@ -251,14 +254,6 @@ def jitter(system, q, noise=0.0, generator=None):
     return q + sigma * noise.to(q.device)
 
 
-def noise_floor(system, noise="paper", size=32, n=2000, draws=32, generator=None):
-    """Smallest pixel MSE any model can reach under `noise`: the mean variance of a pixel given the
-    true state, by Monte Carlo over n random states with `draws` noisy pictures each."""
-    q, _ = simulate(system, *initial_states(system, n, generator), 8, dt=0.5)
-    q = q[:, -1:].expand(-1, draws, -1, -1)  # away from the start
-    return render(system, jitter(system, q, noise, generator), size).var(1).mean().item()
-
-
 @contextmanager
 def _reading(path):
     """One kind of error, in one line, of the many that files which cannot be read cause."""
@@ -267,8 +262,8 @@ def _reading(path):
             raise ValueError("it is no regular file" if path.exists() else "it is not there")
         yield
     except Exception as error:
-        why = " ".join(str(error).split()).split(" If you trust")[0] or type(error).__name__
-        raise ValueError(f"{path} cannot be read: {why.strip('.')}. Mend or replace it") from error
+        why = " ".join(str(error).split()).split(". If you trust")[0] or type(error).__name__
+        raise ValueError(f"{path} cannot be read: {why}. Mend it or put it back") from error
 
 
 def _array(path):
@@ -340,7 +335,7 @@ class Recordings:
         long, rates = [*zip(*(x for x in films if len(x[0]) >= least))] or [(), ()]
         need = 2 * least if 1 in (len(films), len(long)) else least
         if not long or len(long[0]) < need:
-            what = f"film or pictures of {need} frames, nor is it a .npy or .npz file"
+            what = f"film or pictures of {need} frames, nor is it a .npy file (by numpy.save)"
             raise ValueError(f"{path} has no {what}. Passed over: {self.passed[:3]}")
         if not any(_unit(x[:: 1 + len(x) // 64]).max() > 0.1 for x in long):
             raise ValueError(f"{path} is dark: scale it; of 16-bit integers 65535 is white")
@@ -357,7 +352,8 @@ class Recordings:
         held = torch.isin(which, order[: max(1, len(order) // 10)])
         self.held_out, self.train = held.nonzero().flatten(), (~held).nonzero().flatten()
         self.clips = [x for group in groups for x in group]
-        self.digest = f"{sum(map(len, long))} frames, {sum(float(x[0].sum()) for x in long):.9g}"
+        crc = reduce(lambda crc, clip: zlib.crc32(clip.tobytes(), crc), self.clips, 0)
+        self.digest = f"{sum(map(len, long))} frames, CRC {crc:x}"
         self.lengths, self.channels = torch.tensor([*map(len, self.clips)]), long[0].shape[3]
         self.summary = (
             f"{path}: recordings {len(films)}, too short {len(films) - len(long)}; {len(held)} "

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -26,11 +27,11 @@ from torch.utils._pytree import tree_leaves
 
 import eval as evaluation
 import train
-from eval import TestClips, judge, load, measure, measure_physics, symetric
+from eval import TestClips, judge, load, measure, measure_physics, noise_floor, symetric
 from hgn import GECO, HGN, CompactHamiltonian, Hamiltonian, PaperHamiltonian, Space
 from hgn import charted_loss, euler, explicit_leapfrog, leapfrog
 from nhf import DENSITIES, NHF, Points, RealNVP, Separable, log_normal
-from physics import BACKGROUND, SYSTEMS, Recordings, clips, initial_states, noise_floor, read_q
+from physics import BACKGROUND, SYSTEMS, Recordings, clips, initial_states, read_q
 from physics import read_points, render, simulate
 
 TestClips.__test__ = False  # by its name alone pytest takes it for a test
@@ -98,22 +99,21 @@ def runge_kutta(field, q, p, dt, steps, substeps):
 @each("name", NAMES)
 def test_the_simulator_agrees_with_runge_kutta_in_both_directions(name):
     q, p = initial_states(SYSTEMS[name], 16, seeded())
-    for dt in (0.25, -0.125):
-        exact = runge_kutta(lambda q, p: equations_of_motion(name, q, p), q, p, dt, 20, 100)
-        close(simulate(SYSTEMS[name], q, p, 21, dt), exact, rtol=0, atol=2e-6)
+    for dt, friction in ((0.25, 0.0), (-0.125, 0.05)):
+        damped = lambda q, p, v, force: (v, force - friction * p)
+        field = lambda q, p: damped(q, p, *equations_of_motion(name, q, p))
+        path = simulate(replace(SYSTEMS[name], friction=friction), q, p, 21, dt)
+        close(path, runge_kutta(field, q, p, dt, 20, 100), rtol=0, atol=2e-6)
 
 
-@each("name, limit", [*zip(NAMES, (1e-9, 1e-9, 1e-6, 1e-6, 1e-9, 1e-8))])
-def test_the_energy_has_the_forces_as_gradients_and_is_kept(name, limit):
+@each("name", NAMES)
+def test_the_energy_has_the_forces_as_gradients_and_is_kept(name):
     system = SYSTEMS[name]
     q, p = (x.requires_grad_() for x in initial_states(system, 50, seeded()))
     dH_dq, dH_dp = torch.autograd.grad(system.energy(q, p).sum(), (q, p))
     close((dH_dp, -dH_dq), equations_of_motion(name, q.detach(), p.detach()))
-    q, p = simulate(system, *initial_states(system, 10, seeded()), 200)
-    H = system.energy(q, p)
-    assert ((H - H[:, :1]) / H[:, :1]).abs().amax(1).median() < limit
-    many = simulate(system, *initial_states(system, 1000, seeded(3)), 30)
-    assert all(x.isfinite().all() for x in many)
+    H = system.energy(*simulate(system, *initial_states(system, 100, seeded(3)), 90))
+    assert ((H - H[:, :1]) / H[:, :1]).abs().max() < 1e-7  # of three bodies that meet as well
 
 
 STARTS = (  # nearest and farthest from the origin, and the speed of a circular orbit at 1
@@ -239,7 +239,7 @@ def test_friction_is_that_of_the_damped_oscillator():
     w, t = math.sqrt(4 - 0.05**2), torch.arange(60).double().view(-1, 1, 1) * 0.125
     exact = q[:, None] * (w * t).cos() + (2 * p + 0.05 * q)[:, None] / w * (w * t).sin()
     path = simulate(SYSTEMS["damped_spring"], q, p, 60)[0]
-    close(path, (-0.05 * t).exp() * exact, rtol=0, atol=5e-6)
+    close(path, (-0.05 * t).exp() * exact, rtol=0, atol=1e-11)
 
 
 # ---------------------------------------------------------------- hgn.py
@@ -983,7 +983,7 @@ def test_own_clips_through_both_commands(own, command):
     assert (metrics := report["metrics"])["frames"] == 20 and "mse_backward" not in metrics
     assert math.isfinite(metrics["mse_0_19"]) and load("runs/grey/checkpoint.pt")[0].dt == 0.5
     assert "step 4 of 6" in command("train", "--resume runs/grey/checkpoint.pt --steps 6")
-    np.save("grey.npy", np.load("grey.npy")[1:])  # else it might be tested on what it learnt from
+    np.save("grey.npy", np.load("grey.npy")[::-1])  # of which others would be held out
     assert "grey.npy is not what" in command("eval", "", status=2)
     assert "grey.npy is not what" in command("train", "--resume --steps 7", status=2)
 
