@@ -82,7 +82,7 @@ def load(path, device="cpu", **wanted):
     its dict; runs no code in it. Raises: ValueError."""
     cure = " ".join(["python train.py", *(f"--{k} {v}" for k, v in wanted.items() if v)])
     if not Path(path).is_file():
-        raise ValueError(f"no checkpoint at {path}: {cure}")
+        raise ValueError(f"no checkpoint file at {path}: {cure}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config, kind = checkpoint["config"], checkpoint["kind"]

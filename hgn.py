@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+region = torch.compiler.nested_compile_region if torch.__version__ >= "2.13" else lambda f: f
 
-@torch.compiler.nested_compile_region  # compiled once, not once for every step of a rollout
+
+@region  # compiled once, not for every step of a rollout; torch 2.11's fails where H is autograd's
 def leapfrog_step(H, q, p, here, slope, h, rounds):  # here = H.at(q); slope: about dH/dq there
     slope = slope if rounds == H.rounds else H.kick(here, p)  # the explicit form's is of this p
     for _ in range(rounds):  # towards half = p - h/2 dH/dq(q, half)
@@ -29,12 +31,11 @@ def leapfrog_step(H, q, p, here, slope, h, rounds):  # here = H.at(q); slope: ab
     new = q + h * drift
     for _ in range(rounds):  # towards new = q + h/2 (dH/dp(q, half) + dH/dp(new, half))
         new = q + h / 2 * (drift + H.drift(H.at(new), half))
-    here = H.at(new)
-    slope = H.kick(here, half)
+    slope = H.kick(here := H.at(new), half)
     return new, half - h / 2 * slope, here, slope
 
 
-@torch.compiler.nested_compile_region
+@region
 def euler_step(H, q, p, here, slope, h, rounds):
     q, p = q + h * H.drift(here, p), p - h * H.kick(here, p)
     return q, p, H.at(q), p  # it needs no slope
@@ -107,8 +108,7 @@ class Energy(nn.Module):  # V(x): |x L|^2 / 2, so that numbers oscillate at firs
 def chain(*sizes, layer=nn.Linear, activation=nn.ReLU, flat=False, **options):
     """layer(sizes[0], sizes[1]), activation(), ... and last a layer, which with `flat` is zero."""
     layers = [m for ab in zip(sizes, sizes[1:]) for m in (layer(*ab, **options), activation())]
-    for w in layers[-2].parameters() if flat else ():
-        nn.init.zeros_(w)
+    [nn.init.zeros_(w) for w in layers[-2].parameters() if flat]
     return nn.Sequential(*layers[:-1])
 
 

@@ -85,7 +85,7 @@ def parse(words=None, **defaults):  # the command line, or other words -> a name
     add("--seed", type=number(0, 2**20 - 1), default=0, help="(default: 0)")
     add("--save-every", type=many, default=250, help="steps between checkpoints (default: 250)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if any; flows: cpu)")
-    add("--compile", action="store_true", help="fuse the step: a minute at first")
+    add("--compile", action="store_true", help="fuse the step: minutes at first")
     add = parser.add_argument_group("either").add_mutually_exclusive_group().add_argument
     add("--name", help="folder under runs/ (default: the system's name)")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on (default: the newest run)")
