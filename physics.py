@@ -263,7 +263,7 @@ def _reading(path):
         yield
     except Exception as error:
         why = " ".join(str(error).split()).split(". If you trust")[0] or type(error).__name__
-        raise ValueError(f"{path} cannot be read: {why}. Mend it or put it back") from error
+        raise ValueError(f"{path} cannot be read: {why.strip('.')}. Mend or restore it") from error
 
 
 def _array(path):
