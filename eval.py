@@ -1,55 +1,107 @@
-"""Look at a trained model and measure it: movies, pictures and figures, into the run's folder.
+"""Look at a trained model and measure it: movies, charts and figures, written into its folder.
 
-python eval.py --reverse --speed 2      # the newest run; --system NAME, --checkpoint PATH
+python eval.py --reverse --speed 2      # the newest run; --system NAME or --checkpoint PATH: others
+
+The parts, from top to bottom: what train.py shares with this file; checkpoints (`find_run`,
+`load`); test data (`test_set`); measures (`measure`, `measure_physics`, `measure_flow`, where a new
+figure is one more entry of the result); movies; charts; the command.
 """
 
 import argparse
 import ctypes
-import io
 import json
 import math
 import os
-import re
 import shlex
 import sys
 import time
-from functools import partial
 from itertools import combinations, combinations_with_replacement
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
+from torch.func import jacrev, vmap
 
-from hgn import FRAME, HGN
-from nhf import DENSITIES, NHF, TEST_SEED, Points, RealNVP
-from physics import SYSTEMS, Recordings, clips, gauss_newton, initial_states, jitter, read_points
-from physics import read_q, render, simulate
+from hgn import FRAME_TIME, HGN, read_checkpoint, write_file
+from nhf import DENSITIES, NHF, TEST_SEED, Points, RealNVPFlow, seeded
+from physics import (
+    SYSTEMS,
+    Recordings,
+    clips,
+    gauss_newton,
+    infer_q,
+    initial_states,
+    jitter,
+    read_points,
+    render,
+    simulate,
+)
 
-FLOWS = {"nhf": NHF, "realnvp": RealNVP}
-if hasattr(libc := ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt"):  # glibc
-    [libc.mallopt(*x) for x in ((-1, 2**31 - 1), (-3, 2**25))]  # keep what is freed: no page faults
+MODELS = {"hgn": HGN, "hnn": HGN, "nhf": NHF, "realnvp": RealNVPFlow}
+FLOWS = ("nhf", "realnvp")  # the models that learn from points
 WINDOW = 30  # frames of the paper's test clips
-SIZE = 288  # pixels of a chart's side
-OF_PICTURES = "frames", "clips", "reverse", "speed", "sample", "show", "scale"  # options
-PLAIN = str | float | int | None  # what options are
-wrapped = lambda x: torch.atan2(x.sin(), x.cos())  # angles, into (-pi, pi]
+BLOCK = 32  # clips that are decoded and compared at a time
 
 
-def number(low, high, kind=int, word=None):  # an argparse type: from low to high, or the word
-    def number(text):
-        if text != word and not low <= kind(text) <= high:
+# ------------------------------------------------------------------ shared with train.py
+def run_main(function, given):
+    """Call function(given); a user's mistake ends the program with one line, and exit status 2."""
+    keep_freed_memory()
+    try:
+        function(given)
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        message = str(error) or "there is not enough memory"
+        print(f"error: {message.splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_options(description, groups, words=None):
+    """Return the options given in the command line (or in `words`), and no others, as a dict.
+
+    groups: by title, what argparse is told of the options of each group, by their names. Those of a
+    group whose title begins with "one of" exclude each other.
+    """
+    # Without a usage text a mistake is answered with one line; --help says more.
+    parser = argparse.ArgumentParser(
+        description=description, usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS
+    )
+    for title, options in groups.items():
+        group = parser.add_argument_group(title)
+        if title.startswith("one of"):
+            group = group.add_mutually_exclusive_group()
+        for name, how in options.items():
+            group.add_argument(name, **how)
+    return vars(parser.parse_args(words))
+
+
+def number(low, high, kind=int, word=None):
+    """Return an argparse type: a number from low to high, or the given word."""
+
+    def convert(text):
+        if text == word:
+            return text
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
-        return text if text == word else kind(text)
+        return value
 
-    return number
+    return convert
 
 
 def pick_device(name=None):
-    """The device called `name`, or the best there is. Raises: ValueError."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the device called `name`, by default the GPU if there is one. Raises: ValueError."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.zeros(1, dtype=torch.float64, device=name).device
     except (RuntimeError, TypeError, AssertionError):
@@ -57,489 +109,846 @@ def pick_device(name=None):
 
 
 def provenance():
-    """What a written result needs to be made again."""
-    versions = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
-    command = shlex.join(["python", *sys.argv])
-    return {"command": command, "versions": versions | {"numpy": np.__version__}}
+    """Return what is needed to make a written result again: the command and the versions."""
+    versions = {
+        "python": sys.version.split()[0],
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+    }
+    return {"command": shlex.join(["python", *sys.argv]), "versions": versions}
 
 
 def write(path, data):
-    """Bytes to a file, all or nothing, on the disk before it gets its name. Returns the name."""
-    new = path.with_name(f"{path.name}.new")
-    try:
-        with open(new, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:  # a full disk gets back what was written
-        new.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {error.strerror}. Make room, go on") from error
-    return new.replace(path).name
+    """Write bytes to a file, in one piece, and say so. A folder that is missing is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, data)
+    print(f"wrote {path}")
 
 
-def load(path, device="cpu", **wanted):
-    """A checkpoint file of a run with the options `wanted` that are not None -> model in eval mode,
-    its dict; runs no code in it. Raises: ValueError."""
-    cure = " ".join(["python train.py", *(f"--{k} {v}" for k, v in wanted.items() if v)])
-    if not Path(path).is_file():
-        raise ValueError(f"no checkpoint file at {path}: {cure}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config, kind = checkpoint["config"], checkpoint["kind"]
-        with torch.device("meta"):  # costs no memory, whatever the sizes are
-            model = ({"hgn": HGN, "hnn": HGN} | FLOWS)[kind](**checkpoint["model_config"])
-        model.load_state_dict(checkpoint["model"], assign=True)
-        same = all(model.config.get(k, v) == v for k, v in config.items() if config["system"])
-        plain = *config.values(), *map(checkpoint.get, ("command", "step", "seconds", "logged"))
-        if not same or config["model"] != kind or not all(isinstance(v, PLAIN) for v in plain):
-            raise ValueError("the options are another model's")
-        other = any(v not in (None, config[k]) for k, v in wanted.items())
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise ValueError(f"{path} is no checkpoint of train.py at this version") from error
-    if not all(w.isfinite().all() for w in model.parameters()):
-        raise ValueError(f"{path} has weights that are not finite: train again, lower --lr")
-    if other:
-        raise ValueError(f"{path} was not trained like that: {cure}")
-    return model.to(device).eval(), checkpoint
+def keep_freed_memory():
+    """Let glibc keep the memory that tensors free instead of returning it to the system.
+
+    By default glibc returns large blocks at once and asks for them again in the next step. Every
+    page of such a block costs a page fault when it is first touched, which slows every step.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # other C libraries than glibc may not have it
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return nothing at the top of the heap
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: map only what is larger, block by block
 
 
-def open_run(where=None, device="cpu", **wanted):
-    """A checkpoint's path, its model and its dict. where: a file, a run's folder, or None: the
-    newest run with the options `wanted`, else the system's shipped model. Raises: ValueError."""
-    newest = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, reverse=True)
-    name = next(filter(None, wanted.values()), "mass_spring")
-    shipped = Path(__file__).parent / f"checkpoints/{name}.pt"
-    for path in [Path(where)] if where else [*newest, shipped]:
-        path = path / "checkpoint.pt" if path.is_dir() else path
+# ------------------------------------------------------------------ checkpoints
+def find_run(where=None, system=None, density=None):
+    """Return the path of a checkpoint.
+
+    where: a checkpoint or the folder of a run; by default the newest run below runs/, of the system
+    or density if one is named, or else the model that comes with the code. Raises: ValueError.
+    """
+    if where is not None:
+        path = Path(where)
+        return path / "checkpoint.pt" if path.is_dir() else path
+    name = system or density
+    runs = Path("runs").glob("*/checkpoint.pt")
+    for path in sorted(runs, key=os.path.getmtime, reverse=True):
         try:
-            return path, *load(path, device, **wanted)
-        except ValueError as error:  # perhaps an older one is whole
-            problem = error
-    raise problem
+            _, run = read_run(path)
+        except ValueError as error:
+            print(f"passed over: {error}")
+            continue
+        if name in (None, run["options"]["system"], run["options"]["density"]):
+            return path
+    path = Path(__file__).parent / "checkpoints" / f"{name or 'mass_spring'}.pt"
+    if not path.is_file():
+        option = "--system" if system else "--density"
+        raise ValueError(f"there is no run of {name}: python train.py {option} {name}")
+    return path
 
 
+def read_run(path):
+    """Return the class of the model in a checkpoint, and what train.py saved beside the model.
+
+    The latter is a dict of the run's "options", "command", "versions", "step" and "seconds".
+    Raises: ValueError.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        run = checkpoint["run"]
+        return MODELS[run["options"]["model"]], run
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} is no run of this version: python train.py makes one") from None
+
+
+def load(path, device="cpu"):
+    """Return the model of a run, in evaluation mode, and the run itself (see `read_run`).
+
+    path: a checkpoint, or the folder of a run. Raises: ValueError.
+    """
+    path = find_run(path)
+    kind, run = read_run(path)
+    return kind.load(path, device), run
+
+
+# ------------------------------------------------------------------ test data
 class TestClips:
-    """Fixed test clips of a system: true states q, p at frame 0, and, noisy, what is observed."""
+    """Fixed test clips of a simulated system.
 
-    def __init__(self, config, n, device="cpu"):
-        self.data, self.digest, self.channels, self.length = None, None, 3, math.inf
-        self.system, self.summary = SYSTEMS[config["system"]], config["system"]
-        self.size, self.noise, self.dt = config["size"], config["noise"], config["dt"]
-        length, generator = max(WINDOW, config["context"]), torch.Generator().manual_seed(TEST_SEED)
-        how = length, self.dt, self.noise, self.size, generator, device
-        self.observed, q, p = clips(self.system, n, *how)
-        self.q, self.p = q[:, 0], p[:, 0]
+    Attributes: `observed`, what a model sees, noisy, (n, T, 3, size, size); q and p, the true
+    states at frame 0, (n, bodies, dims); `length`, how many frames have a known truth.
+    """
 
-    def truth(self, frames, speed=1.0, block=32):
-        """Clean frames from frame 0 on at `speed` (negative: backward), `block` clips at a time."""
-        for q in simulate(self.system, self.q, self.p, frames, speed * self.dt)[0].split(block):
+    channels = 3
+    length = math.inf
+    data = None
+    digest = None
+
+    def __init__(self, options, n, device="cpu"):
+        self.summary = options["system"]
+        self.system = SYSTEMS[self.summary]
+        self.size = options["size"]
+        self.noise = options["noise"]
+        self.dt = options["dt"]
+        frames = max(WINDOW, options["context"])
+        how = (self.dt, self.noise, self.size, seeded(TEST_SEED), device)
+        self.observed, q, p = clips(self.system, n, frames, *how)
+        self.q = q[:, 0]
+        self.p = p[:, 0]
+
+    def truth(self, frames, speed=1.0):
+        """Yield clean frames (BLOCK, frames, 3, size, size), from frame 0 on; speed < 0: back."""
+        path, _ = simulate(self.system, self.q, self.p, frames, speed * self.dt)
+        for q in path.split(BLOCK):
             yield render(self.system, q, self.size)
 
 
 class HeldOut:
-    """The same of recordings, whose truth ends: held-out clips as long as keeps most frames."""
+    """Held-out clips of recordings, with the attributes of TestClips but for the true states.
 
-    def __init__(self, config, n, device="cpu", data=None):
-        how = {k: config[k] for k in ("size", "clip", "stride", "dt", "fps", "seed")}
-        data = data or Recordings(config["data"], **how, least=config["context"] + 1)
-        self.data, self.device, self.system, self.noise = data, device, None, 0.0
-        self.size, self.channels, self.dt = data.size, data.channels, data.dt
-        self.summary, self.digest, lengths = data.summary, data.digest, data.lengths[data.held_out]
-        self.length = max(lengths.tolist(), key=lambda length: length * (lengths >= length).sum())
+    Their truth ends: the clips are those at least as long as the length that keeps most frames.
+    """
+
+    system = None
+    noise = 0.0
+
+    def __init__(self, options, n, device="cpu"):
+        how = [options[name] for name in ("data", "size", "clip", "stride", "dt", "fps", "seed")]
+        data = Recordings(*how, least=options["context"] + 1)
+        self.data = data
+        self.device = device
+        self.size = data.size
+        self.channels = data.channels
+        self.dt = data.dt
+        self.summary = data.summary
+        self.digest = data.digest
+        lengths = data.lengths[data.held_out]
+        frames_kept = [length * (lengths >= length).sum() for length in lengths]
+        self.length = lengths[np.argmax(frames_kept)].item()
         self.clips = data.held_out[lengths >= self.length][:n]
-        self.observed = next(self.truth(config["context"], block=n))
+        self.observed = torch.cat(list(self.truth(options["context"])))
 
-    def truth(self, frames, speed=1.0, block=32):
-        times = torch.tensor([int(speed * t) for t in range(frames) if speed * t < self.length])
-        for part in self.clips.split(block):
-            yield self.data.read(part, times.expand(len(part), -1)).to(self.device)
+    def truth(self, frames, speed=1.0):
+        """Yield frames (BLOCK, T, C, size, size) at `speed`; T < frames where clips have ended."""
+        times = (speed * torch.arange(frames)).long()
+        times = times[times < self.length]
+        for part in self.clips.split(BLOCK):
+            yield self.data.frames(part, times.expand(len(part), -1)).to(self.device)
 
 
-def test_set(config, n, device="cpu", data=None):
-    """What a run is tested on. Raises: ValueError where it is not what the run learnt from."""
-    if config["model"] in FLOWS:
-        source = config["density"] or read_points(config["data"])
-        test = None if source is None else Points(source, config["seed"], config["data"])
-    elif config["system"]:
-        test = TestClips(config, n, device)
+def test_set(options, n, device="cpu"):
+    """Return what a run is tested on: Points, or n TestClips or HeldOut clips.
+
+    Raises: ValueError where the files are not those that the run learnt from.
+    """
+    path = options["data"]
+    if options["system"]:
+        test = TestClips(options, n, device)
+    elif options["density"]:
+        test = Points(options["density"])
+    elif options["model"] in FLOWS:
+        points = read_points(path)
+        test = None if points is None else Points(points, options["seed"], path)
     else:
-        test = HeldOut(config, n, device, data)
-    if test is None or config.get("digest") not in (None, test.digest):
-        raise ValueError(f"{config['data']} is not what the run learnt from: put that back")
+        test = HeldOut(options, n, device)
+    if test is None or options["digest"] not in (None, test.digest):
+        raise ValueError(f"{path} is not what the run learnt from: put that back")
     return test
 
 
-def noise_floor(system, noise="paper", size=32, n=2000, draws=32, generator=None):
-    """Smallest pixel MSE any model can reach under `noise`: the mean variance of a pixel given the
-    true state, by Monte Carlo over n random states with `draws` noisy pictures each."""
-    q, _ = simulate(system, *initial_states(system, n, generator), 8, dt=0.5)
-    q = q[:, -1:].expand(-1, draws, -1, -1)  # away from the start
-    return render(system, jitter(system, q, noise, generator), size).var(1).mean().item()
+# ------------------------------------------------------------------ measures of models of pictures
+@torch.no_grad()
+def measure(model, test, frames=90, steps=90):
+    """Return the figures that are cheap enough for the end of a training run, a dict.
 
-
-def errors(model, clips, q0, p0, frames, speed=1.0):
-    """Pixel MSE against the clean truth, (clips, frames)."""
-    q = model.rollout(q0, p0, frames - 1, speed * model.dt)[0].split(32)
-    q = tqdm(q, f"{frames} frames at speed {speed:g}", leave=False)
-    pairs = zip(q, clips.truth(frames, speed))
-    return torch.cat([(model.decode(x) - truth).square().mean((2, 3, 4)) for x, truth in pairs])
+    Pixel errors are against the clean truth; the model sees the first `context` frames only. H is
+    followed along `steps` frames. A new figure is one more entry here, or in `measure_physics` if
+    it needs the true system; the printed table and metrics.json show what these return.
+    """
+    frames = min(frames, test.length)
+    start = model.infer(test.observed)
+    per_frame = errors(model, test, start, frames).mean(0)
+    return {
+        "frames": frames,
+        "clips": len(test.observed),
+        "mse_per_frame": per_frame.tolist(),
+        "blank_mse": blank_error(test, frames).item(),
+        **window_figures(per_frame),
+        **speed_figures(model, test, start),
+        **noise_figures(model, test, start),
+        **energy_figures(model, start, steps),
+        **friction_figures(model),
+    }
 
 
 @torch.no_grad()
-def measure(model, clips, frames=90, steps=90):
-    """Figures of metrics.json that are cheap enough for training: pixel MSEs against the clean
-    truth, the model seeing the first `context` frames only. H is followed along `steps`."""
-    frames, (q0, p0) = min(frames, clips.length), model.infer(clips.observed)
-    error = errors(model, clips, q0, p0, frames).mean(0)
-    result = {"frames": frames, "clips": len(q0), "mse_per_frame": error.tolist()}
-    result["blank_mse"] = next(clips.truth(frames)).var((0, 1)).mean().item()
-    for start, part in zip(range(0, frames, WINDOW), error.split(WINDOW)):
-        result[f"mse_{start}_{start + len(part) - 1}"] = part.mean().item()
-    speeds = {"backward": -1.0, "double_speed": 2.0, "half_speed": 0.5} if clips.system else {}
+def measure_physics(model, test, frames=300):
+    """Return the figures for which the true system is needed, a dict; `test` must be TestClips.
+
+    They are valid prediction times, forward and backward, SyMetric and the quality of samples.
+    """
+    start = model.infer(test.observed)
+    return {
+        "strict_vpt_forward": valid_time(model, test, start, frames, 1.0),
+        "strict_vpt_backward": valid_time(model, test, start, frames, -1.0),
+        **symetric_figures(model, test, start),
+        **sample_figures(model, test),
+    }
+
+
+def errors(model, test, start, frames, speed=1.0):
+    """Return the pixel MSE of rollouts from start = (q, p) against the truth, (clips, frames)."""
+    path, _ = model.rollout(*start, frames - 1, speed * model.dt)
+    result = []
+    for q, truth in zip(path.split(BLOCK), test.truth(frames, speed), strict=True):
+        result.append(pixel_mse(model.decode(q), truth))
+    return torch.cat(result)
+
+
+def pixel_mse(a, b):
+    """Return the mean squared error of every frame of a and b (B, T, C, H, W): (B, T)."""
+    return (a - b).square().mean((2, 3, 4))
+
+
+def blank_error(test, frames):
+    """Return the pixel MSE of a blank prediction, the mean picture, of the first clips."""
+    return next(test.truth(frames)).var((0, 1)).mean()
+
+
+def window_figures(per_frame):
+    """Return the mean errors of windows of 30 frames, of which the first is that of training."""
+    figures = {}
+    for start in range(0, len(per_frame), WINDOW):
+        part = per_frame[start : start + WINDOW]
+        figures[f"mse_{start}_{start + len(part) - 1}"] = part.mean().item()
+    return figures
+
+
+def speed_figures(model, test, start):
+    """Return the errors of rollouts backward in time and at other speeds, if the truth is known."""
+    figures = {}
+    speeds = {"backward": -1.0, "double_speed": 2.0, "half_speed": 0.5}
     for name, speed in speeds.items():
-        result[f"mse_{name}"] = errors(model, clips, q0, p0, WINDOW, speed).mean().item()
-    if clips.noise:
-        painted = model.decode(model.rollout(q0, p0, WINDOW - 1)[0])
-        result["mse_noisy"] = (painted - clips.observed[:, :WINDOW]).square().mean().item()
-        how, generator = (clips.noise, clips.size), torch.Generator().manual_seed(TEST_SEED + 1)
-        result["noise_floor"] = noise_floor(clips.system, *how, generator=generator)
-    q, p = model.rollout(q0, p0, steps - 1)
-    H = torch.stack([*map(model.energy, q.unbind(1), p.unbind(1))], 1)
-    if len(q0) > 1:  # of one clip there is no spread
-        result["energy_std_ratio"] = (H.std(1).median() / H[:, 0].std()).item()
-    result["energy_variance"] = H.var(1).mean().item()
-    if getattr(model, "gamma", None) is not None:
-        result["friction"] = model.gamma.item() * FRAME / model.dt
-    return result
+        if test.system:
+            figures[f"mse_{name}"] = errors(model, test, start, WINDOW, speed).mean().item()
+    return figures
+
+
+def noise_figures(model, test, start):
+    """Return the error against noisy pictures, and its floor, if what is observed is noisy."""
+    if not test.noise:
+        return {}
+    path, _ = model.rollout(*start, WINDOW - 1)
+    noisy = pixel_mse(model.decode(path), test.observed[:, :WINDOW]).mean()
+    how = {"noise": test.noise, "size": test.size, "generator": seeded(TEST_SEED + 1)}
+    return {"mse_noisy": noisy.item(), "noise_floor": noise_floor(test.system, **how)}
+
+
+def energies(model, q, p):
+    """Return H along paths q and p (B, T, ...): (B, T)."""
+    return torch.stack([model.energy(q[:, t], p[:, t]) for t in range(q.shape[1])], 1)
+
+
+def energy_figures(model, start, steps):
+    """Return how much H varies along rollouts: to its spread across clips, and as a variance."""
+    H = energies(model, *model.rollout(*start, steps - 1))
+    figures = {}
+    if len(H) > 1:  # one clip has no spread
+        figures["energy_std_ratio"] = (H.std(1).median() / H[:, 0].std()).item()
+    figures["energy_variance"] = H.var(1).mean().item()
+    return figures
+
+
+def friction_figures(model):
+    """Return the friction gamma of p -> exp(-gamma t) p, if the model learns one."""
+    if getattr(model, "gamma", None) is None:
+        return {}
+    return {"friction": model.gamma.item() * FRAME_TIME / model.dt}
+
+
+def noise_floor(system, noise="paper", size=32, n=2000, draws=32, generator=None):
+    """Return the smallest pixel MSE that any model can reach under observation noise.
+
+    It is the mean variance of a pixel given the true state, by Monte Carlo over n random states
+    with `draws` noisy pictures each.
+    """
+    q, p = initial_states(system, n, generator)
+    path, _ = simulate(system, q, p, 8, dt=0.5)
+    q = path[:, -1:].expand(-1, draws, -1, -1)  # away from the start: (n, draws, bodies, dims)
+    frames = render(system, jitter(system, q, noise, generator), size)
+    return frames.var(1).mean().item()
+
+
+def valid_time(model, test, start, frames, speed):
+    """Return how many frames are valid: the error is at most a tenth of a blank prediction's.
+
+    It is a median over clips, and stricter than the VPT of Higgins et al. (2021).
+    """
+    valid = errors(model, test, start, frames, speed) <= 0.1 * blank_error(test, WINDOW)
+    valid_frames = valid.cumprod(1).sum(1).float()  # until the first that is not, as NaN is not
+    return valid_frames.median().item()
+
+
+def symetric_figures(model, test, start):
+    """Return SyMetric between the model's states and the true ones, along the test clips."""
+    q, _ = start
+    if q.shape[1] > len(q) / 8:  # a linear map of so many numbers fits anything
+        return {}
+    true_path = simulate(test.system, test.q, test.p, WINDOW, test.dt)
+    true = state_rows(true_path, test.system.periodic)
+    latent = state_rows(model.rollout(*start, WINDOW - 1), model.config["periodic"])
+    return symetric(latent, true)
+
+
+def sample_figures(model, test):
+    """Return which shares of samples show the system and move as it does, if there is a prior."""
+    if getattr(model, "deterministic", False):
+        return {}
+    count = min(256, 2 * len(test.observed))
+    samples = model.sample(count, WINDOW - 1, generator=seeded(TEST_SEED + 4))
+    valid, obey = judge(test.system, samples, test.dt)
+    return {"samples_valid": valid, "samples_obey": obey}
+
+
+def wrap(angle):
+    """Return angles in (-pi, pi]."""
+    return torch.atan2(angle.sin(), angle.cos())
+
+
+def state_rows(path, periodic):
+    """Return every third state of a path, q and p (B, T, ...), as rows (B * T / 3, 2 * dim).
+
+    Angles are counted from their mean at frame 0, so that no path starts beside the cut at pi.
+    """
+    q, p = [x[:, ::3].flatten(2).double() for x in path]
+    if periodic:
+        start = q[:, :1]
+        mean = torch.atan2(start.sin().mean(0), start.cos().mean(0))
+        q = q + (wrap(start - mean) - start)
+    return torch.cat((q, p), 2).flatten(0, 1)
 
 
 def symetric(latent, true, orders=5):
-    """SyMetric (Higgins et al. 2021, arXiv 2111.05986): is latent -> true state symplectic, up to
-    scale? By the Jacobian of a regression (ridge, theirs is a lasso) on polynomials of (n, 2 d).
-    True states (n, 2 D) count along directions of p of a tenth of the largest spread or more: where
-    a centre of mass hardly moves, no regression sees its brackets."""
-    d, scale, terms = latent.shape[1] // 2, latent.std(0).clamp(min=1e-9), []
-    p = true.chunk(2, 1)[1]
-    spread, along = torch.linalg.svd(p - p.mean(0), full_matrices=False)[1:]
-    true = torch.cat([x @ along[spread > 0.1 * spread[0]].mT for x in true.chunk(2, 1)], 1)
-    x, y = (latent - latent.mean(0)) / scale, (true - true.mean(0)) / true.std(0)
-    features = lambda x: torch.stack([x[..., term].prod(-1) for term in terms], -1)
+    """Return SyMetric (Higgins et al. 2021, arXiv 2111.05986): is latent -> true state symplectic?
+
+    The map is a regression on polynomials, by ridge where the authors have a lasso; a constant
+    factor is allowed. Only directions count in which p spreads by a tenth of the largest spread or
+    more: where a centre of mass hardly moves, no regression sees its Poisson brackets.
+    latent: (n, 2 d). true: (n, 2 D). Returns: a dict of R^2, SyMetric and the polynomials' order.
+    """
+    d = latent.shape[1] // 2
+    true = moving_directions(true)
+    scale = latent.std(0).clamp(min=1e-9)
+    x = (latent - latent.mean(0)) / scale
+    y = (true - true.mean(0)) / true.std(0)
+    terms = []
     for order in range(1, orders + 1):
         terms += map(list, combinations_with_replacement(range(2 * d), order))
-        A = features(x) - features(x).mean(0)
-        w = torch.linalg.solve(A.T @ A + 1e-4 * len(A) * torch.eye(len(terms)).to(A), A.T @ y)
-        r2 = 1 - ((A @ w - y).square().sum() / y.square().sum()).item()
-        if r2 >= 0.9 or math.comb(2 * d + order + 1, order + 1) > len(x) / 2:  # would fit noise
+        w, r2 = fit_polynomial(x, y, terms)
+        next_terms = math.comb(2 * d + order + 1, order + 1)
+        if r2 >= 0.9 or next_terms > len(x) / 2:  # more terms would fit noise
             break
-    J = torch.func.vmap(torch.func.jacrev(lambda x: features(x) @ w))(x[:1000])  # (n, 2 D, 2 d)
-    Jq, Jp = (true.std(0)[:, None] * J / scale).split(d, 2)
-    brackets = Jq @ Jp.mT - Jp @ Jq.mT  # Poisson brackets of the true coordinates
+
+    def fitted(x):
+        return polynomial(x, terms) @ w
+
+    jacobian = vmap(jacrev(fitted))(x[:1000])  # (n, 2 D, 2 d)
+    jacobian = true.std(0)[:, None] * jacobian / scale
+    by_q, by_p = jacobian.split(d, 2)
+    brackets = by_q @ by_p.mT - by_p @ by_q.mT  # Poisson brackets of the true coordinates
     P = brackets @ brackets.mT
-    P = P / P.abs().amax((1, 2)).mean() - torch.eye(true.shape[1]).to(P)
-    return {"symetric_r2": r2, "symetric": P.square().mean().item(), "symetric_order": order}
+    P = P / P.abs().amax((1, 2)).mean()
+    off = (P - torch.eye(true.shape[1])).square().mean()
+    return {"symetric_r2": r2, "symetric": off.item(), "symetric_order": len(terms[-1])}
+
+
+def moving_directions(states):
+    """Return q and p of states (n, 2 D) along the principal directions in which p moves."""
+    q, p = states.chunk(2, 1)
+    _, spread, directions = torch.linalg.svd(p - p.mean(0), full_matrices=False)
+    moving = directions[spread > 0.1 * spread[0]].mT
+    return torch.cat((q @ moving, p @ moving), 1)
+
+
+def polynomial(x, terms):
+    """Return products of the coordinates that each of the terms names: (..., len(terms))."""
+    return torch.stack([x[..., term].prod(-1) for term in terms], -1)
+
+
+def fit_polynomial(x, y, terms):
+    """Return the weights of a ridge regression of y (n, m) on polynomial(x, terms), and its R^2."""
+    A = polynomial(x, terms)
+    A = A - A.mean(0)
+    ridge = 1e-4 * len(A) * torch.eye(len(terms)).to(A)
+    w = torch.linalg.solve(A.T @ A + ridge, A.T @ y)
+    residual = (A @ w - y).square().sum() / y.square().sum()
+    return w, 1 - residual.item()
 
 
 def judge(system, frames, dt, seen=10):
-    """Shares of clips (n, T, 3, S, S) that show the system (excess pixel MSE at most 5e-4 in every
-    frame), and that stay within 0.15 of its motion from the state that fits `seen` frames best."""
-    q = torch.cat([read_q(system, part) for part in tqdm(frames.split(8), "samples", leave=False)])
-    excess = (render(system, q, frames.shape[-1]) - frames).square().mean((2, 3, 4))
-    shown = system.position(q)
-    p = system.inertia * wrapped(q[:, 1] - q[:, 0]) / dt  # roughly: where the fit starts
-    path = lambda x, T=seen: system.position(simulate(system, *x.unbind(1), T, dt)[0])
+    """Return which shares of clips (n, T, 3, S, S) show the system, and move as it does.
+
+    A clip shows the system where painting the state read off every frame has a pixel MSE of 5e-4
+    at most. It moves as the system does where it stays within 0.15, in world units, of the true
+    motion from the state that fits its `seen` first frames best.
+    """
+    q = torch.cat([infer_q(system, block) for block in frames.split(8)])
+    excess = pixel_mse(render(system, q, frames.shape[-1]), frames)
+    shown = system.position(q)  # (n, T, bodies, 2)
+
+    def positions(start, steps=seen):
+        q, p = start.unbind(1)
+        return system.position(simulate(system, q, p, steps, dt)[0])
+
+    p = system.inertia * wrap(q[:, 1] - q[:, 0]) / dt  # a rough start for the fit
     start = torch.stack((q[:, 0], p), 1)  # (n, 2, bodies, dims)
-    start = gauss_newton(path, start, shown[:, :seen], 4, 1e-4, 0.5, 1e-9)
-    far = (path(start, shown.shape[1]) - shown).norm(dim=-1).amax((1, 2))
-    return (excess.amax(1) <= 5e-4).double().mean().item(), (far <= 0.15).double().mean().item()
+    start = gauss_newton(positions, start, shown[:, :seen], 4, 1e-4, 0.5, 1e-9)
+    distance = (positions(start, shown.shape[1]) - shown).norm(dim=-1).amax((1, 2))
+    valid = (excess.amax(1) <= 5e-4).double().mean()
+    obey = (distance <= 0.15).double().mean()
+    return valid.item(), obey.item()
 
 
-@torch.no_grad()
-def measure_physics(model, clips, frames=300):
-    """Valid prediction times, forward and backward: frames until the error passes a tenth of that
-    of a blank prediction (Higgins et al.'s VPT, more strictly); SyMetric; samples."""
-    (q0, p0), result = model.infer(clips.observed), {}
-    blank = next(clips.truth(WINDOW)).var((0, 1)).mean()
-    for name, speed in (("forward", 1.0), ("backward", -1.0)):
-        good = errors(model, clips, q0, p0, frames, speed) <= 0.1 * blank  # NaN is not
-        result[f"strict_vpt_{name}"] = good.cumprod(1).sum(1).float().median().item()
-    if q0.shape[1] <= len(q0) / 8:  # of so many numbers a linear map fits anything
-        truth = simulate(clips.system, clips.q, clips.p, WINDOW, clips.dt)
-        paths = model.rollout(q0, p0, WINDOW - 1), truth  # ten points of each
-        paths = [[x[:, ::3].flatten(2).double() for x in path] for path in paths]
-        for (q, _), angles in zip(paths, (model.config["periodic"], clips.system.periodic)):
-            if angles:  # that start away from the cut
-                first = q[:, :1] - torch.atan2(q[:, 0].sin().mean(0), q[:, 0].cos().mean(0))
-                q += wrapped(first) - q[:, :1]
-        result |= symetric(*(torch.cat(path, 2).flatten(0, 1) for path in paths))
-    if not getattr(model, "deterministic", False):  # else it has no prior
-        generator = torch.Generator().manual_seed(TEST_SEED + 4)
-        drawn = model.sample(min(256, 2 * len(q0)), WINDOW - 1, generator=generator)
-        result["samples_valid"], result["samples_obey"] = judge(clips.system, drawn, clips.dt)
-    return result
-
-
+# ------------------------------------------------------------------ measures of flows
 @torch.no_grad()
 def measure_flow(model, points, n=10_000, samples=(16, 256)):
-    """Means over test points: nats, of ELBO, log_prob and its gap to the entropy; microseconds."""
-    x, generator = points.held_out[:n], torch.Generator().manual_seed(TEST_SEED + 5)
-    result = {"points": len(x), "elbo": model.elbo(x, generator).mean().item()}
+    """Return the figures of a flow on n held-out points, a dict.
+
+    Means of the ELBO and of log p by importance weighting with each number of `samples`, in nats,
+    the gap of the last to the entropy where that is known, and microseconds a point.
+    """
+    x = points.held_out[:n]
+    generator = seeded(TEST_SEED + 5)
+    elbo = model.elbo(x, generator).mean().item()
+    by_samples = {}
     for k in samples:
         start = time.time()
         log_p = model.log_prob(x, k, generator)
-        result[f"us_per_log_prob_{k}"] = 1e6 * (time.time() - start) / len(x)
-        result[f"log_prob_{k}"] = log_p.mean().item()
-    result["parameters"] = sum(w.numel() for w in model.parameters())
-    result["standard_error"] = log_p.std(correction=0).item() / len(x) ** 0.5
-    if density := points.density:
-        result |= {"entropy": density.entropy, "gap": -log_p.mean().item() - density.entropy}
+        by_samples[f"us_per_log_prob_{k}"] = 1e6 * (time.time() - start) / len(x)
+        by_samples[f"log_prob_{k}"] = log_p.mean().item()
+    result = {
+        "points": len(x),
+        "elbo": elbo,
+        **by_samples,
+        "parameters": sum(w.numel() for w in model.parameters()),
+        "standard_error": log_p.std(correction=0).item() / len(x) ** 0.5,
+    }
+    if points.density:
+        result["entropy"] = points.density.entropy
+        result["gap"] = -log_p.mean().item() - points.density.entropy
     return result
 
 
-LABELS = {
-    "blank_mse": "mse of a blank prediction, the mean picture",
-    "energy_std_ratio": "std of H along a rollout over that across clips (0: kept)",
-    "strict_vpt_forward": "strict VPT forward: median first frame at 0.1 of blank's",
-    "symetric_r2": "SyMetric: R^2, latent to true state (passes above 0.9)",
-    "symetric": "SyMetric: what moves is this far from symplectic (< 0.05)",
+# ------------------------------------------------------------------ the printed table
+NOTES = {
+    "blank_mse": "of a blank prediction, the mean picture",
+    "energy_std_ratio": "std of H along a rollout over that across clips: 0 where H is kept",
+    "strict_vpt_forward": "median first frame with a tenth of blank_mse",
+    "symetric_r2": "R^2 of the map from latent to true states; SyMetric passes above 0.9",
+    "symetric": "how far that map is from symplectic; SyMetric passes below 0.05",
     "samples_valid": "share of samples that are pictures of the system",
     "samples_obey": "share of samples that move as the system does",
-}
+    "gap": "of -log p above the entropy, which no model passes",
+}  # on figures of metrics.json
 
 
-def table(config, result):
-    """Print the figures of `measure` (and `measure_physics`) or of `measure_flow`."""
-    tests = "points: {points}; nats" if "points" in result else "clips: {clips}; MSE x 1e-4"
-    source = config["system"] or config["density"] or config["data"]
-    print(f"\n{source}, tested on {tests.format(**result)}")
-    for key, value in result.items():
+def print_table(options, result):
+    """Print the figures that `measure` (and `measure_physics`) or `measure_flow` returned."""
+    print(f"\n{options['system'] or options['density'] or options['data']}, test data:")
+    for name, value in result.items():
         if isinstance(value, float):
-            words = LABELS.get(key) or re.sub(r"(\d+)_(\d+)", r"of frames \1-\2", key)
-            value *= 1e4 if "mse" in key or key == "noise_floor" else 1
-            print(f"  {words.replace('us_', 'microseconds_').replace('_', ' '):<58}{value:>10.4g}")
+            print(f"  {name:<22}{value:<12.4g}{NOTES.get(name, '')}")
 
 
-def panel(title, picture):
-    """A picture (h, w, 3) under its title, which is written smaller where it would not fit."""
-    bar = Image.new("RGB", (picture.shape[1], 28))
-    size = 19 * (bar.width - 12) / ImageFont.load_default(20).getlength(title)  # 19: small is wide
-    font = ImageFont.load_default(min(20, max(1, int(size))))
-    ImageDraw.Draw(bar).text((6, 2), title, fill="white", font=font)
-    return np.concatenate((np.asarray(bar), picture))
-
-
-def save_picture(path, *arrays, delays=None):
-    """Write arrays (h, w, 3) of bytes as a picture or, with delays in ms, as a GIF that repeats."""
-    images, file = [Image.fromarray(x) for x in arrays], io.BytesIO()
-    movie = {"save_all": True, "append_images": images[1:], "duration": delays, "loop": 0}
-    images[0].save(file, path.suffix[1:], **(movie if delays else {}))
-    return write(path, file.getvalue())
-
-
-def strip(title, frames, scale):
-    """Frames (rows, columns, C, H, W) as one picture under a title: an array (h, w, 3) of bytes."""
-    frames = frames.clamp(0, 1).mul(255).round().byte().cpu().expand(-1, -1, 3, -1, -1)
-    frames = F.pad(frames, (0, 1, 0, 1), value=96).permute(0, 3, 1, 4, 2)
-    frames = frames.flatten(2, 3).flatten(0, 1).numpy()
-    return panel(title, frames.repeat(scale, 0).repeat(scale, 1))
+# ------------------------------------------------------------------ movies
+SEPARATOR = 2  # screen pixels between clips
+GREY = 0.6  # of separators, and where the truth of a recording has ended
+CAPTION_SIZE = 15  # of letters, in screen pixels
+CAPTION_WIDTH = 440  # screen pixels that the longest caption needs
 
 
 @torch.no_grad()
-def movies(
-    model, clips, folder, frames=90, show=4, reverse=False, speeds=(), samples=0, seed=0, scale=8
+def save_movies(
+    model, test, folder, frames=90, show=4, reverse=False, speed=(), sample=0, seed=0, scale=8
 ):
-    """Write rollout.png, rollout.gif and the GIFs asked for, at the true speed: of clips above 50
-    frames a second some are left out, but ten are shown. Returns the names of the files."""
-    roll = lambda q, p, speed: model.decode(model.rollout(q, p, frames - 1, speed * model.dt)[0])
-    q, p = (x[:show] for x in model.infer(clips.observed))
-    truth, painted = next(clips.truth(frames, block=show)), roll(q, p, 1)
-    title = "truth above model"
-    films = {"rollout": (title, truth, painted)}
-    for speed in speeds:
-        both = next(clips.truth(frames, speed, block=show)), roll(q, p, speed)
-        films[f"speed_{speed:g}"] = f"{title}, speed {speed:g}", *both
+    """Write rollout.png, rollout.gif and the movies asked for.
+
+    frames: to roll out. show: clips beside each other. reverse: reverse.gif, from the last state
+    back. speed: speed_X.gif of each of these. sample: samples.gif of so many rollouts from the
+    prior, by the seed. scale: screen pixels of a pixel. Raises: ValueError for samples of a model
+    that has no prior.
+    """
+
+    def truth(speed=1.0):
+        return next(test.truth(frames, speed))[:show]
+
+    def rollout(q, p, speed=1.0):
+        path, _ = model.rollout(q, p, frames - 1, speed * model.dt)
+        return model.decode(path)
+
+    q, p = model.infer(test.observed[:show])
+    movies = {"rollout": two_rows(truth(), rollout(q, p))}
+    for times in speed:
+        movies[f"speed_{times:g}"] = two_rows(truth(times), rollout(q, p, times))
     if reverse:
-        end = (x[:, -1] for x in model.rollout(q, p, truth.shape[1] - 1))
-        films["reverse"] = f"{title}, backward from the last", truth.flip(1), roll(*end, -1)
-    if samples:
-        drawn = model.sample(samples, frames - 1, generator=torch.Generator().manual_seed(seed))
-        films["samples"] = "samples from the prior", drawn
-    times = [math.ceil(i * (truth.shape[1] - 1) / 4) for i in range(5)]
-    still = torch.stack((truth[0, times], painted[0, times]))
-    still = strip(f"{folder.name}: {title}, frames {', '.join(map(str, times))}", still, scale)
-    wrote = [save_picture(folder / "rollout.png", still)]
-    stride = min(math.ceil(max(0.02 / model.dt, 1) - 1e-9), max(1, frames // 10))
-    ends = [round(100 * model.dt * t) for t in range(0, frames + stride, stride)]
-    delays = [10 * min(max(2, b - a), 65535) for a, b in zip(ends, ends[1:])]  # ms
-    for name, (title, *rows) in films.items():
-        images = []
-        for t in range(0, frames, stride):
-            left = model.context - t if name == "rollout" else 0
-            note = ", context" * (left > 0) + ", its last frame" * (left == 1)
-            note += ", truth has ended" * (t >= rows[0].shape[1])
-            row = [x[:, t] if t < x.shape[1] else 0 * x[:, 0] + 0.4 for x in rows]  # grey: ended
-            images.append(strip(f"{title}, frame {t}{note}", torch.stack(row), scale))
-        wrote.append(save_picture(folder / f"{name}.gif", *images, delays=delays))
-    return wrote
+        backward = truth().flip(1)
+        last = [x[:, -1] for x in model.rollout(q, p, backward.shape[1] - 1)]
+        movies["reverse"] = two_rows(backward, rollout(*last, -1.0))
+    if sample:
+        drawn = model.sample(sample, frames - 1, generator=seeded(seed))
+        movies["samples"] = drawn.cpu().unsqueeze(0)
+    step = max(1, frames // 5)
+    stills = movies["rollout"][:, 0, ::step]  # of the first clip: (2, 5, C, H, W)
+    caption = f"{folder.name}: truth above model, one frame in {step}"
+    save_pictures(folder / "rollout.png", draw_frames(stills, caption, scale))
+    for name, movie in movies.items():
+        context = model.context if name == "rollout" else 0
+        save_movie(folder / f"{name}.gif", movie, model.dt, scale, context)
 
 
-def chart(title, level, box, marks=False, ends=None):
-    """A picture of values on a grid, NaN where there are none, rows from low to high y, over a box
-    {axis: its two ends}, white where `marks` (SIZE, SIZE); beside it the colours between `ends`."""
-    low, high = ends or (np.nanmin(level), np.nanquantile(level, 0.999))  # outliers darken no rest
-    above = ">" * bool(np.nanmax(level) > high)
-    level = Image.fromarray(((level - low) / max(high - low, 1e-99)).astype("float32"))
-    bar = np.linspace(0, 1, SIZE)[:, None].repeat(12, 1)
-    level = np.concatenate((level.resize((SIZE, SIZE)), bar), 1).clip(0, 1)
-    picture = np.stack((level**0.5, level**2, 0.7 - 0.6 * level), 2)  # blue, purple, orange, yellow
-    picture = np.rint(210 * np.nan_to_num(picture)).astype("uint8")  # less than white marks
-    picture[:, :SIZE][marks] = 255
-    sheet = Image.new("RGB", (SIZE + 180, SIZE + 24))  # room for words left, below and right
-    sheet.paste(Image.fromarray(picture[::-1]), (80, 0))
-    pen, font, middle = ImageDraw.Draw(sheet), ImageFont.load_default(14), SIZE / 2
-    (x, (left, right)), (y, (bottom, top)) = box.items()
-    for at, anchor, word in (
-        ((80, SIZE + 4), "la", f"{left:.3g}"), ((80 + middle, SIZE + 4), "ma", x),
-        ((80 + SIZE, SIZE + 4), "ra", f"{right:.3g}"), ((74, SIZE), "rd", f"{bottom:.3g}"),
-        ((74, middle), "rm", y), ((74, 0), "ra", f"{top:.3g}"),
-        ((98 + SIZE, SIZE), "ld", f"{low:.3g}"), ((98 + SIZE, 0), "la", f"{above}{high:.3g}"),
-    ):  # fmt: skip
-        pen.text(at, word, "white", font, anchor)
-    return panel(title, np.asarray(sheet))
+def two_rows(truth, model):
+    """Return clips (n, T, C, H, W) above each other, grey where the truth has ended."""
+    rows = torch.full((2, *model.shape), GREY)
+    rows[0, :, : truth.shape[1]] = truth
+    rows[1] = model
+    return rows
+
+
+def save_movie(path, movie, dt, scale, context=0):
+    """Write a movie (rows, clips, T, C, H, W) as a GIF, whose first frames are the context."""
+    title = "truth above model" if len(movie) == 2 else "drawn from the prior"
+    times, delays = movie_times(movie.shape[2], dt)
+    pictures = []
+    for t in times:
+        caption = f"{path.stem}: {title}, frame {t}"
+        if t < context:
+            caption += ", context"
+        pictures.append(draw_frames(movie[:, :, t], caption, scale))
+    save_pictures(path, pictures, duration=delays, loop=0)
+
+
+def movie_times(frames, dt):
+    """Return which frames a GIF shows, and for how many milliseconds each.
+
+    GIF counts in hundredths of a second, and browsers slow down what is shown for less than two of
+    them, so of fast clips only every k-th frame is shown. Rounding the times at which frames end,
+    not the delays, keeps the whole movie at its true speed.
+    """
+    stride = max(1, math.ceil(0.02 / dt - 1e-9))
+    ends = np.arange(0, frames + stride, stride)
+    delays = np.diff(np.rint(100 * dt * ends)).clip(2, 65535)  # 65535: what GIF can store
+    return ends[:-1].tolist(), (10 * delays).tolist()
+
+
+def draw_frames(frames, caption, scale):
+    """Draw frames (rows, columns, C, H, W) in [0, 1] below a caption: (h, w, 3) bytes."""
+    frames = frames.expand(-1, -1, 3, -1, -1)  # grey ones become RGB
+    frames = frames.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
+    frames = F.pad(frames, (0, SEPARATOR, 0, SEPARATOR), value=GREY)
+    sheet = frames.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (h, w, 3)
+    right = max(0, CAPTION_WIDTH - sheet.shape[1])
+    sheet = F.pad(sheet, (0, 0, 0, right, 2 * CAPTION_SIZE, 0), value=1.0)
+    image = Image.fromarray((255 * sheet).round().byte().numpy())
+    font = ImageFont.load_default(CAPTION_SIZE)
+    ImageDraw.Draw(image).text((6, 6), caption, "black", font)
+    return np.asarray(image)
+
+
+def save_pictures(path, pictures, **options):
+    """Write a picture (h, w, 3) of bytes, or a list of them as a GIF."""
+    kind = {"extension": path.suffix, "plugin": "pillow"}
+    write(path, iio.imwrite("<bytes>", pictures, **kind, **options))
+
+
+# ------------------------------------------------------------------ charts
+CELLS = 64  # of a histogram of many points, along each axis
+GRID = 128  # points at which an energy is drawn, along each axis
+STEP_DELAY = 400  # ms that flow.gif shows a leapfrog step
+
+
+def charts(rows, columns):
+    """Return a figure without a window, and its charts, an array (rows, columns)."""
+    figure = Figure((3.9 * columns, 3.3 * rows), dpi=180, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def finish(ax, image, title, labels=("x1", "x2"), unit="relative units"):
+    """Give a chart its title, the labels of its axes and its colour bar."""
+    ax.figure.colorbar(image, ax=ax, label=unit)
+    ax.set(title=title, xlabel=labels[0], ylabel=labels[1])
+
+
+def pixels(figure):
+    """Return a figure as a picture (h, w, 3) of bytes."""
+    FigureCanvasAgg(figure).draw()
+    return np.array(figure.canvas.buffer_rgba())[..., :3]
+
+
+def robust_limits(x, least=1e-6):
+    """Return limits (2,) or (dim, 2) for x (n,) or (n, dim) that a few outliers do not move.
+
+    least: room on each side, as a share of x, so that what hardly changes shows as a line.
+    """
+    low, high = np.quantile(x, (0.005, 0.995), axis=0)
+    room = 0.2 * (high - low) + least * np.abs(high)
+    return np.stack((low - room, high + room), -1)
 
 
 @torch.no_grad()
-def phase(model, clips, folder, frames=90, n=24):
-    """phase.png, its name: p over the q that moves most, H over time; of systems the true too."""
-    q, p = model.rollout(*(x[:n] for x in model.infer(clips.observed)), frames - 1)
-    H = torch.stack([*map(model.energy, q.unbind(1), p.unbind(1))], 1)
-    states, panels = {"learnt": (q, p, H)}, []
-    if clips.system:
-        q, p = simulate(clips.system, clips.q[:n], clips.p[:n], frames, clips.dt)
-        states["true"] = q, p, clips.system.energy(q, p)
-    for name, (q, p, H) in states.items():
-        frame, i = torch.arange(frames).to(H).expand_as(H), q.flatten(2).var((0, 1)).argmax().item()
-        orbits = {f"q{i + 1}": q.flatten(2)[..., i], f"p{i + 1}": p.flatten(2)[..., i]}
-        for what, axes in {"p over q": orbits, "H over time": {"frame": frame, "H": H}}.items():
-            points = torch.stack((*axes.values(), H), 2).flatten(0, 1).double().cpu()
-            points = points[points.isfinite().all(1)].numpy()
-            x, y, energy = points.T
-            more = max(0, 0.1 * abs(y).max() - np.ptp(y))  # what hardly changes shows as a line
-            box = dict(zip(axes, ((x.min(), x.max()), (y.min() - more, y.max() + more))))
-            n, total = (count(points, box, SIZE // 2, weights) for weights in (None, energy))
-            level = np.kron(total / np.where(n, n, np.nan), np.ones((2, 2)))
-            panels.append(chart(f"{name}: {what}, colour H", level, box))
-    return save_picture(folder / "phase.png", np.concatenate(panels, 1))
+def save_phase(model, test, folder, frames=90, n=24):
+    """Write phase.png: p over q coloured by H, and H over time, of n rollouts.
+
+    Of q and p the coordinate is shown whose q moves most. Below, the same of the true system.
+    """
+    q, p = model.rollout(*model.infer(test.observed[:n]), frames - 1)
+    figure, axes = charts(2 if test.system else 1, 2)
+    draw_phase(axes[0], "learnt, relative units", q, p, energies(model, q, p), test.dt)
+    if test.system:
+        q, p = simulate(test.system, test.q[:n], test.p[:n], frames, test.dt)
+        draw_phase(axes[1], "true", q, p, test.system.energy(q, p), test.dt)
+    save_pictures(folder / "phase.png", pixels(figure))
 
 
-def count(x, box, k=SIZE, weights=None):  # of points (n, >= 2), in each of k x k cells of a box
-    return np.histogram2d(x[:, 1], x[:, 0], k, [*box.values()][::-1], weights=weights)[0]
+def draw_phase(axes, name, q, p, H, dt):
+    """Draw p over q, and H over time, of paths q and p (B, T, ...) and their H (B, T)."""
+    q = q.flatten(2)
+    i = q.var((0, 1)).argmax()
+    draw_dots(axes[0], q[..., i], p.flatten(2)[..., i], H, f"{name}: p over q", "qp")
+    time = dt * torch.arange(H.shape[1]).expand_as(H)
+    draw_dots(axes[1], time, H, H, f"{name}: H over time", ("time", "H"))
+
+
+def draw_dots(ax, x, y, H, title, labels):
+    """Draw y over x, (B, T) each, coloured by H."""
+    y = y.cpu()
+    dots = ax.scatter(x.cpu(), y, c=H.cpu(), s=3)
+    ax.set_ylim(robust_limits(y[y.isfinite()], 0.05))
+    finish(ax, dots, title, labels, "H")
 
 
 @torch.no_grad()
-def flow_pictures(model, points, folder, n=20_000, seed=0):
-    """density.png: data, learnt density, samples, and `landscapes`; of more than two dimensions
-    data and samples alone, over the three pairs of (64) columns where these differ most. flow.gif:
-    points on V. In the user's units, but for p; outliers lie outside. Returns names."""
-    test, shift, generator = points.rows[:n], points.shift, torch.Generator().manual_seed(seed)
-    drawn, far = model.sample(len(test), generator), (test - shift).abs().sort(0).values
-    half = 1.5 * torch.maximum(far[-1 - len(far) // 1000], points.scale.norm(dim=1))
-    ends = torch.stack((shift - half, shift + half), 1).tolist()
-    pairs = combinations(range(min(model.dim, 64)), 2)
-    boxes = {pair: {f"x{k + 1}": ends[k] for k in pair} for pair in pairs}
-    both = lambda pair, k: [count(x[:, pair], boxes[pair], k) for x in (test, drawn)]
-    rows, movie = [[], []], []  # of data and of samples
-    for pair in sorted(boxes, key=lambda pair: -abs(np.subtract(*both(pair, 16))).sum())[:3]:
-        cell = 4 * half[[*pair]].prod().item() / 96**2
-        data, samples = (x / len(test) / cell for x in both(pair, 96))
-        show = partial(chart, box=boxes[pair], ends=(0.0, np.quantile(data[data > 0], 0.99)))
-        rows[0].append(show("density of data", data))
-        rows[1].append(show("density of samples", samples))
-    if model.dim == 2:
-        side = (2 * torch.arange(96) + 1) / 96 - 1
-        grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), 2)
-        at = shift + half * grid
-        learnt = show("learnt density", model.log_prob(at, 32, generator).exp().numpy())
-        more, movie = landscapes(model, test, at, 3 * grid, boxes[pair], generator)
-        rows = [[*rows[0], learnt, *rows[1]], *more]
-    wrote = [save_picture(folder / "flow.gif", *movie, delays=150)] if movie else []
-    picture = np.concatenate([np.concatenate(row, 1) for row in rows])
-    return [save_picture(folder / "density.png", picture), *wrote]
+def save_density(model, points, folder, seed=0, n=20_000):
+    """Write density.png, histograms of data and samples, and flow.gif.
 
-
-def landscapes(model, test, at, p, box, generator):
-    """Of each Hamiltonian three charts: V on the grid `at` (k, k, 2) with the data's contour, K on
-    p (k, k, 2), V with paths of points; and a chart of each leapfrog step: points on V."""
-    dense = F.avg_pool2d(torch.from_numpy(count(test, box) ** 0.5)[None], 21, 1, 10)[0].numpy()
-    edge, rows, movie = abs(dense / dense.max() - 0.3) < 0.03, [], []
-    noise = model.noise(2, 2000, 2, generator=generator)
-    path = model.user(model.flow(*noise)[0]) if hasattr(model, "H") else None
-    for i, H in enumerate(getattr(model, "H", ())):
-        V, reached = (H.V(model.standard(x)[0]) for x in (at, test))
-        ends = V.min().item(), (2 * reached.quantile(0.999) - V.min()).item()  # data's: half of it
-        show = lambda what, marks: chart(f"H{i + 1}: {what}", V.numpy(), box, marks, ends)
-        leg = path[:, i * model.config["steps"] :][:, : model.config["steps"] + 1]
-        lines = count(F.interpolate(leg[:24].mT, 1000, mode="linear").mT.flatten(0, 1), box) > 0
-        lines |= np.kron(count(leg[:24, -1], box, SIZE // 6) > 0, np.ones((6, 6), bool))
-        K = chart(f"H{i + 1}: K(p)", H.K(p).numpy(), {"p1": (-3, 3), "p2": (-3, 3)})
-        rows.append([show("V(q), data's contour", edge), K, show("paths, dots: ends", lines)])
-        movie += [show(f"q on V, step {k}", count(q, box) > 0) for k, q in enumerate(leg.unbind(1))]
-    return rows, movie
-
-
-def look(args):
-    """Show and measure a run."""
-    device = pick_device(args.device)
-    path, model, run = open_run(args.checkpoint, device, system=args.system, density=args.density)
-    config, folder = run["config"], path.parent
-    if args.given and config["model"] in FLOWS:
-        raise ValueError(f"--{args.given[0]} is of no use with points: leave it out")
-    if folder.name == "checkpoints":  # of all systems: each gets a folder of its own
-        folder = Path("runs") / f"{path.stem}-shipped"
-    folder.mkdir(parents=True, exist_ok=True)
-    test = test_set(config, args.clips, device)
-    print(f"{path}: {test.summary}\nlooking ...")
-    if config["model"] in FLOWS:
-        result = measure_flow(model.cpu(), test)
-        wrote = flow_pictures(model, test, folder, seed=args.seed) if test.dim > 1 else []
+    Of two columns density.png shows the learnt density too and, of NHF, V and K; flow.gif shows
+    points that move on V step by step. Of more columns there are the pairs of the first three; of
+    one there is no picture.
+    """
+    if model.dim == 1:
+        return
+    data = points.rows[:n]
+    samples = model.sample(len(data), seeded(seed))
+    movie = []
+    if model.dim > 2:
+        figure, axes = charts(2, 3)
+        for column, pair in enumerate(combinations(range(3), 2)):
+            draw_histograms(axes[:, column], data, samples, pair)
     else:
-        shown = test_set(config, args.show, device, test.data)
-        how = args.frames, args.show, args.reverse, args.speed, args.sample, args.seed, args.scale
-        wrote = [*movies(model, shown, folder, *how), phase(model, test, folder, args.frames)]
-        result = measure(model, test, args.frames, 1000)
-        if test.system:
-            some = TestClips(config, min(args.clips, 128), device)  # of whose samples many are read
-            result |= measure_physics(model, some)
-    table(config, result)
-    training = {k: run.get(k) for k in ("command", "versions", "step", "seconds")}
-    report = {**provenance(), "seed": args.seed, "test_seed": TEST_SEED, "checkpoint": str(path),
-              "config": config, "training": training, "metrics": result}  # fmt: skip
-    wrote.append(write(folder / "metrics.json", json.dumps(report, indent=1).encode()))
-    print(f"\nwrote {', '.join(wrote)} into {folder}")
+        hamiltonians = getattr(model, "H", [])  # RealNVP has none
+        figure, axes = charts(1 + len(hamiltonians), 3)
+        norm = draw_histograms(axes[0], data, samples, (0, 1))
+        x, y, grid = grid_of(data)
+        learnt = model.log_prob(grid, 16, seeded(seed)).exp()
+        image = axes[0, 2].pcolormesh(x, y, learnt, norm=norm)
+        finish(axes[0, 2], image, "learnt density", unit="density")
+        for i in range(len(hamiltonians)):
+            movie += draw_hamiltonian(axes[1 + i], model, i, data, seed)
+    save_pictures(folder / "density.png", pixels(figure))
+    if movie:
+        save_pictures(folder / "flow.gif", movie, duration=STEP_DELAY, loop=0)
+
+
+def draw_histograms(axes, data, samples, pair):
+    """Draw two columns of data and of samples. Returns their scale of colours.
+
+    The lowest colour is that of a single point of the data in a cell: a histogram tells no less.
+    """
+    norm = LogNorm(clip=True)
+    limits = robust_limits(data[:, pair])
+    cells = min(CELLS, 8 + len(data) // 200)  # a cell of few points tells little
+    labels = [f"x{i + 1}" for i in pair]
+    for ax, title, points in ((axes[0], "data", data), (axes[1], "samples", samples)):
+        x, y = points[:, pair].T
+        *_, image = ax.hist2d(x, y, cells, range=limits, density=True, norm=norm)
+        finish(ax, image, title, labels, "density")
+    return norm
+
+
+def grid_of(points):
+    """Return x and y (GRID,) and the points (GRID, GRID, 2) they span, where `points` lie."""
+    x, y = [np.linspace(*limits, GRID) for limits in robust_limits(points)]
+    return x, y, torch.from_numpy(np.stack(np.meshgrid(x, y), 2))
+
+
+def draw_energy(ax, energy, points, title="", labels=("x1", "x2")):
+    """Draw an energy with contour lines where `points` (n, 2) lie, above its minimum there."""
+    x, y, grid = grid_of(points)
+    values = energy(grid.float())
+    lowest = values.min()
+    highest = (energy(points.float()).quantile(0.99) - lowest).item()
+    levels = MaxNLocator(12).tick_values(0, 2 * highest)  # points take half of the colours
+    image = ax.contourf(x, y, values - lowest, levels, extend="max")
+    ax.contour(x, y, values - lowest, levels, colors="white", linewidths=0.5)
+    finish(ax, image, title, labels)
+    ax.autoscale(False)  # points beyond it shall not widen the chart
+
+
+def draw_hamiltonian(axes, model, i, data, seed):
+    """Draw V with the data's contour, K, and V with paths. Returns pictures of points on V."""
+    H = model.H[i]
+    steps = model.config["steps"]
+    name = f"H{i + 1}"
+
+    def V(x):
+        return H.V(model.standardise(x)[0])
+
+    noise = model.noise(2, 2000, 2, generator=seeded(seed))
+    q, p = model.flow(*noise)[:, :, i * steps :]
+    path = model.unstandardise(q[:, : steps + 1]).permute(2, 1, 0)  # (2, steps + 1, n)
+    draw_energy(axes[0], V, data, f"{name}: V(q), red: contour of the data")
+    limits = robust_limits(data)
+    density, _, _ = np.histogram2d(*data.T, 32, limits)
+    where = {"origin": "lower", "extent": limits.flatten()}
+    axes[0].contour(density.T, [0.1 * density.max()], colors="red", **where)
+    draw_energy(axes[1], H.K, p[:, 0], f"{name}: K(p)", ("p1", "p2"))
+    draw_energy(axes[2], V, data, f"{name}: paths on V, red: ends")
+    axes[2].plot(*path[..., :24], ".-", color="white", linewidth=1, markersize=3)
+    axes[2].plot(*path[:, -1, :24], ".", color="red")
+    figure, ((ax,),) = charts(1, 1)
+    draw_energy(ax, V, data)
+    (dots,) = ax.plot([], [], ".", color="white", markersize=2)
+    pictures = []
+    for step in range(steps + 1):
+        dots.set_data(*path[:, step])
+        ax.set_title(f"{name}: points on V, step {step} of {steps}")
+        pictures.append(pixels(figure))
+    return pictures
+
+
+CURVES = {"loss": "loss", "mse": "pixel error (MSE)", "kl": "KL (nats)"}
+
+
+def save_curves(folder):
+    """Write curves.png, the loss, error and KL of metrics.jsonl, if there is one."""
+    log = folder / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.is_file() else []
+    logged = [line for line in map(json.loads, lines) if "loss" in line]
+    if not logged:
+        return
+    names = [name for name in CURVES if name in logged[0]]
+    figure, axes = charts(1, len(names))
+    for i, name in enumerate(names):
+        ax = axes[0, i]
+        values = [line[name] for line in logged]
+        ax.plot([line["step"] for line in logged], values, ".-")
+        ax.set(title=CURVES[name], xlabel="training step")
+        if max(values) > 10 * min(values) > 0:
+            ax.set_yscale("log")
+    save_pictures(folder / "curves.png", pixels(figure))
+
+
+# ------------------------------------------------------------------ the command
+OPTIONS = {
+    "one of these runs (default: the newest)": {
+        "--checkpoint": {"metavar": "PATH", "help": "a checkpoint or the folder of a run"},
+        "--system": {"choices": SYSTEMS, "metavar": "NAME", "help": ", ".join(SYSTEMS)},
+        "--density": {"choices": DENSITIES, "metavar": "NAME", "help": ", ".join(DENSITIES)},
+    },
+    "of all models": {
+        "--seed": {"type": number(0, 2**63 - 1), "help": "of samples (default: 0)"},
+        "--device": {"help": "cpu, cuda, cuda:1 (default: a GPU if any; points: cpu)"},
+    },
+    "of pictures, not of points": {
+        "--frames": {"type": number(2, 10_000), "help": "to roll out (default: 90)"},
+        "--clips": {"type": number(2, 10_000), "help": "to measure on (default: 256)"},
+        "--reverse": {"action": "store_true", "help": "reverse.gif: from the last state back"},
+        "--speed": {"type": number(1e-3, 1e3, float), "action": "append",
+                    "help": "speed_X.gif: X times as fast; may be repeated"},
+        "--sample": {"type": number(0, 16), "help": "samples.gif: so many from the prior"},
+        "--show": {"type": number(1, 16), "help": "clips in a movie (default: 4)"},
+        "--scale": {"type": number(1, 16), "help": "screen pixels of a pixel (default: 8)"},
+    },
+    # All options of pictures but --clips are arguments of save_movies.
+}  # fmt: skip
+
+
+def look(given):
+    """Show and measure the run that the options name; what is found goes into its folder."""
+    device = pick_device(given.pop("device", None))
+    seed = given.pop("seed", 0)
+    which = [given.pop(name, None) for name in ("checkpoint", "system", "density")]
+    path = find_run(*which)
+    model, run = load(path)
+    options = run["options"]
+    folder = path.parent
+    if folder.name == "checkpoints":  # the models that come with the code share it
+        folder = Path("runs") / f"{path.stem}-shipped"
+    print(f"{path}: looking ...")
+    if options["model"] in FLOWS:
+        result = look_at_flow(model, options, folder, seed, given)
+    else:
+        result = look_at_pictures(model, device, options, folder, seed, given)
+    save_curves(folder)
+    report = {
+        **provenance(),
+        "seed": seed,
+        "test_seed": TEST_SEED,
+        "checkpoint": str(path),
+        "config": options,
+        "training": {key: run[key] for key in ("command", "versions", "step", "seconds")},
+        "metrics": result,
+    }
+    write(folder / "metrics.json", json.dumps(report, indent=1).encode())
+    print_table(options, result)
+
+
+def look_at_pictures(model, device, options, folder, seed, given):
+    """Write movies and charts of a model of pictures. Returns: the figures."""
+    model.to(device)
+    clips = given.pop("clips", 256)
+    frames = given.get("frames", 90)
+    test = test_set(options, clips, device)
+    print(test.summary)
+    save_movies(model, test, folder, seed=seed, **given)
+    save_phase(model, test, folder, frames)
+    result = measure(model, test, frames, steps=1000)
+    if test.system:
+        few = test_set(options, min(clips, 128), device)  # reading the states of samples takes long
+        result |= measure_physics(model, few)
+    return result
+
+
+def look_at_flow(model, options, folder, seed, given):
+    """Write charts of a flow. Returns: the figures. Raises: ValueError for options of pictures."""
+    if given:
+        raise ValueError(f"--{min(given)} is of no use with points: leave it out")
+    points = test_set(options, 0)
+    print(points.summary)
+    save_density(model, points, folder, seed)
+    return measure_flow(model, points)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.print_usage = lambda file: None  # a mistake gets one line; --help says more
-    add = parser.add_argument
-    add("--checkpoint", metavar="PATH", help="a file or a run's folder (default: the newest run)")
-    add("--system", choices=SYSTEMS, help="take the newest run of this system")
-    add("--density", choices=DENSITIES, help="take the newest run of this density")
-    add("--seed", type=number(0, 2**63 - 1), default=0, help="of samples (default: 0)")
-    add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    add = parser.add_argument_group("of pictures, not of points").add_argument
-    add("--frames", type=number(2, 10_000), default=90, help="to roll out (default: 90)")
-    add("--clips", type=number(2, 10_000), default=256, help="to measure on (default: 256)")
-    add("--reverse", action="store_true", help="reverse.gif: from the last state to the first")
-    add("--speed", type=number(1e-3, 1e3, float), action="append", default=[], help="repeatable")
-    add("--sample", type=number(0, 1000), default=0, metavar="N", help="samples.gif: N of them")
-    add("--show", type=number(1, 100), default=4, help="clips in a GIF (default: 4)")
-    add("--scale", type=number(1, 64), default=8, help="screen pixels a pixel (default: 8)")
-    args = parser.parse_args()
-    args.given = [k for k in OF_PICTURES if getattr(args, k) != parser.get_default(k)]
-    try:
-        look(args)
-    except (ValueError, OSError, MemoryError) as error:  # a user's mistake
-        parser.exit(2, f"error: {(str(error) or 'no memory').splitlines()[0]}\n")
+    run_main(look, parse_options("Look at a trained model and measure it.", OPTIONS))
 
 
 if __name__ == "__main__":

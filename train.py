@@ -1,273 +1,587 @@
 """Train a Hamiltonian Generative Network from pixels, or a Neural Hamiltonian Flow on points.
 
 python train.py --system three_body         # writes runs/three_body/ and nothing else
-python train.py --data film.mp4             # recordings of your own, see README
+python train.py --data film.mp4             # recordings of your own, see the README
 python train.py --density two_moons         # a flow; --data points.npy, (N, D), for your own
+
+This file reads from top to bottom: options, the five kinds of run (their data, model and loss),
+optimisers, the training step, the run with its files, the loop.
 """
 
 import argparse
-import io
 import json
 import math
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from eval import FLOWS, measure, measure_flow, movies, number, open_run, pick_device
-from eval import provenance, table, test_set, write
-from hgn import ARCHITECTURES, FRAME, GECO, HGN, INTEGRATORS, charted_loss, euler
-from nhf import DENSITIES, NHF, RealNVP
+from eval import (
+    FLOWS,
+    find_run,
+    load,
+    measure,
+    measure_flow,
+    number,
+    parse_options,
+    pick_device,
+    print_table,
+    provenance,
+    run_main,
+    save_curves,
+    save_movies,
+    test_set,
+)
+from hgn import GECO, HGN, INTEGRATORS, charted_loss, hnn_loss, write_file
+from nhf import DENSITIES, NHF, RealNVPFlow
 from physics import SYSTEMS, clips, initial_states, jitter, read_points, render, simulate
 
-DEFAULTS = {  # of both --arch of hgn, and of the other models; realnvp's: the same time as nhf's
-    "steps": {"compact": 4000, "paper": 5000, "hnn": 5000, "nhf": 4000, "realnvp": 10000},
-    "batch_size": {"compact": 16, "paper": 16, "hnn": 16, "nhf": 256, "realnvp": 512},
-    "lr": {"compact": 4e-3, "paper": 1.5e-4, "hnn": 4e-4, "nhf": 1e-2, "realnvp": 5e-3},
-}
-POOL = 64  # batches whose trajectories are simulated together
-HERE = "device", "compile", "resume", "name", "bench"  # of the command alone, not of the run
-FREE = "steps", "window", "save_every"  # what --resume may change
-UNUSED = {  # options that a run of this kind would ignore, and so refuses
-    "points": "fps size dt noise window targets latent context integrator substeps periodic arch "
-    "f_psi friction clip stride deterministic geco beta bench", "--dt": "fps",
-    "pictures": "hamiltonians leapfrog_steps kinetic", "simulated clips": "fps stride clip",
-    "recordings": "noise bench", "--bench": "model arch", "--arch paper": "targets periodic",
-    "--model hnn": "periodic arch context deterministic geco beta", "--deterministic": "geco beta",
-    "--model realnvp": "hamiltonians leapfrog_steps kinetic",
+# ----------------------------------------------------------------------------------------- options
+# The options of a run are those of every run, of its source of data and of its kind. A given option
+# that is in none of the three is refused.
+
+EVERY_RUN = {"model": None, "system": None, "density": None, "data": None, "digest": None,
+             "seed": 0, "save_every": 250}  # fmt: skip
+OF_A_SYSTEM = {"system": "mass_spring", "size": 32, "dt": 0.125, "noise": 0.0, "window": 30}
+OF_RECORDINGS = {"size": None, "dt": None, "fps": None, "stride": 1, "clip": 60, "window": 30}
+OF_HGN = {"model": "hgn", "latent": None, "integrator": None, "substeps": 1, "friction": False,
+          "context": 5, "deterministic": False, "geco": None, "beta": 1e-3}  # fmt: skip
+OF_KINDS = {
+    "compact": OF_HGN | {"arch": "compact", "targets": 8, "periodic": None, "steps": 4000,
+                         "batch_size": 16, "lr": 4e-3},
+    "paper": OF_HGN | {"arch": "paper", "f_psi": True, "steps": 5000, "batch_size": 16,
+                       "lr": 1.5e-4},
+    "hnn": {"model": "hnn", "latent": None, "integrator": None, "substeps": 1, "friction": False,
+            "f_psi": True, "targets": 8, "steps": 5000, "batch_size": 16, "lr": 4e-4},
+    "nhf": {"model": "nhf", "hamiltonians": 1, "leapfrog_steps": 6, "kinetic": "quadratic",
+            "steps": 4000, "batch_size": 256, "lr": 1e-2},
+    "realnvp": {"model": "realnvp", "steps": 10000, "batch_size": 512, "lr": 5e-3},
 }  # fmt: skip
-SEEN = 163840  # frames of the clips whose states the prior is fitted to at the end
-RATES = {"decoder.whole": 0.3, "decoder": 3.0, "encoder.filters": 0.1}  # times --lr: first to fit
+OF_THE_COMMAND = ("device", "compile", "resume", "name", "bench")  # the run does not keep these
+CHANGEABLE = ("steps", "window", "save_every")  # what --resume may change
 
 
-def parse(words=None, **defaults):  # the command line, or other words -> a namespace
-    parser = argparse.ArgumentParser("python train.py", "%(prog)s [options]")
-    parser.print_usage = lambda file: None  # a mistake gets one line; --help says more
-    count, many, positive = number(1, 1000), number(1, 10**9), number(1e-9, 1e6, float)
-    usual = lambda name: ", ".join(f"{model} {v}" for model, v in DEFAULTS[name].items())
-    add = parser.add_argument_group("data").add_mutually_exclusive_group().add_argument
-    add("--system", choices=SYSTEMS, metavar="NAME", help="of pixels: " + ", ".join(SYSTEMS))
-    add("--density", choices=DENSITIES, metavar="NAME", help="of a flow: " + ", ".join(DENSITIES))
-    add("--data", metavar="PATH", type=os.path.abspath, help="recordings or points of your own")
-    add = parser.add_argument_group("of pictures").add_argument
-    add("--size", type=int, choices=range(16, 129, 8), metavar="N", help="pixels (default: 32)")
-    add("--dt", type=positive, help="time between frames (default: 0.125, or the film's)")
-    add("--fps", type=positive, help="frames a second of recordings, instead of --dt")
-    add("--stride", type=count, default=1, help="take every k-th frame of recordings")
-    add("--clip", type=many, default=60, help="frames of a clip cut from recordings (default: 60)")
-    add("--noise", type=number(0, 1e3, float, "paper"), default=0.0, help="on positions or 'paper'")
-    add("--window", type=count, default=30, help="frames to learn from (default: 30)")
-    add("--targets", type=count, default=8, help="frames of it painted for the loss (default: 8)")
-    add = parser.add_argument_group("model").add_argument
-    add("--model", choices=("hgn", "hnn", *FLOWS), help="default: hgn; of densities nhf")
-    add("--arch", choices=ARCHITECTURES, default="compact", help="of hgn (default: compact)")
-    add("--latent", type=number(1, 64), help="numbers in q; of the paper's, maps in q")
-    add("--context", type=count, default=5, help="first frames the encoder sees (default: 5)")
-    add("--integrator", choices=INTEGRATORS, help="default: that of --arch")
-    add("--substeps", type=count, default=1, help="integrator steps a frame (default: 1)")
-    add("--periodic", action=argparse.BooleanOptionalAction, help="q are angles (default: half)")
-    add("--friction", action="store_true", help="motion dies out, at a rate that is learnt")
-    add("--no-f-psi", dest="f_psi", action="store_false", help="without f_psi (paper)")
-    add("--deterministic", action="store_true", help="no sampling of z, no KL")
-    add("--hamiltonians", type=count, default=1, help="of a flow, in a row (default: 1)")
-    add("--leapfrog-steps", type=count, default=6, help="of each of them (default: 6)")
-    add("--kinetic", choices=("quadratic", "mlp"), default="quadratic", help="default: quadratic")
-    add = parser.add_argument_group("run").add_argument
-    add("--steps", type=many, help=f"default: {usual('steps')}")
-    add("--batch-size", type=many, help=f"default: {usual('batch_size')}")
-    add("--lr", type=positive, help=f"default: {usual('lr')}")
-    add("--beta", type=number(0, 1e6, float), default=1e-3, help="of the KL (default: 0.001)")
-    add("--geco", nargs="?", type=positive, const=2e-4, help="error that beta seeks (2e-4)")
-    add("--seed", type=number(0, 2**20 - 1), default=0, help="(default: 0)")
-    add("--save-every", type=many, default=250, help="steps between checkpoints (default: 250)")
-    add("--device", help="cpu, cuda, cuda:1 (default: cuda if any; flows: cpu)")
-    add("--compile", action="store_true", help="fuse the step: minutes at first")
-    add = parser.add_argument_group("either").add_mutually_exclusive_group().add_argument
-    add("--name", help="folder under runs/ (default: the system's name)")
-    add("--resume", nargs="?", const="", metavar="PATH", help="go on (default: the newest run)")
-    add("--bench", action="store_true", help="measure the speed here; --compile adds rows")
-    parser.set_defaults(**{"digest": None} | defaults)
-    return parser.parse_args(words)
+def usual(option):
+    """The defaults of an option, kind by kind, for --help."""
+    return ", ".join(f"{kind} {options[option]}" for kind, options in OF_KINDS.items())
 
 
-def settle(args):
-    """Fill in what depends on other options. Raises: ValueError for what does not go together."""
-    fill = lambda **own: vars(args).update((k, v) for k, v in own.items() if vars(args)[k] is None)
-    flow = bool(args.density or args.data and read_points(args.data) is not None)
-    given = {k: v for (k, v), u in zip(vars(args).items(), vars(parse([])).values()) if v != u}
-    kinds = ["points"] if flow else ["pictures", "recordings" if args.data else "simulated clips"]
-    fill(model="nhf" if flow else "hgn")
-    if flow != (args.model in FLOWS):
-        raise ValueError(f"--model {args.model} is not for {kinds[0]}: see --density, --data")
-    for kind in (*kinds, *(f"--{k}{end}" for k, v in given.items() for end in ("", f" {v}"))):
-        for name in (name for name in UNUSED.get(kind, "").split() if name in given):
-            option = "no_" * (given[name] is False) + name
-            raise ValueError(f"--{option.replace('_', '-')} is of no use with {kind}: leave it out")
-    if args.model == "hnn":  # the published networks, with another loss
-        args.arch, args.context, args.deterministic = "paper", 2, True
-    kind = args.arch if args.model == "hgn" else args.model
-    fill(**{name: usual[kind] for name, usual in DEFAULTS.items()})
-    if not (flow or args.data):
-        fill(system="mass_spring", size=32, dt=0.125)
-    if kind == "compact" and (system := SYSTEMS.get(args.system)):  # of recordings nobody knows
-        free = initial_states(system, 1)[0].numel()  # but a number alone might fold
-        fill(latent=free if system.periodic else max(2, free), periodic=system.periodic)
-    if args.batch_size * (args.context + args.window) * (args.size or 32) ** 2 > 5e8:
-        raise ValueError("batches are gigabytes: less of --batch-size, --context, --window, --size")
+count = number(1, 1000)
+many = number(1, 10**9)
+positive = number(1e-9, 1e6, float)
+flag = {"action": "store_true"}
+
+# What argparse is told of each option, in groups. Options of a group called "one of" exclude each
+# other.
+ARGUMENTS = {
+    "one of these data": {
+        "--system": {"choices": SYSTEMS, "metavar": "NAME", "help": ", ".join(SYSTEMS)},
+        "--density": {"choices": DENSITIES, "metavar": "NAME", "help": ", ".join(DENSITIES)},
+        "--data": {"type": os.path.abspath, "metavar": "PATH", "help": "your recordings or points"},
+    },
+    "data: pictures": {
+        "--size": {"type": int, "choices": range(16, 129, 8), "metavar": "N",
+                   "help": "pixels of a side (default: 32, or the recordings')"},
+        "--dt": {"type": positive, "help": "time between frames (default: 0.125, or the film's)"},
+        "--fps": {"type": positive, "help": "frames a second of recordings, instead of --dt"},
+        "--stride": {"type": count, "help": "take every k-th frame of recordings (default: 1)"},
+        "--clip": {"type": many, "help": "frames of a clip cut from recordings (default: 60)"},
+        "--noise": {"type": number(0, 1e3, float, "paper"), "help": "on positions, or 'paper'"},
+        "--window": {"type": count, "help": "frames of a clip to learn from (default: 30)"},
+    },
+    "model": {
+        "--model": {"choices": ("hgn", "hnn", *FLOWS), "help": "default: hgn; nhf for points"},
+    },
+    "model: pictures": {
+        "--arch": {"choices": ("compact", "paper"), "help": "networks of hgn (default: compact)"},
+        "--context": {"type": count, "help": "first frames that the encoder sees (default: 5)"},
+        "--targets": {"type": count, "help": "frames painted for the loss (8; paper: all)"},
+        "--latent": {"type": number(1, 64), "help": "numbers in q; of the paper's, maps in q"},
+        "--integrator": {"choices": INTEGRATORS, "help": "default: that of --arch"},
+        "--substeps": {"type": count, "help": "integrator steps from frame to frame (default: 1)"},
+        "--periodic": {"action": argparse.BooleanOptionalAction,
+                       "help": "q are angles (default: the first half of them)"},
+        "--friction": flag | {"help": "learn how fast motion dies out"},
+        "--no-f-psi": {"dest": "f_psi", "action": "store_false", "help": "ablation (paper)"},
+        "--deterministic": flag | {"help": "ablation without sampling of z and without KL"},
+        "--beta": {"type": number(0, 1e6, float), "help": "weight of the KL (default: 0.001)"},
+        "--geco": {"type": positive, "nargs": "?", "const": 2e-4, "metavar": "ERROR",
+                   "help": "let GECO find beta, for an error of at most this (0.0002)"},
+    },
+    "model: points": {
+        "--hamiltonians": {"type": count, "help": "of a flow, in a row (default: 1)"},
+        "--leapfrog-steps": {"type": count, "help": "of each of them (default: 6)"},
+        "--kinetic": {"choices": ("quadratic", "mlp"), "help": "K(p) (default: quadratic)"},
+    },
+    "run": {
+        "--steps": {"type": many, "help": f"default: {usual('steps')}"},
+        "--batch-size": {"type": many, "help": f"default: {usual('batch_size')}"},
+        "--lr": {"type": positive, "help": f"learning rate (default: {usual('lr')})"},
+        "--seed": {"type": number(0, 2**20 - 1), "help": "of all random numbers (default: 0)"},
+        "--save-every": {"type": many, "help": "steps between checkpoints (default: 250)"},
+        "--device": {"help": "cpu, cuda, cuda:1 (default: cuda if there is one; flows: cpu)"},
+        "--compile": flag | {"help": "fuse the step by torch.compile, minutes at first"},
+    },
+    "one of these": {
+        "--name": {"help": "folder below runs/ (default: the name of the data)"},
+        "--resume": {"nargs": "?", "const": "", "metavar": "PATH",
+                     "help": "go on with a run (default: the newest)"},
+        "--bench": flag | {"help": "only measure the speed of this run here"},
+    },
+}  # fmt: skip
 
 
-def opened(args):
-    """All options; of the run that --resume names also its model, its checkpoint and its folder."""
-    if args.resume is None:
-        settle(args)
-        return args, None, None, None
-    path, model, checkpoint = open_run(args.resume or None)
-    config = {k: v for k, v in checkpoint["config"].items() if k in vars(args) and k not in HERE}
-    # As text, which the parser reads like a command line's: a stranger's file gets no further.
-    args = parse(**{k: v if isinstance(v, bool | None) else str(v) for k, v in config.items()})
-    if changed := [k for k, v in config.items() if k not in FREE and getattr(args, k) != v]:
-        raise ValueError(f"--{changed[0].replace('_', '-')} cannot change in a resumed run")
-    return args, model, checkpoint, path.parent
+def parse(words=None):
+    """The options given in the command line (or in `words`), and no others, as a dictionary."""
+    return parse_options("Train a model and save it below runs/.", ARGUMENTS, words)
 
 
-def new_folder(args):
-    """runs/<name>/, never one that holds a run already."""
-    name = args.name or args.system or args.density or Path(args.data).stem or "run"
-    if Path(name).name != name:
-        raise ValueError(f"--name {name} is not the name of a folder")
-    for n in range(1, 2 if args.name else 10**6):
-        folder = Path("runs") / (name if n == 1 else f"{name}-{n}")
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            return folder
-    raise ValueError(f"{folder} exists: --resume {folder} goes on with it")
+def kind_of_run(given, points):
+    """The recipe that the given options ask for, a key of RECIPES. Raises: ValueError."""
+    model = given.get("model", "nhf" if points else "hgn")
+    if points != (model in FLOWS):
+        data = "points" if points else "pictures"
+        raise ValueError(f"--model {model} does not learn from {data}: see --density and --data")
+    return given.get("arch", "compact") if model == "hgn" else model
 
 
-class Batches:
-    """Batch number `step`, the same whenever asked for. Compact: frames to encode (B, context, C,
-    S, S), to score (B, targets, C, S, S), and the times (B, targets) of these from its first.
-    Paper's and HNN's: frames in a row (B, row, C, S, S)."""
-
-    def __init__(self, args, data, device):
-        self.args, self.data, self.device, self.pool = args, data, device, None
-        self.lengths = data.lengths if data else torch.tensor([args.window], device=device)
-        train = data.train if data else torch.zeros_like(self.lengths)
-        longest = min(args.window, int(self.lengths[train].max()))
-        row = min(longest, args.targets) if args.model == "hnn" else longest
-        if row < max(3, args.context):
-            raise ValueError(f"{row} frames are too few: more --window, --targets, less --context")
-        self.most, self.row = longest - 1, 0 if args.arch == "compact" else row
-        lengths = self.lengths[train]  # of every frame there is the clip: long ones come more often
-        self.clips = train.repeat_interleave(lengths * (lengths >= self.row))
-
-    def __call__(self, step):
-        args, device = self.args, "cpu" if self.data else self.device
-        generator = torch.Generator(device).manual_seed((args.seed << 20) + step + 2**19)
-        uniform = lambda n: torch.rand(args.batch_size, n, generator=generator, device=device)
-        clips = self.clips[(uniform(1) * len(self.clips)).long()]
-        length, read = self.lengths[clips], lambda times: self.read(step, clips, times, generator)
-        if self.row:
-            first = (uniform(1) * (length - self.row + 1)).long()
-            return [read(first + torch.arange(self.row, device=device))]
-        reach = min(self.most, 3 + 2 * (self.most + 1) * step // args.steps)  # all after half a run
-        self.reach = self.most if args.compile or self.device.type == "cuda" else reach  # one graph
-        ahead = (length // 2 if self.data else length).clamp(max=reach)  # recordings start late too
-        first = (uniform(1) * (length - ahead.clamp(min=args.context - 1))).long()
-        times = (uniform(args.targets) * (length - first).clamp(max=reach + 1)).long()
-        context = first + torch.arange(args.context, device=device)
-        frames = read(torch.cat((context, first + times), 1))
-        return [*frames.split([args.context, args.targets], 1), times.to(self.device)]
-
-    def read(self, step, clips, times, generator):
-        """Frames of clips (B, 1) at times (B, n). POOL batches are simulated at once."""
-        if self.data:
-            return self.data.read(clips.flatten(), times).to(self.device)
-        args, system, pool = self.args, SYSTEMS[self.args.system], step // POOL
-        if self.pool != pool:
-            start = torch.Generator(self.device).manual_seed((args.seed << 20) + pool)
-            start = initial_states(system, args.batch_size * POOL, start, self.device)
-            self.pool, self.q = pool, simulate(system, *start, args.window, args.dt)[0]
-        q = self.q.chunk(POOL)[step % POOL].take_along_dim(times[..., None, None], 1)
-        return render(system, jitter(system, q, args.noise, generator), args.size)
+def settle(given):
+    """All options of a new run, from those given. Raises: ValueError where these do not fit."""
+    path = given.get("data")
+    points = "density" in given or (path is not None and read_points(path) is not None)
+    source = OF_RECORDINGS if path else OF_A_SYSTEM
+    if points:
+        source = {}
+    kind = kind_of_run(given, points)
+    defaults = EVERY_RUN | source | OF_KINDS[kind]
+    for name in given:
+        if name not in defaults:
+            raise ValueError(f"--{dashed(name)} is of no use in this run of {kind}: leave it out")
+    if given.get("deterministic") and ("geco" in given or "beta" in given):
+        raise ValueError("--geco and --beta are of no use with --deterministic, as there is no KL")
+    options = argparse.Namespace(**defaults | given)
+    RECIPES[kind].complete(options)
+    return options
 
 
-def build(args, test):
-    """The model that args describe, for data like those of the test set."""
-    if args.model in FLOWS:
-        options = {"kinetic": args.kinetic, "shift": test.shift, "scale": test.scale}
-        flow = NHF(test.dim, args.hamiltonians, args.leapfrog_steps, **options)
-        return flow if args.model == "nhf" else RealNVP.like(flow)
-    names = "context arch latent integrator substeps periodic f_psi deterministic friction".split()
-    return HGN(test.size, test.channels, dt=test.dt, **{k: getattr(args, k) for k in names})
+def resumed(given, options):
+    """The options of a run that goes on. Raises: ValueError where the given ones differ."""
+    for name, value in given.items():
+        if name not in CHANGEABLE and options.get(name) != value:
+            raise ValueError(f"--{dashed(name)} cannot change in a run that is resumed")
+    return argparse.Namespace(**options | given)
 
 
-def make_optimisers(model, lr, rates={}, muon=False):
-    """Adam, with rates[prefix] times lr for the parameters that the prefix names; with muon, that
-    for other matrices. Every rate is a tensor, which a graph that replays steps reads anew."""
-    groups, matrices = {}, []
-    for name, w in model.named_parameters():
-        times = next((v for prefix, v in rates.items() if name.startswith(prefix)), 1.0)
-        matrix = muon and times == 1.0 and w.dim() == 2
-        (matrices if matrix else groups.setdefault(times, [])).append(w)
-    rate, cuda = lambda: torch.tensor(lr, device=w.device), w.is_cuda
-    groups = [{"params": v, "lr": rate(), "times": times} for times, v in groups.items()]
-    adam = torch.optim.Adam(groups, lr, betas=(0.9, 0.99), eps=1e-12, fused=cuda, capturable=cuda)
-    return [adam, Muon(matrices, {"lr": rate(), "times": 1.0})] if matrices else [adam]
+def dashed(name):
+    """An option's name as the command line has it."""
+    return "no-f-psi" if name == "f_psi" else name.replace("_", "-")
+
+
+# -------------------------------------------------------------------------------- sources of clips
+
+POOL = 64  # batches whose trajectories are simulated together, which is faster
+
+
+def generator_of(seed, number, device="cpu"):
+    """A generator of its own for batch `number`, so that a resumed run draws what it would have."""
+    return torch.Generator(device).manual_seed((seed << 20) + number)
+
+
+class SimulatedClips:
+    """Clips of a named system, fresh ones for every batch."""
+
+    def __init__(self, options, device):
+        self.options = options
+        self.system = SYSTEMS[options.system]
+        self.device = device
+        self.lengths = torch.tensor([options.window], device=device)
+        self.train = torch.zeros_like(self.lengths)  # all clips of a batch have this length
+        self.pool = None
+
+    def frames(self, step, clips, times, generator):
+        """Frames (B, n, C, size, size) of batch `step` at times (B, n)."""
+        options = self.options
+        if self.pool != step // POOL:
+            self.pool = step // POOL
+            generator_of_pool = generator_of(options.seed, self.pool, self.device)
+            n = options.batch_size * POOL
+            q, p = initial_states(self.system, n, generator_of_pool, self.device)
+            self.q, _ = simulate(self.system, q, p, options.window, options.dt)
+        q = self.q.chunk(POOL)[step % POOL]  # (B, window, bodies, dims)
+        q = q.take_along_dim(times[..., None, None], 1)
+        return render(self.system, jitter(self.system, q, options.noise, generator), options.size)
+
+
+class RecordedClips:
+    """Clips of recordings. They are drawn on the CPU and brought to the device."""
+
+    def __init__(self, recordings, device):
+        self.recordings = recordings
+        self.target = device
+        self.device = torch.device("cpu")
+        self.lengths = recordings.lengths
+        self.train = recordings.train
+
+    def frames(self, step, clips, times, generator):
+        """Frames (B, n, C, size, size) of clips (B, 1) at times (B, n)."""
+        return self.recordings.frames(clips.flatten(), times).to(self.target)
+
+
+# -------------------------------------------------------------------------- the five kinds of run
+# A recipe is what one kind of run does: it completes the options, builds the model, prepares it,
+# gives batch `step` (the same whenever it is asked for), computes the losses, finishes the model
+# after the last step and reports its figures. RECIPES, below, names them: add a new kind there.
+
+HGN_ARGUMENTS = ("arch", "context", "latent", "integrator", "substeps", "periodic", "f_psi",
+                 "deterministic", "friction")  # fmt: skip
+TEST_CLIPS = 100  # that a run is measured on at its end; eval.py takes more
+MOST_PIXELS = 5e8  # of a batch: more would take gigabytes
+FIRST_BATCH = 2**19  # numbers of generators: batches start here, pools of trajectories at zero
+
+
+class PictureRecipe:
+    """What the three kinds of run on pictures share."""
+
+    lr_scales = ()
+    muon = False
+
+    def __init__(self, options, test, device, one_shape=False):
+        self.options = options
+        self.test = test
+        self.device = device
+        self.one_shape = one_shape  # compiled steps and CUDA graphs take batches of one shape
+        if test.data:
+            self.source = RecordedClips(test.data, device)
+        else:
+            self.source = SimulatedClips(options, device)
+        self.beta = torch.tensor(options.beta, device=device)
+        self.geco = None
+        if options.geco:
+            self.geco = GECO(options.geco, beta=options.beta, device=device)
+            self.beta = self.geco.beta
+        lengths = self.source.lengths[self.source.train]
+        self.longest = min(options.window, int(lengths.max()))
+        self.row = self.frames_in_a_row()
+        if min(self.row, self.longest) < max(3, options.context):
+            raise ValueError("too few frames: raise --window or --targets, or lower --context")
+        if options.batch_size * (options.context + options.window) * test.size**2 > MOST_PIXELS:
+            names = "--batch-size, --context, --window or --size"
+            raise ValueError(f"a batch would take gigabytes: lower {names}")
+        # Long clips are drawn more often, so that every frame is as likely as any other.
+        self.clips = self.source.train.repeat_interleave(lengths * (lengths >= self.row))
+
+    @staticmethod
+    def complete(options):
+        """Fill in options that depend on others."""
+
+    def build(self):
+        """The model for data like those of the test set."""
+        options = vars(self.options)
+        arguments = {name: options[name] for name in HGN_ARGUMENTS if name in options}
+        return HGN(self.test.size, self.test.channels, dt=self.test.dt, **arguments)
+
+    def prepare(self, model):
+        """Set what needs no learning, from batches after the last one."""
+        batches = [self.batch(self.options.steps + i)[0] for i in range(5)]
+        model.init_from_data(torch.cat(batches).flatten(0, 1)[:1024])
+
+    def draw(self, step):
+        """Clips of batch `step`, (B, 1), and functions: random integers, and frames at times."""
+        device = self.source.device
+        generator = generator_of(self.options.seed, FIRST_BATCH + step, device)
+        size = self.options.batch_size
+
+        def below(limit, n=1):  # random integers from 0 to limit - 1, (B, n)
+            return (torch.rand(size, n, generator=generator, device=device) * limit).long()
+
+        def frames(times):  # (B, n, C, size, size) at times (B, n)
+            return self.source.frames(step, clips, times, generator)
+
+        clips = self.clips[below(len(self.clips))]
+        return clips, below, frames
+
+    def finish(self, model):
+        """Nothing to do after the last step."""
+
+    def report(self, model, folder):
+        """Figures of the trained model; its movie goes to the folder."""
+        save_movies(model, self.test, folder)
+        result = measure(model, self.test)
+        window = result["mse_per_frame"][: self.options.window]
+        if not sum(window) / len(window) < 0.5 * result["blank_mse"]:  # NaN is not
+            print("More than half of a blank prediction's error: little was learnt. Raise --steps.")
+        return result
+
+
+class PaperRecipe(PictureRecipe):
+    """The published networks; the loss is the ELBO of frames in a row."""
+
+    def frames_in_a_row(self):
+        return self.longest
+
+    def batch(self, step):
+        """Frames (B, row, C, size, size) from anywhere in a clip."""
+        clips, below, frames = self.draw(step)
+        first = below(self.source.lengths[clips] - self.row + 1)
+        return (frames(first + torch.arange(self.row, device=first.device)),)
+
+    def losses(self, model, frames):
+        loss, mse, kl = model.loss(frames, self.beta)
+        return {"loss": loss, "mse": mse, "kl": kl, "beta": self.beta}
+
+
+class HNNRecipe(PaperRecipe):
+    """Hamiltonian Neural Networks on the published networks, see `hgn.hnn_loss`."""
+
+    @staticmethod
+    def complete(options):
+        options.arch = "paper"
+        options.context = 2
+        options.deterministic = True
+        options.geco = None
+        options.beta = 0.0
+
+    def frames_in_a_row(self):
+        return min(self.longest, self.options.targets)
+
+    def losses(self, model, frames):
+        loss, mse, kl = hnn_loss(model, frames)
+        return {"loss": loss, "mse": mse, "kl": kl, "beta": self.beta}
+
+
+class CompactRecipe(PictureRecipe):
+    """The compact model and `charted_loss`."""
+
+    # Parameters whose name starts like this learn at so many times --lr; the first that fits.
+    lr_scales = (("decoder.picture", 0.3), ("decoder", 3.0), ("encoder.filters", 0.1))
+    muon = True
+    frames_of_prior = 163840  # of the clips whose states the prior is fitted to
+    first_horizon = 3  # frames that the first steps roll out
+
+    @staticmethod
+    def complete(options):
+        """Of a named system, q has as many coordinates as the system, angles or numbers."""
+        if options.system is None:
+            return
+        system = SYSTEMS[options.system]
+        if options.latent is None:
+            q, _ = initial_states(system, 1)
+            # A single number might fold onto itself, where two cannot.
+            options.latent = q.numel() if system.periodic else max(2, q.numel())
+        if options.periodic is None:
+            options.periodic = system.periodic
+
+    def frames_in_a_row(self):
+        return max(3, self.options.context)
+
+    def horizon(self, step):
+        """The farthest frame to paint grows from `first_horizon` to the last, over half the run."""
+        grown = self.first_horizon + 2 * self.longest * step // self.options.steps
+        return min(self.longest - 1, grown)
+
+    def batch(self, step):
+        """Frames to encode (B, context, C, S, S), to paint (B, targets, C, S, S), the times of
+        these (B, targets), counted from the first to encode, and how far to roll out."""
+        context = self.options.context
+        horizon = self.horizon(step)
+        clips, below, frames = self.draw(step)
+        length = self.source.lengths[clips]
+        ahead = length.clamp(max=horizon)
+        if self.test.data:  # recordings are long, and start anywhere in their first half
+            ahead = (length // 2).clamp(max=horizon)
+        first = below(length - ahead.clamp(min=context - 1))
+        times = below((length - first).clamp(max=horizon + 1), self.options.targets)
+        seen = first + torch.arange(context, device=first.device)
+        both = frames(torch.cat((seen, first + times), 1))
+        seen, targets = both.split([context, self.options.targets], 1)
+        rolled_out = self.longest - 1 if self.one_shape else horizon
+        return seen, targets, times.to(self.device), rolled_out
+
+    def losses(self, model, *batch):
+        loss, mse, kl = charted_loss(model, *batch, self.beta)
+        return {"loss": loss, "mse": mse, "kl": kl, "beta": self.beta}
+
+    def finish(self, model):
+        """Fit the prior to the states of many clips, from batches after the last one."""
+        options = self.options
+        if options.deterministic:
+            return
+        short = vars(options) | {"targets": 1, "window": max(3, options.context)}
+        recipe = CompactRecipe(argparse.Namespace(**short), self.test, self.device)
+        rounds = min(10000, options.steps)
+        n = min(self.frames_of_prior // options.context, 64 * rounds) // options.batch_size
+        states = []
+        with torch.no_grad():
+            for i in range(max(1, n)):
+                frames = recipe.batch(options.steps + i)[0]
+                states.append(torch.stack(model.encode(frames)))
+        mean, logvar = torch.cat(states, 1)
+        fit_prior(model.prior, mean, logvar, rounds, options.seed)
+
+
+class FlowRecipe:
+    """A Neural Hamiltonian Flow, on points."""
+
+    lr_scales = ()
+    muon = True
+    geco = None
+    draws = 4  # of p for each point
+
+    def __init__(self, options, test, device, one_shape=False):
+        self.options = options
+        self.test = test
+
+    @staticmethod
+    def complete(options):
+        """Nothing depends on other options."""
+
+    def build(self):
+        options = self.options
+        points = self.test
+        sizes = {"hamiltonians": options.hamiltonians, "steps": options.leapfrog_steps}
+        units = {"shift": points.shift, "scale": points.scale}
+        return NHF(points.dim, kinetic=options.kinetic, **sizes, **units)
+
+    def prepare(self, model):
+        """Nothing to do before the first step."""
+
+    def batch(self, step):
+        """Points x (B, D) and noise for the momenta of each, (draws, B, D)."""
+        generator = generator_of(self.options.seed, step)
+        x = self.test.draw(self.options.batch_size, generator)
+        return x, torch.randn(self.draws, *x.shape, generator=generator)
+
+    def losses(self, model, x, noise):
+        """Half the ELBO, half the importance-weighted bound, which alone would neglect f(p|q)."""
+        weights = model.log_weights(x, noise)  # (draws, B)
+        elbo = weights.mean(0).mean()
+        iwae = weights.logsumexp(0).mean() - math.log(len(weights))
+        return {"loss": -(elbo + iwae) / 2}
+
+    def finish(self, model):
+        """Nothing to do after the last step."""
+
+    def report(self, model, folder):
+        """Figures of the trained model, on fewer points than eval.py takes."""
+        return measure_flow(model, self.test, 2000, (64,))
+
+
+class RealNVPRecipe(FlowRecipe):
+    """The paper's baseline, with as many parameters as the default NHF."""
+
+    def build(self):
+        units = {"shift": self.test.shift, "scale": self.test.scale}
+        return RealNVPFlow.like(NHF(self.test.dim, **units))
+
+
+RECIPES = {
+    "compact": CompactRecipe,
+    "paper": PaperRecipe,
+    "hnn": HNNRecipe,
+    "nhf": FlowRecipe,
+    "realnvp": RealNVPRecipe,
+}
+
+
+def recipe_of(options, device, compile=False):
+    """The recipe of a run with these options, with its data."""
+    kind = options.arch if options.model == "hgn" else options.model
+    test = test_set(vars(options), TEST_CLIPS, device)
+    options.digest = test.digest
+    return RECIPES[kind](options, test, device, compile or device.type == "cuda")
+
+
+# -------------------------------------------------------------------------------------- optimisers
+
+
+def make_optimisers(model, lr, lr_scales=(), muon=False):
+    """Adam, and with `muon` Muon for the matrices whose learning rate is not scaled.
+
+    lr_scales: pairs (prefix, scale) for the parameters whose names start with a prefix. Every
+    learning rate is a tensor, which a CUDA graph of a step reads anew.
+    """
+    by_scale = {}
+    matrices = []
+    for name, weight in model.named_parameters():
+        scale = next((s for prefix, s in lr_scales if name.startswith(prefix)), 1.0)
+        if muon and scale == 1.0 and weight.dim() == 2:
+            matrices.append(weight)
+        else:
+            by_scale.setdefault(scale, []).append(weight)
+    device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
+    groups = []
+    for scale, weights in by_scale.items():
+        rate = torch.tensor(lr, device=device)
+        groups.append({"params": weights, "lr": rate, "lr_scale": scale})
+    how = {"betas": (0.9, 0.99), "eps": 1e-12, "fused": on_gpu, "capturable": on_gpu}
+    optimisers = [torch.optim.Adam(groups, lr, **how)]
+    if matrices:
+        optimisers.append(Muon(matrices, {"lr": torch.tensor(lr, device=device), "lr_scale": 1.0}))
+    return optimisers
 
 
 class Muon(torch.optim.Optimizer):
-    """Jordan et al. 2024, as torch.optim.Muon, "match_rms_adamw", but in float32: fast on CPUs."""
+    """Muon (Jordan et al. 2024), for matrices: momentum, made orthogonal by Newton and Schulz.
+
+    It is torch.optim.Muon with adjust_lr_fn="match_rms_adamw", in float32, which CPUs are fast at.
+    """
 
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
-        for w in (w for w in group["params"] if w.grad is not None):
-            momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
-            momentum.lerp_(w.grad, 0.05)
-            x = torch.lerp(w.grad, momentum, 0.95)  # Nesterov's
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+            momentum.lerp_(weight.grad, 0.05)
+            x = torch.lerp(weight.grad, momentum, 0.95)  # Nesterov's
             x = x / (x.norm() + 1e-12)
-            for _ in range(5):
+            for _ in range(5):  # Newton and Schulz's iteration, of degree five
                 a = x @ x.mT
-                x = 3.4445 * x + (2.0315 * (a @ a) - 4.775 * a) @ x
-            w.sub_(group["lr"] * 0.2 * max(w.shape) ** 0.5 * x)
+                b = 2.0315 * (a @ a) - 4.775 * a
+                x = 3.4445 * x + b @ x
+            rms = 0.2 * max(weight.shape) ** 0.5  # as large as Adam's steps usually are
+            weight.sub_(group["lr"] * rms * x)
 
 
-def hnn_loss(model, frames):
-    """The baseline, Greydanus et al. 2019, "Hamiltonian Neural Networks": an autoencoder of states
-    that move from frame to frame by Euler's steps (their third term, p = dq/dt, is left out).
-    frames: (B, T > context, C, S, S). Returns: loss, mse, zero."""
-    clips = model.valid(frames, model.context + 1).unfold(1, model.context, 1).movedim(-1, 2)
-    states = torch.stack(model.f_psi(model.encode(clips.flatten(0, 1))[0]))
-    states = states.unflatten(1, clips.shape[:2])  # q and p, (2, B, n, dim)
-    mse = (model.decode(states[0]) - clips[:, :, model.encoder.lead]).square().mean()
-    now, ahead = states[:, :, :-1].flatten(1, 2), states[:, :, 1:].flatten(1, 2)
-    moved = torch.stack(euler(model.H, *now, FRAME, 1, gamma=model.gamma))[:, :, 1]
-    return mse + 0.2 / FRAME**2 * (moved - ahead).square().mean(), mse, mse.new_zeros(())
+def optimisers_of(recipe, model):
+    """The optimisers that a recipe asks for."""
+    return make_optimisers(model, recipe.options.lr, recipe.lr_scales, recipe.muon)
 
 
 def set_rate(optimisers, lr, step, steps):
-    """Warm up to lr over 50 steps, then down to zero along a cosine."""
-    lr = lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    for group in (group for optimiser in optimisers for group in optimiser.param_groups):
-        group["lr"].fill_(lr * group["times"])
+    """Warm up to lr over 50 steps, then go down to zero along a cosine."""
+    warm_up = min(1, (step + 1) / 50)
+    lr = lr * warm_up * 0.5 * (1 + math.cos(math.pi * step / steps))
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"].fill_(lr * group["lr_scale"])
 
 
-def stepper(model, losses, optimisers, geco=None, most=1.0):
-    """step(*batch) -> losses(*batch), and a step down the gradient of "loss" among them, clipped to
-    the norm `most`, or zero where it is not finite. On a GPU it waits for nothing: see Graphed."""
+# ------------------------------------------------------------------------------- the training step
+
+
+def stepper(model, losses, optimisers, geco=None, largest_norm=1.0):
+    """A function that takes a training step on a batch and returns losses(*batch).
+
+    It goes down the gradient of "loss" among these, clipped to `largest_norm`; a gradient that is
+    not finite counts as zero. On a GPU it waits for nothing and runs as one graph, see `Graphed`.
+    """
 
     def step(*batch):
         values = losses(*batch)
         model.zero_grad()
         values["loss"].backward()
-        weights = [w for w in model.parameters() if w.grad is not None]
-        good = torch.nn.utils.clip_grad_norm_(weights, most).isfinite()
-        for w in weights:
-            w.grad.masked_fill_(~good, 0.0)
+        weights = [weight for weight in model.parameters() if weight.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(weights, largest_norm)
+        for weight in weights:
+            weight.grad.masked_fill_(~norm.isfinite(), 0.0)
         for optimiser in optimisers:
             optimiser.step()
         if geco:
@@ -278,20 +592,29 @@ def stepper(model, losses, optimisers, geco=None, most=1.0):
 
 
 class Graphed:
-    """step(*tensors) on a GPU, on a stream of one's own: thrice as it is, then one CUDA graph that
-    replays it. Inputs are copied from the first call: at new strides a step would compile again."""
+    """A training step on a GPU: three times as it is, then one CUDA graph that replays it.
+
+    Tensors are copied to where those of the first call are; other arguments must not change. It
+    must be called on a stream other than the default one. Results are overwritten by the next call.
+    """
+
+    warm_up = 3  # calls before the graph is captured, as torch asks for
 
     def __init__(self, step):
-        self.step, self.calls, self.batch = step, 0, None
+        self.step = step
+        self.calls = 0
+        self.batch = None
 
     def __call__(self, *batch):
         self.calls += 1
-        self.batch = self.batch or [x.clone() for x in batch]
-        for x, new in zip(self.batch, batch):
-            x.copy_(new)
-        if self.calls <= 3:
+        if self.batch is None:
+            self.batch = [x.clone() if torch.is_tensor(x) else x for x in batch]
+        for mine, new in zip(self.batch, batch, strict=True):
+            if torch.is_tensor(new):
+                mine.copy_(new)
+        if self.calls <= self.warm_up:
             return self.step(*self.batch)
-        if self.calls == 4:
+        if self.calls == self.warm_up + 1:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
                 self.values = self.step(*self.batch)
@@ -299,8 +622,19 @@ class Graphed:
         return self.values
 
 
+def step_of(recipe, model, optimisers, compile=False):
+    """The training step of a recipe."""
+
+    def losses(*batch):
+        return recipe.losses(model, *batch)
+
+    if compile:
+        losses = compiled(losses)
+    return stepper(model, losses, optimisers, recipe.geco)
+
+
 def compiled(function):
-    """`function` as one region, compiled for its shapes. Many recompilations are an error."""
+    """The function as one region that torch.compile fuses. Many recompilations are an error."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     # In nested regions torch 2.13 mistakes layouts that it chose, and overwrites states it needs.
     options = {"layout_optimization": False, "allow_buffer_reuse": False, "inplace_buffers": False}
@@ -308,192 +642,266 @@ def compiled(function):
 
 
 def fit_prior(prior, mean, logvar, rounds=4000, seed=0, lr=5e-3):
-    """The prior at a run's end, to q(z|x) of many clips, (n, dim) twice, in large batches."""
+    """Fit a learnt prior to q(z|x) of many clips, mean and log-variance (n, dim) each."""
     torch.manual_seed(seed)
-    optimisers, size = make_optimisers(prior, lr), min(512, rounds)
-    step = stepper(prior, lambda *z: {"loss": prior.kl(*z).mean()}, optimisers)
+    optimisers = make_optimisers(prior, lr)
+
+    def losses(z, mean, logvar):
+        return {"loss": prior.kl(z, mean, logvar).mean()}
+
+    step = stepper(prior, losses, optimisers)
     for i in range(rounds):
         set_rate(optimisers, lr, i, rounds)
-        at = torch.randint(len(mean), (size,), device=mean.device)
-        step(torch.normal(mean[at], (0.5 * logvar[at]).exp()), mean[at], logvar[at])
+        some = torch.randint(len(mean), (min(512, rounds),), device=mean.device)
+        z = torch.normal(mean[some], (0.5 * logvar[some]).exp())
+        step(z, mean[some], logvar[some])
+
+
+# ------------------------------------------------------------------------------ a run and its files
 
 
 class Run:
-    """A model in training, and its folder with a checkpoint and a log."""
+    """A model in training and its folder: checkpoint.pt, metrics.jsonl and the process's pid."""
 
-    def __init__(self, args, model, test, device):
-        self.args, self.model, self.test, self.device = args, model, test, device
-        args.digest = test.digest
-        self.config = {k: v for k, v in vars(args).items() if k not in HERE}
-        self.flow = args.model in FLOWS
-        self.compact = args.model == "hgn" and args.arch == "compact"
-        rates, muon = RATES if self.compact else {}, self.flow or self.compact
-        self.optimisers = make_optimisers(model, args.lr, rates, muon)
-        self.geco = GECO(args.geco or 1.0, beta=args.beta, device=device)
-        self.batches = self.points if self.flow else Batches(args, test.data, device)
-        losses = compiled(self.losses) if args.compile else self.losses
-        self.step = stepper(model, losses, self.optimisers, self.geco if args.geco else None)
-        self.done, self.logged, self.began = 0, 0, time.time()
+    def __init__(self, folder, recipe, model):
+        self.folder = folder
+        self.recipe = recipe
+        self.options = recipe.options
+        self.model = model
+        self.optimisers = optimisers_of(recipe, model)
+        self.step = 0
+        self.logged = 0  # bytes of metrics.jsonl
+        self.began = time.time()
+        self.lock()
 
-    def points(self, step):  # x (B, D), and noise for four momenta of each (4, B, D)
-        generator = torch.Generator().manual_seed((self.args.seed << 20) + step)
-        x = self.test.draw(self.args.batch_size, generator)
-        return x, torch.randn(4, *x.shape, generator=generator)
-
-    def losses(self, *batch):
-        if self.flow:  # half the ELBO, half the tighter IWAE, which alone neglects f(p|q)
-            w = self.model.log_weights(*batch)
-            return {"loss": math.log(len(w)) / 2 - (w.mean(0) + w.logsumexp(0)).mean() / 2}
-        if self.compact:
-            values = charted_loss(self.model, *batch, self.batches.reach, self.geco.beta)
-        elif self.args.model == "hnn":
-            values = hnn_loss(self.model, *batch)
-        else:
-            values = self.model.loss(*batch, self.geco.beta)
-        return dict(zip(("loss", "mse", "kl", "beta"), (*values, self.geco.beta)))
-
-    def start(self, folder, checkpoint=None):
-        """Anew, or where the checkpoint was made: what was logged after it is dropped."""
-        self.folder, pid, mine = folder, folder / "pid", str(os.getpid())
-        if pid.exists() and pid.read_text() != mine and Path("/proc", pid.read_text()).exists():
-            raise ValueError(f"process {pid.read_text()} trains {folder}: wait, or delete {pid}")
-        if not checkpoint:
-            if not self.flow:  # of batches after the last
-                some = [self.batches(self.args.steps + i)[0] for i in range(5)]
-                self.model.fit(torch.cat(some).flatten(0, 1)[:1024])
-            self.log(config=self.config, **provenance())
-            return self.save()
-        try:
-            self.done, self.logged = int(checkpoint["step"]), int(checkpoint["logged"])
-            self.began -= checkpoint["seconds"]
-            for mine, kept in zip(self.optimisers, checkpoint["optimisers"], strict=True):
-                mine.load_state_dict({**mine.state_dict(), "state": kept["state"]})
-            for mine, kept in zip((self.geco.beta, self.geco.mse), checkpoint["geco"]):
-                mine.fill_(kept)
-        except Exception as error:  # torch checks little, and raises many kinds
-            raise ValueError(f"{folder} holds no run that can go on: train anew") from error
-        with open(folder / "metrics.jsonl", "a") as log:
-            log.truncate(min(self.logged, log.tell()))
-
-    def fit_prior(self):
-        """The prior, to the states of many clips from batches after the last step."""
-        args, rounds = self.args, min(10000, self.args.steps)
-        few = argparse.Namespace(**vars(args) | {"targets": 1, "window": max(3, args.context)})
-        batches = Batches(few, self.test.data, self.device)
-        n = max(1, min(SEEN // args.context, 64 * rounds) // args.batch_size)
-        with torch.no_grad():
-            states = [self.model.encode(batches(args.steps + i)[0]) for i in range(n)]
-        fit_prior(self.model.prior, *(torch.cat(x) for x in zip(*states)), rounds, args.seed)
+    def geco_state(self):
+        """The tensors of GECO that change from step to step."""
+        geco = self.recipe.geco
+        return [geco.beta, geco.mse] if geco else []
 
     def save(self):
-        state = {"kind": self.args.model, "model": self.model.state_dict(), **provenance(),
-                 "model_config": self.model.config, "config": self.config, "step": self.done,
-                 "optimisers": [x.state_dict() for x in self.optimisers], "logged": self.logged,
-                 "geco": (self.geco.beta.item(), self.geco.mse.item()),
-                 "seconds": time.time() - self.began}  # fmt: skip
-        torch.save(state, file := io.BytesIO())
-        write(self.folder / "checkpoint.pt", file.getvalue())
+        """Write the checkpoint, in one piece. `HGN.load` and `NHF.load` read the model in it."""
+        run = {
+            "options": vars(self.options),
+            "step": self.step,
+            "seconds": time.time() - self.began,
+            "logged": self.logged,
+            "optimisers": [optimiser.state_dict()["state"] for optimiser in self.optimisers],
+            "geco": [x.item() for x in self.geco_state()],
+            **provenance(),
+        }
+        self.model.save(self.folder / "checkpoint.pt", run=run)
+
+    def restore(self, run):
+        """Go on where the checkpoint was made; what was logged after it is dropped."""
+        if not run.get("optimisers"):
+            raise ValueError(f"{self.folder} holds a finished model that cannot go on: train anew")
+        self.step = run["step"]
+        self.logged = run["logged"]
+        self.began -= run["seconds"]
+        for optimiser, state in zip(self.optimisers, run["optimisers"], strict=True):
+            # The learning rates stay the tensors that they are.
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+        for tensor, value in zip(self.geco_state(), run["geco"], strict=True):
+            tensor.fill_(value)
+        with open(self.folder / "metrics.jsonl", "a") as log:
+            log.truncate(min(self.logged, log.tell()))
 
     def log(self, **values):
-        line = {"step": self.done, "seconds": round(time.time() - self.began, 1), **values}
+        """Append a line to metrics.jsonl."""
+        seconds = round(time.time() - self.began, 1)
+        line = json.dumps({"step": self.step, "seconds": seconds, **values})
         with open(self.folder / "metrics.jsonl", "a") as log:
-            log.write(json.dumps(line) + "\n")
+            log.write(line + "\n")
             self.logged = log.tell()
 
-    def loop(self):
-        """Train to the last step or to a signal, heeded between two steps; a second one at once."""
-        args, stopped, bad = self.args, [], 0
-        (self.folder / "pid").write_text(str(os.getpid()))
-        heed = lambda number, _: stopped.append(number) or signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, heed)
-        signal.signal(signal.SIGTERM, heed)
-        with tqdm(initial=self.done, total=args.steps, unit="step") as bar:
-            while self.done < args.steps and not stopped:
-                torch.manual_seed((args.seed << 20) + self.done)  # of z: the same when resumed
-                set_rate(self.optimisers, args.lr, self.done, args.steps)
-                values = self.step(*self.batches(self.done))
-                self.done += 1
-                if self.done == args.steps and self.compact and not args.deterministic:
-                    self.fit_prior()
-                bar.update()
-                last = self.done == args.steps or stopped
-                if self.done % 20 == 0 or last:
-                    values = {k: v.item() for k, v in values.items()}
-                    bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()})
-                    self.log(**values)
-                    bad = 0 if math.isfinite(values["loss"]) else bad + 1
-                if bad == 5:  # looks, 100 steps: it does not come back
-                    raise ValueError(f"the loss is not finite at step {self.done}: lower --lr")
-                if not bad and (self.done % args.save_every == 0 or last):
-                    self.save()
-        if stopped:
-            print(f"stopped: python train.py --resume {self.folder} goes on")
-            raise SystemExit(128 + stopped[0])
+    def lock(self):
+        """Refuse to train in a folder in which another process does. Raises: ValueError."""
+        pid = self.folder / "pid"
+        if pid.exists():
+            other = pid.read_text()
+            if other != str(os.getpid()) and Path("/proc", other).exists():
+                raise ValueError(f"process {other} trains {self.folder}: wait, or delete {pid}")
+        pid.write_text(str(os.getpid()))
 
 
-def bench(args, device):
-    """Time a matmul, data and training steps: a table, and runs/bench-<device>.json."""
-    cuda, rows, threads = device.type == "cuda", [], torch.get_num_threads()
-    path, test = Path(f"runs/bench-{device.type}.json"), test_set(vars(args), 2, device)
-    path.parent.mkdir(exist_ok=True)
-    machine = torch.cuda.get_device_name(device) if cuda else f"{threads} threads"
-    report = {**provenance(), "config": vars(args), "machine": machine, "table": rows}
+def new_folder(options, name):
+    """runs/NAME/, by default named after the data, never one that exists. Raises: ValueError."""
+    default = options.system or options.density or Path(options.data or "").stem
+    if name and Path(name).name != name:
+        raise ValueError(f"--name {name} is not the name of a folder")
+    folder = Path("runs", name or default)
+    number = 2
+    while folder.exists():
+        if name:
+            raise ValueError(f"{folder} exists: --resume {folder} goes on with it")
+        folder = Path("runs", f"{default}-{number}")
+        number += 1
+    folder.mkdir(parents=True)
+    return folder
 
-    def row(what, n, call):
-        timer = Timer("call()", globals={"call": call}, num_threads=threads)
-        cuda and torch.cuda.reset_peak_memory_stats()  # a CPU counts none
-        begin = time.time()
-        call()
-        first = time.time() - begin  # compiles
-        s, peak = timer.blocked_autorange(min_run_time=2).median, torch.cuda.max_memory_allocated()
-        rows.append({"what": what, "first_s": first, "s": s, "per_s": n / s, "peak_bytes": peak})
-        print(f"{what:<42}{1e3 * s:9.4g} ms{n / s:10.4g}/s, first {first:.3g} s, {peak >> 20} MB")
-        write(path, json.dumps(report, indent=1).encode())
 
-    a, many = torch.randn(4096, 4096, device=device), 8192 if cuda else 1024
-    row("matmul of 4096, TFLOP", 2 * 4096**3 / 1e12, lambda: a @ a)
-    for name, system in list(SYSTEMS.items())[:4]:  # the paper's
-        row(f"clips of {name}", many, lambda: clips(system, many, size=args.size, device=device))
-    paper, large = {"arch": "paper", "latent": None, "periodic": False}, {"batch_size": 512}
-    for changes in ({}, paper, large, paper | large)[: 3 + cuda]:
-        for compile in (False, True)[: 1 + args.compile]:
-            own = argparse.Namespace(**vars(args) | changes | {"compile": compile})
-            run = Run(own, build(own, test).to(device), test, device)
-            batch = run.batches(own.steps)  # of the farthest horizon
-            ways = {"eager": run.step.step, "graph": run.step} if cuda else {"": run.step}
-            for way, call in ways.items():
-                what = f"{own.arch} step, batch {own.batch_size} {way}{' compiled' * compile}"
-                row(what, own.batch_size, lambda: call(*batch))
+# ---------------------------------------------------------------------------------------- the loop
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM are heeded between two steps, a second one at once."""
+
+    def __init__(self):
+        self.signal = 0
+        signal.signal(signal.SIGINT, self.heed)
+        signal.signal(signal.SIGTERM, self.heed)
+
+    def heed(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+LOG_EVERY = 20  # steps
+MOST_BAD_LOGS = 5  # lines of the log whose loss is not finite: it does not come back
+
+
+def train(run, compile=False):
+    """Train to the last step or to a signal, with a log and checkpoints on the way."""
+    options = run.options
+    recipe = run.recipe
+    take_step = step_of(recipe, run.model, run.optimisers, compile)
+    interruption = Interruption()
+    bad_logs = 0
+    with tqdm(initial=run.step, total=options.steps, unit="step") as bar:
+        while run.step < options.steps and not interruption.signal:
+            # The noise of z is drawn from here: a resumed run draws what it would have drawn.
+            torch.manual_seed((options.seed << 20) + run.step)
+            set_rate(run.optimisers, options.lr, run.step, options.steps)
+            values = take_step(*recipe.batch(run.step))
+            run.step += 1
+            bar.update()
+            if run.step == options.steps:
+                recipe.finish(run.model)
+            last = run.step == options.steps or interruption.signal
+            if run.step % LOG_EVERY == 0 or last:
+                numbers = {name: value.item() for name, value in values.items()}
+                bar.set_postfix({name: f"{value:.3g}" for name, value in numbers.items()})
+                run.log(**numbers)
+                bad_logs = 0 if math.isfinite(numbers["loss"]) else bad_logs + 1
+            if bad_logs == MOST_BAD_LOGS:
+                raise ValueError(f"the loss is not finite at step {run.step}: lower --lr")
+            if bad_logs == 0 and (run.step % options.save_every == 0 or last):
+                run.save()
+    if interruption.signal:
+        print(f"stopped: python train.py --resume {run.folder} goes on")
+        raise SystemExit(128 + interruption.signal)
+
+
+# --------------------------------------------------------------------------------------- the speed
+
+
+def timed(what, n, call):
+    """Time a call that does n things: the first call, which compiles, and the median after it."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    begin = time.time()
+    call()
+    first = time.time() - begin
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    median = timer.blocked_autorange(min_run_time=2).median
+    print(f"{what:<42}{1e3 * median:9.4g} ms{n / median:10.4g}/s, first {first:.3g} s")
+    row = {"what": what, "first_s": first, "s": median, "per_s": n / median}
+    if on_gpu:
+        row["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return row
+
+
+def bench(recipe, device, compile):
+    """Time a matmul, the simulation of clips and the training step of a recipe.
+
+    On a GPU the step is timed kernel by kernel, and then as a graph. The table goes to a file too.
+    """
+    options = recipe.options
+    model = recipe.build().to(device)
+    step = step_of(recipe, model, optimisers_of(recipe, model), compile)
+    batch = recipe.batch(options.steps)  # with the farthest horizon
+    a = torch.randn(4096, 4096, device=device)
+    rows = [timed("matmul of 4096, TFLOP", 2 * 4096**3 / 1e12, partial(torch.matmul, a, a))]
+    if options.system:
+        n = 8192 if device.type == "cuda" else 1024
+        simulate_clips = partial(clips, SYSTEMS[options.system], n, device=device)
+        rows.append(timed(f"clips of {options.system}", n, simulate_clips))
+    if isinstance(step, Graphed):
+        eager = partial(step.step, *batch)
+        rows.append(timed("training step, kernel by kernel", options.batch_size, eager))
+    rows.append(timed("training step", options.batch_size, partial(step, *batch)))
+    report = {**provenance(), "threads": torch.get_num_threads(), "config": vars(options)}
+    report["table"] = rows
+    Path("runs").mkdir(exist_ok=True)
+    write_file("runs/bench.json", json.dumps(report, indent=1).encode())
+    print("wrote runs/bench.json")
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def device_of(options, name):
+    """The device called `name`, or the best there is; flows, which are small, run on the CPU."""
+    device = pick_device("cpu" if options.model in FLOWS else name)
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # the default stream captures none
+    return device
+
+
+def start(recipe, name, device):
+    """A new run in a folder of its own."""
+    options = recipe.options
+    model = recipe.build().to(device)
+    run = Run(new_folder(options, name), recipe, model)
+    recipe.prepare(model)
+    run.log(config=vars(options), **provenance())
+    run.save()
+    return run
+
+
+def resume(path, given, device_name, compile):
+    """The run whose checkpoint is at `path`, where it stopped."""
+    model, saved = load(path)
+    options = resumed(given, saved["options"])
+    device = device_of(options, device_name)
+    recipe = recipe_of(options, device, compile)
+    run = Run(path.parent, recipe, model.to(device))
+    run.restore(saved)
+    return run
+
+
+def run_command(given):
+    """Train what the given options ask for, measure it, and say where it is."""
+    command = {name: given.pop(name, None) for name in OF_THE_COMMAND}
+    compile = command["compile"]
+    if command["resume"] is None:
+        options = settle(given)
+        device = device_of(options, command["device"])
+        torch.manual_seed(options.seed)
+        recipe = recipe_of(options, device, compile)
+        if command["bench"]:
+            return bench(recipe, device, compile)
+        run = start(recipe, command["name"], device)
+    else:
+        path = find_run(command["resume"] or None)
+        run = resume(path, given, command["device"], compile)
+    print(run.recipe.test.summary)
+    print(f"{run.folder}: step {run.step} of {run.options.steps}")
+    run.model.train()
+    train(run, compile)
+    run.model.eval()
+    result = run.recipe.report(run.model, run.folder)
+    run.log(**{name: value for name, value in result.items() if isinstance(value, float)})
+    save_curves(run.folder)
+    print_table(vars(run.options), result)
+    seconds = time.time() - run.began
+    print(f"\n{seconds:.0f} s. Then: python eval.py --checkpoint {run.folder}")
 
 
 def main():
-    """Train what the options ask for, measure it, and say where it is."""
-    try:
-        args, model, checkpoint, folder = opened(parse())
-        device = pick_device("cpu" if args.model in FLOWS else args.device)
-        if device.type == "cuda":
-            torch.cuda.set_stream(torch.cuda.Stream(device))  # the default captures no graphs
-        if args.bench:
-            return bench(args, device)
-        test = test_set(vars(args), 100, device)
-        print(test.summary)
-        torch.manual_seed(args.seed)
-        model = (model or build(args, test)).to(device).train()
-        run = Run(args, model, test, device)
-        run.start(folder or new_folder(args), checkpoint)
-        print(f"{run.folder}: step {run.done} of {args.steps}")
-        run.loop()
-        if not run.flow:
-            movies(model.eval(), test, run.folder)
-        result = measure_flow(model, test, 2000, (64,)) if run.flow else measure(model, test)
-        run.log(**{k: v for k, v in result.items() if isinstance(v, float)})
-        table(run.config, result)
-        print(f"\n{time.time() - run.began:.0f} s. Then: python eval.py --checkpoint {run.folder}")
-        first = next((v for k, v in result.items() if k.startswith("mse_0_")), 0.0)
-        if not first <= 0.5 * result.get("blank_mse", 0.0):
-            print("Above half of blank's error: little was learnt. Try more --steps, a lower --lr.")
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        argparse.ArgumentParser().exit(2, f"error: {(str(error) or 'no memory').splitlines()[0]}\n")
+    run_main(run_command, parse())
 
 
 if __name__ == "__main__":
