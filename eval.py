@@ -767,7 +767,7 @@ def save_density(model, points, folder, seed=0, n=20_000):
         figure, axes = charts(1 + len(hamiltonians), 3)
         norm = draw_histograms(axes[0], data, samples, (0, 1))
         x, y, grid = grid_of(data)
-        learnt = model.log_prob(grid, 16, seeded(seed)).exp()
+        learnt = model.log_prob(grid, 32, seeded(seed)).exp()
         image = axes[0, 2].pcolormesh(x, y, learnt, norm=norm)
         finish(axes[0, 2], image, "learnt density", unit="density")
         for i in range(len(hamiltonians)):
@@ -924,15 +924,15 @@ def look(given):
 def look_at_pictures(model, device, options, folder, seed, given):
     """Write movies and charts of a model of pictures. Returns: the figures."""
     model.to(device)
-    clips = given.pop("clips", 256)
+    count = given.pop("clips", 256)
     frames = given.get("frames", 90)
-    test = test_set(options, clips, device)
+    test = test_set(options, count, device)
     print(test.summary)
     save_movies(model, test, folder, seed=seed, **given)
     save_phase(model, test, folder, frames)
     result = measure(model, test, frames, steps=1000)
     if test.system:
-        few = test_set(options, min(clips, 128), device)  # reading the states of samples takes long
+        few = test_set(options, min(count, 128), device)  # reading the states of samples takes long
         result |= measure_physics(model, few)
     return result
 

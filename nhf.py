@@ -13,29 +13,30 @@ density f(p|q), so that with base density pi
     model.sample(1000)                              # (1000, 2)
 """
 
-import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf, log, pi
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hgn import Hamiltonian, PotentialMLP, RealNVP, Saved, check_options
 
 # ------------------------------------------------------------------------------------------ flows
 
+SIZES = range(1, 4097)  # allowed numbers of dimensions, Hamiltonians, steps, layers and units
+
 
 def log_normal(x):
     """log N(x; 0, I) of x (..., dim), (...): the base density of q and of p."""
-    return -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1)
+    return -0.5 * (x.square() + log(2 * pi)).sum(-1)
 
 
 class Flow(Saved):
     """What NHF and RealNVPFlow share: the user's units. Inside, x is scale^-1 (x - shift).
 
-    shift: a number or (dim,). scale: numbers above 0 or a lower triangular matrix (dim, dim).
+    shift: a number or (dim,). scale: a number above 0 or a lower triangular matrix (dim, dim).
     Raises: ValueError for other values.
     """
 
@@ -43,12 +44,14 @@ class Flow(Saved):
         super().__init__()
         shift = torch.as_tensor(shift, dtype=torch.float64, device="cpu")
         scale = torch.as_tensor(scale, dtype=torch.float64, device="cpu")
-        if scale.dim() < 2:
+        if scale.dim() == 0:
             scale = scale.expand(dim).diag()
-        shapes = shift.shape in ((), (dim,)) and scale.shape == (dim, dim)
-        numbers = torch.cat((shift.view(-1), scale.diagonal().log()))
-        if not shapes or not numbers.isfinite().all() or scale.triu(1).any():
-            raise ValueError(f"shift, scale: {dim} numbers, scale above 0 or lower triangular")
+        if shift.shape not in ((), (dim,)) or scale.shape != (dim, dim):
+            raise ValueError(f"shift must be a number or ({dim},), scale one or ({dim}, {dim})")
+        # A logarithm is finite only of a number above 0.
+        numbers = shift + scale.diagonal().log()
+        if not numbers.isfinite().all() or not scale.equal(scale.tril()):
+            raise ValueError("shift must be finite, scale above 0 or a lower triangular matrix")
         self.shift = nn.Buffer(shift.expand(dim).clone())
         self.scale = nn.Buffer(scale.clone())
         self.dim = dim
@@ -72,8 +75,7 @@ class Flow(Saved):
         """N(0, I) in the model's precision and on its device, drawn on the generator's."""
         weight = next(self.parameters())
         device = weight.device if generator is None else generator.device
-        noise = torch.randn(shape, generator=generator, device=device, dtype=weight.dtype)
-        return noise.to(weight)
+        return torch.randn(shape, generator=generator, device=device).to(weight)
 
     def elbo(self, x, generator=None):
         """The evidence lower bound of log p(x), by one draw of p: x (..., dim) -> (...)."""
@@ -81,11 +83,11 @@ class Flow(Saved):
 
 
 class Quadratic(nn.Module):
-    """K(p) = |p L|^2 / 2 with a learnt matrix L: any constant masses."""
+    """K(p) = |p L|^2 / 2 with a learnt matrix L, which stands for any constant masses."""
 
     def __init__(self, dim):
         super().__init__()
-        # Heavy masses: q drifts slowly, so that the wells of V focus it.
+        # The masses start heavy: q drifts slowly, so that the wells of V can focus it.
         self.L = nn.Parameter(0.3 * torch.eye(dim))
 
     def forward(self, p):
@@ -94,11 +96,11 @@ class Quadratic(nn.Module):
 
     def grad(self, p):
         """dK/dp, (..., dim)."""
-        return F.linear(p @ self.L, self.L)
+        return p @ self.L @ self.L.mT
 
 
 class SeparableHamiltonian(Hamiltonian):
-    """H(q, p) = K(p) + V(q). kinetic: "quadratic" or "mlp"."""
+    """H(q, p) = K(p) + V(q), where K is a `Quadratic` or, with kinetic="mlp", like V an MLP."""
 
     def __init__(self, dim, width, kinetic="quadratic"):
         super().__init__()
@@ -110,7 +112,7 @@ class SeparableHamiltonian(Hamiltonian):
         return self.K(p) + self.V(q)
 
     def leap(self, q, p, dt):
-        """One leapfrog step as drift, kick, drift, which takes a single gradient of V."""
+        """One leapfrog step of length dt as drift, kick, drift: it needs one gradient of V only."""
         q = q + dt / 2 * self.K.grad(p)
         p = p - dt * self.V.grad(q)
         q = q + dt / 2 * self.K.grad(p)
@@ -130,6 +132,10 @@ class NHF(Flow):
     Raises: ValueError for values that are not allowed.
     """
 
+    allowed = {
+        "dim": SIZES, "hamiltonians": SIZES, "steps": SIZES, "width": SIZES,
+        "kinetic": ("quadratic", "mlp"),
+    }  # fmt: skip
     couplings = 6  # of f(p|q)
 
     def __init__(self, dim=2, hamiltonians=1, steps=6, width=64, kinetic="quadratic", **units):
@@ -137,40 +143,33 @@ class NHF(Flow):
             "dim": dim, "hamiltonians": hamiltonians, "steps": steps, "width": width,
             "kinetic": kinetic,
         }  # fmt: skip
-        allowed = dict.fromkeys(config, range(1, 4097))
-        check_options(config, allowed | {"kinetic": ["quadratic", "mlp"]})
+        check_options(config, self.allowed)
         super().__init__(dim, **units)
         self.config = config
-        parts = [SeparableHamiltonian(dim, width, kinetic) for _ in range(hamiltonians)]
-        self.H = nn.ModuleList(parts)
-        # All steps together take a time of 1.6, a quarter of the period of V's quadratic part.
+        self.H = nn.ModuleList(
+            SeparableHamiltonian(dim, width, kinetic) for _ in range(hamiltonians)
+        )
+        # At first all steps together take a quarter of the period of a unit mass in V's |q|^2 / 2.
         dt = torch.full((hamiltonians, steps), 1.6 / hamiltonians / steps)
         self.log_dt = nn.Parameter(dt.log())
         hidden = max(width // 4, 2 * dim)
         self.encoder = RealNVP(dim, self.couplings, hidden)  # its inverse: noise -> p ~ f(p|q)
         self.context = nn.Linear(width, self.couplings * hidden)  # what the couplings see of q
 
-    def leaps(self):
-        """Every leapfrog step in order: its H and its length."""
-        for H, lengths in zip(self.H, self.log_dt.exp(), strict=True):
-            for dt in lengths:
-                yield H, dt
-
     def flow(self, q, p, reverse=False):
         """Move base states (q, p), (..., dim) each, to data, or with `reverse` data to base.
 
         Returns: the path (2, ..., hamiltonians * steps + 1, dim), in standardised units.
         """
-        leaps = list(self.leaps())
+        lengths = zip(self.H, self.log_dt.exp(), strict=True)
+        leaps = [(H, dt) for H, dts in lengths for dt in dts]
         if reverse:
             leaps = [(H, -dt) for H, dt in reversed(leaps)]
-        path_q = [q]
-        path_p = [p]
+        path = [torch.stack((q, p))]
         for H, dt in leaps:
             q, p = H.leap(q, p, dt)
-            path_q.append(q)
-            path_p.append(p)
-        return torch.stack((torch.stack(path_q, -2), torch.stack(path_p, -2)))
+            path.append(torch.stack((q, p)))
+        return torch.stack(path, -2)
 
     def log_weights(self, x, noise):
         """log pi(flow^-1(q, p)) - log f(p|q) for every draw p ~ f(p|q).
@@ -192,10 +191,10 @@ class NHF(Flow):
         On average it is a lower bound, which is tighter for more samples.
         """
         log_p = []
-        block = max(1, 2048 // samples)  # states that stay in the cache of a CPU
+        block = max(1, 2048 // samples)  # points whose states fit into the cache of a CPU
         for part in x.reshape(-1, x.shape[-1]).split(block):
             noise = self.noise(samples, *part.shape, generator=generator)
-            log_mean = self.log_weights(part, noise).logsumexp(0) - math.log(samples)
+            log_mean = self.log_weights(part, noise).logsumexp(0) - log(samples)
             log_p.append(log_mean)
         return torch.cat(log_p).view(x.shape[:-1])
 
@@ -214,8 +213,7 @@ class RealNVPFlow(Flow):
 
     def __init__(self, dim=2, layers=8, width=128, **units):
         config = {"dim": dim, "layers": layers, "width": width}
-        allowed = dict.fromkeys(config, range(1, 4097))
-        check_options(config, allowed | {"dim": range(2, 4097)})
+        check_options(config, {"dim": SIZES[1:], "layers": SIZES, "width": SIZES})
         super().__init__(dim, **units)
         self.config = config
         self.couplings = RealNVP(dim, layers, width)
@@ -229,15 +227,15 @@ class RealNVPFlow(Flow):
             width += 1
         return cls(flow.dim, layers, width, shift=flow.shift, scale=flow.scale)
 
+    def log_prob(self, x, samples=1, generator=None):
+        """log p(x), x (..., dim) -> (...), in nats: exactly, whatever `samples` is."""
+        x, log_volume = self.standardise(x)
+        noise, log_det = self.couplings(x)
+        return log_normal(noise) + log_det - log_volume
+
     def log_weights(self, x, noise=None):
         """The interface of NHF: one weight for each point, log p(x) itself, (1, B)."""
-        x, log_volume = self.standardise(x)
-        z, log_det = self.couplings(x)
-        return (log_normal(z) + log_det - log_volume).unsqueeze(0)
-
-    def log_prob(self, x, samples=1, generator=None):
-        """log p(x), x (..., dim) -> (...), nats, exactly, whatever `samples` is."""
-        return self.log_weights(x)[0]
+        return self.log_prob(x).unsqueeze(0)
 
     def sample(self, n, generator=None):
         """n points (n, dim), in float64; gradients reach the weights."""
@@ -257,10 +255,13 @@ TEST_SEED = 2**40  # of all test data; training draws from seeds below it only (
 
 @dataclass(frozen=True)
 class Density:
-    """A density in the plane. sample(n, generator) -> (n, 2). entropy: in nats.
+    """A density in the plane.
 
-    Of densities that are noise around equal points or curves also the width of the noise, and
-    points (m, 2) on these curves.
+    Attributes:
+        sample: a function of n and a generator that returns points (n, 2).
+        entropy: in nats.
+        sigma: the width of the noise, where the density is noise around points or curves.
+        centres: points (m, 2) spread evenly over these curves.
     """
 
     sample: Callable
@@ -277,58 +278,42 @@ def polar(r, angle):
     return xy(r * angle.cos(), r * angle.sin())
 
 
-def noisy_curves(curve, entropy, sigma, parts=1, nodes=400):
-    """Noise of width sigma around curve(k, t), points (n, 2) of part k and of t in [0, 1]."""
-    nodes_t = (torch.arange(nodes) + 0.5) / nodes
-    nodes_k = torch.arange(parts).repeat_interleave(nodes)
-    centres = curve(nodes_k, nodes_t.repeat(parts)).double()
+def on_arcs(arcs, t):
+    """The points at t in [0, 1] on arcs of circles, (..., 5) as in `noisy_arcs`."""
+    x, y, radius, middle, n = arcs.unbind(-1)
+    return xy(x, y) + polar(radius, pi * (middle + (2 * t - 1) / n))
+
+
+def noisy_arcs(arcs, entropy, sigma, nodes=400):
+    """Noise of width sigma around arcs of circles, all of them equally likely.
+
+    arcs: for each (x, y, radius, middle, n), the centre and the radius of its circle, the direction
+    of its middle in half turns, and the part 1/n of the circle that it is; n is inf for a point.
+    """
+    arcs = torch.tensor(arcs)
+    t = (torch.arange(nodes) + 0.5) / nodes
+    centres = on_arcs(arcs, t.unsqueeze(1)).view(-1, 2).double()
 
     def sample(n, generator=None):
-        k = torch.randint(parts, (n,), generator=generator)
+        arc = torch.randint(len(arcs), (n,), generator=generator)
         t = torch.rand(n, generator=generator)
-        return curve(k, t) + sigma * torch.randn(n, 2, generator=generator)
+        return on_arcs(arcs[arc], t) + sigma * torch.randn(n, 2, generator=generator)
 
     return Density(sample, entropy, sigma, centres)
 
 
-def eight_points(k, t):
-    return polar(4 / 1.414, k * math.pi / 4)
-
-
-def nine_points(k, t):
-    return 2.0 * xy(k % 3 - 1, k // 3 - 1)
-
-
-def moons(k, t):
-    return polar(2, math.pi * (k + t)) + xy(2 * k - 1, k - 0.2)
-
-
-def crescents(k, t):
-    return polar(2.0, math.pi * (k + (2 * t - 1) / 3))
-
-
-def circles(k, t):
-    return polar(3.0 / (1 + k), 2 * math.pi * t)
-
-
-def rings(k, t):
-    return polar(0.75 * (1.0 + k), 2 * math.pi * t)
-
-
 def sample_pinwheel(n, generator=None):
     x, y = torch.randn(n, 2, generator=generator).unbind(1)
-    x = 0.3 * x + 1
-    y = 0.1 * y
+    radius = 0.3 * x + 1
     arm = torch.randint(5, (n,), generator=generator)  # a quarter of a turn apart: two coincide
-    angle = math.pi / 2 * arm + 0.25 * x.exp()
-    cos = angle.cos()
-    sin = angle.sin()
-    return 2 * xy(cos * x - sin * y, sin * x + cos * y)
+    angle = pi / 2 * arm + 0.25 * radius.exp()
+    across = 0.1 * y
+    return 2 * (polar(radius, angle) + xy(-across * angle.sin(), across * angle.cos()))
 
 
 def sample_spirals(n, generator=None):
-    angle = 3 * math.pi * torch.rand(n, generator=generator).sqrt()
-    arm = polar(angle, math.pi - angle) + 0.5 * torch.rand(n, 2, generator=generator)
+    angle = 3 * pi * torch.rand(n, generator=generator).sqrt()
+    arm = polar(angle, pi - angle) + 0.5 * torch.rand(n, 2, generator=generator)
     sign = 2.0 * torch.randint(2, (n, 1), generator=generator) - 1
     return sign * arm / 3 + 0.1 * torch.randn(n, 2, generator=generator)
 
@@ -340,18 +325,22 @@ def sample_checkerboard(n, generator=None):
     return 2 * xy(x, y)
 
 
-# After the toy densities of FFJORD (Grathwohl et al. 2019). The entropies are means of -log p,
-# known to 0.002; the checkerboard's is exact.
+# After the toy densities of FFJORD (Grathwohl et al. 2019). The entropies are means of -log p to
+# within 0.002; that of the checkerboard is exact.
 DENSITIES = {
-    "eight_gaussians": noisy_curves(eight_points, 2.833, 1 / 2.828, parts=8, nodes=1),
-    "nine_gaussians": noisy_curves(nine_points, 2.627, 0.3, parts=9, nodes=1),
-    "two_moons": noisy_curves(moons, 2.396, 0.2, parts=2),
-    "crescents": noisy_curves(crescents, 2.020, 0.2, parts=2),
-    "circles": noisy_curves(circles, 3.268, 0.24, parts=2),
-    "rings": noisy_curves(rings, 2.622, 0.08, parts=4),
+    "eight_gaussians": noisy_arcs(
+        [(0, 0, 4 / 1.414, k / 4, inf) for k in range(8)], 2.833, 1 / 2.828, nodes=1
+    ),
+    "nine_gaussians": noisy_arcs(
+        [(x, y, 0, 0, inf) for y in (-2, 0, 2) for x in (-2, 0, 2)], 2.627, 0.3, nodes=1
+    ),
+    "two_moons": noisy_arcs([(-1, -0.2, 2, 0.5, 2), (1, 0.8, 2, 1.5, 2)], 2.396, 0.2),
+    "crescents": noisy_arcs([(0, 0, 2, 0, 3), (0, 0, 2, 1, 3)], 2.020, 0.2),
+    "circles": noisy_arcs([(0, 0, 3, 1, 1), (0, 0, 1.5, 1, 1)], 3.268, 0.24),
+    "rings": noisy_arcs([(0, 0, r, 1, 1) for r in (0.75, 1.5, 2.25, 3)], 2.622, 0.08),
     "pinwheel": Density(sample_pinwheel, 2.045),
     "two_spirals": Density(sample_spirals, 2.648),
-    "checkerboard": Density(sample_checkerboard, math.log(32)),
+    "checkerboard": Density(sample_checkerboard, log(32)),
 }
 
 
@@ -360,61 +349,73 @@ def seeded(seed):
 
 
 class Points:
-    """What a flow learns from: a density of `DENSITIES`, by its name, or points (N, D).
+    """What a flow learns from: a density of `DENSITIES`, given by its name, or points (N, D).
 
-    `draw(n, generator)`: points to learn from, (n, dim). `held_out`: others, to test with; a tenth
-    of given points, chosen by `seed`. `shift`: the mean, (dim,). `scale`: the Cholesky factor of
-    the covariance, (dim, dim). `name` is for messages. Raises: ValueError.
+    Attributes:
+        held_out: points to test with, which `draw` never returns; of given points a tenth, chosen
+            by `seed`.
+        rows: the given points without those held out, or a sample of the density, float64.
+        shift: the mean of the rows, (dim,).
+        scale: the Cholesky factor of their covariance, (dim, dim).
+        digest: of given points, a text that differs where they differ; else None.
+        summary: a line about all this, in which given points are called `name`.
+    Raises: ValueError for points that no flow can learn from.
     """
 
     def __init__(self, source, seed=0, name="points"):
+        self.density = None
+        self.digest = None
         if isinstance(source, str):
+            check_options({"density": source}, {"density": list(DENSITIES)})
             name = source
-            self.take_density(source)
+            self.density = DENSITIES[source]
+            self.held_out = self.draw(10_000, seeded(TEST_SEED))
+            self.rows = self.draw(20_000, seeded(TEST_SEED - 1)).double()
         else:
-            self.take_points(source, seed, name)
+            rows = valid_points(source, name)
+            rows = rows[torch.randperm(len(rows), generator=seeded(seed))]
+            self.digest = f"points {tuple(rows.shape)}, CRC {zlib.crc32(rows.numpy()):x}"
+            self.held_out, self.rows = rows.tensor_split([max(1, len(rows) // 10)])
         self.dim = self.rows.shape[1]
         self.shift = self.rows.mean(0)
         self.scale = covariance_factor(self.rows, name)
-        kept = len(self.held_out)
-        self.summary = f"{name}: {self.digest or 'fresh points'}, {kept} held out"
+        self.summary = f"{name}: {self.digest or 'fresh points'}, {len(self.held_out)} held out"
 
-    def take_density(self, name):
-        check_options({"density": name}, {"density": list(DENSITIES)})
-        self.density = DENSITIES[name]
-        self.digest = None  # of given points: tells whether they have changed
-        self.draw = self.density.sample
-        self.held_out = self.draw(10_000, seeded(TEST_SEED))
-        self.rows = self.draw(20_000, seeded(TEST_SEED - 1)).double()
-
-    def take_points(self, source, seed, name):
-        rows = torch.as_tensor(source, dtype=torch.float64, device="cpu")
-        if rows.dim() != 2 or len(rows) < 2 or rows.shape[1] == 0:
-            raise ValueError(f"{name} must be points (N, D), N > 1, not {list(rows.shape)}")
-        bad = (~rows.isfinite()).nonzero()
-        if len(bad):
-            raise ValueError(f"{name}: not finite at {bad[0].tolist()}: drop such rows")
-        rows = rows[torch.randperm(len(rows), generator=seeded(seed))]
-        self.density = None
-        self.digest = f"points {tuple(rows.shape)}, CRC {zlib.crc32(rows.numpy()):x}"
-        self.held_out, self.rows = rows.tensor_split([max(1, len(rows) // 10)])
-        self.draw = self.draw_rows
-
-    def draw_rows(self, n, generator=None):
+    def draw(self, n, generator=None):
+        """n points to learn from, (n, dim): fresh ones of a density, else some of the rows."""
+        if self.density:
+            return self.density.sample(n, generator)
         return self.rows[torch.randint(len(self.rows), (n,), generator=generator)]
 
 
-def covariance_factor(rows, name):
-    """The Cholesky factor of the covariance of rows (N, D).
+def valid_points(source, name):
+    """The points (N, D) in float64.
 
-    Raises: ValueError where a column is constant, or a sum of others.
+    Raises: ValueError for other shapes, NaN and infinity.
     """
-    dim = rows.shape[1]
-    covariance = rows.mT.cov(correction=0).view(dim, dim)
+    points = torch.as_tensor(source, dtype=torch.float64, device="cpu")
+    if points.dim() != 2 or len(points) < 2 or points.shape[1] == 0:
+        raise ValueError(f"{name} must be points (N, D), N > 1, not {list(points.shape)}")
+    bad = (~points.isfinite()).nonzero()
+    if len(bad):
+        raise ValueError(f"{name}: not finite at {bad[0].tolist()}: drop such rows")
+    return points
+
+
+def covariance_factor(rows, name):
+    """The Cholesky factor (D, D) of the covariance of rows (N, D).
+
+    Raises: ValueError where a column is a constant or a sum of others.
+    """
+    centred = rows - rows.mean(0)
+    covariance = centred.mT @ centred / len(rows)
     scale, failed_at = torch.linalg.cholesky_ex(covariance)
-    smallest = 1e-6 * rows.std(0, correction=0) + 1e-12 * rows.abs().amax(0)  # rounding
-    bad = (scale.diagonal() <= smallest).nonzero()
+    # The diagonal holds what each column adds to those before it, which must exceed rounding.
+    rounding = 1e-6 * covariance.diagonal().sqrt() + 1e-12 * rows.abs().amax(0)
+    bad = (scale.diagonal() <= rounding).nonzero()
     if failed_at or len(bad):
         column = failed_at - 1 if failed_at else bad[0]
-        raise ValueError(f"{name}: [:, {int(column)}] says nothing new: drop it, or add rows")
+        raise ValueError(
+            f"{name}: column {int(column)} is a constant or a sum of others: drop it, or add rows"
+        )
     return scale

@@ -269,9 +269,9 @@ class PictureRecipe:
         self.row = self.frames_in_a_row()
         if min(self.row, self.longest) < max(3, options.context):
             raise ValueError("too few frames: raise --window or --targets, or lower --context")
-        if options.batch_size * (options.context + options.window) * test.size**2 > MOST_PIXELS:
-            names = "--batch-size, --context, --window or --size"
-            raise ValueError(f"a batch would take gigabytes: lower {names}")
+        frames = options.batch_size * (options.context + options.window)
+        if frames * test.size**2 > MOST_PIXELS:
+            raise ValueError("a batch takes gigabytes: lower --batch-size, --window or --size")
         # Long clips are drawn more often, so that every frame is as likely as any other.
         self.clips = self.source.train.repeat_interleave(lengths * (lengths >= self.row))
 
@@ -305,6 +305,11 @@ class PictureRecipe:
         clips = self.clips[below(len(self.clips))]
         return clips, below, frames
 
+    def losses(self, model, *batch):
+        """The loss to go down, its terms and the weight of the KL, scalars by their names."""
+        loss, mse, kl = self.terms(model, *batch)
+        return {"loss": loss, "mse": mse, "kl": kl, "beta": self.beta}
+
     def finish(self, model):
         """Nothing to do after the last step."""
 
@@ -330,28 +335,24 @@ class PaperRecipe(PictureRecipe):
         first = below(self.source.lengths[clips] - self.row + 1)
         return (frames(first + torch.arange(self.row, device=first.device)),)
 
-    def losses(self, model, frames):
-        loss, mse, kl = model.loss(frames, self.beta)
-        return {"loss": loss, "mse": mse, "kl": kl, "beta": self.beta}
+    def terms(self, model, frames):
+        return model.loss(frames, self.beta)
 
 
 class HNNRecipe(PaperRecipe):
     """Hamiltonian Neural Networks on the published networks, see `hgn.hnn_loss`."""
 
-    @staticmethod
-    def complete(options):
-        options.arch = "paper"
-        options.context = 2
-        options.deterministic = True
-        options.geco = None
-        options.beta = 0.0
+    fixed = {"arch": "paper", "context": 2, "deterministic": True, "geco": None, "beta": 0.0}
+
+    @classmethod
+    def complete(cls, options):
+        vars(options).update(cls.fixed)
 
     def frames_in_a_row(self):
         return min(self.longest, self.options.targets)
 
-    def losses(self, model, frames):
-        loss, mse, kl = hnn_loss(model, frames)
-        return {"loss": loss, "mse": mse, "kl": kl, "beta": self.beta}
+    def terms(self, model, frames):
+        return hnn_loss(model, frames)
 
 
 class CompactRecipe(PictureRecipe):
@@ -402,9 +403,8 @@ class CompactRecipe(PictureRecipe):
         rolled_out = self.longest - 1 if self.one_shape else horizon
         return seen, targets, times.to(self.device), rolled_out
 
-    def losses(self, model, *batch):
-        loss, mse, kl = charted_loss(model, *batch, self.beta)
-        return {"loss": loss, "mse": mse, "kl": kl, "beta": self.beta}
+    def terms(self, model, *batch):
+        return charted_loss(model, *batch, self.beta)
 
     def finish(self, model):
         """Fit the prior to the states of many clips, from batches after the last one."""
