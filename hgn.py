@@ -668,10 +668,10 @@ class Space:
 
 
 class RealNVP(Prior):
-    """Affine couplings (Dinh et al. 2017), a learnt prior of vectors z (B, dim).
+    """An invertible map made of affine couplings (Dinh et al. 2017).
 
-    `forward` takes data to noise and `inverse` noise to data. Each layer changes the coordinates
-    that its mask leaves out, by a shift and a scale that a network computes from the others.
+    Each layer changes the coordinates that its mask leaves out, by a scale and a shift that a
+    network computes from the others. As a learnt prior of z, `forward` takes z to noise.
     context: for each layer a tensor (..., width) that is added before the first ReLU.
     """
 
@@ -683,7 +683,7 @@ class RealNVP(Prior):
         self.nets = nn.ModuleList(networks)
 
     def coupling(self, layer, x, context):
-        """log s and t of a layer, (..., dim) each, zero where x passes unchanged."""
+        """log s and t of a layer, (..., dim) each, zero where the layer changes nothing."""
         mask = self.masks[layer]
         net = self.nets[layer]
         hidden = net[0](mask * x)
@@ -694,7 +694,7 @@ class RealNVP(Prior):
         return 2 * torch.tanh(log_s / 2), t
 
     def forward(self, x, context=None):
-        """Data x (..., dim) -> noise u and log |det du/dx|, (...)."""
+        """x (..., dim) -> y (..., dim) and log |det dy/dx|, (...)."""
         log_det = 0
         for layer in range(len(self.nets)):
             log_s, t = self.coupling(layer, x, context)
@@ -702,14 +702,14 @@ class RealNVP(Prior):
             log_det = log_det + log_s.sum(-1)
         return x, log_det
 
-    def inverse(self, u, context=None):
-        """Noise u (..., dim) -> data x and log |det dx/du|, (...)."""
+    def inverse(self, y, context=None):
+        """The x (..., dim) that `forward` takes to y, and log |det dx/dy|, (...)."""
         log_det = 0
         for layer in reversed(range(len(self.nets))):
-            log_s, t = self.coupling(layer, u, context)
-            u = (u - t) * (-log_s).exp()
+            log_s, t = self.coupling(layer, y, context)
+            y = (y - t) * (-log_s).exp()
             log_det = log_det - log_s.sum(-1)
-        return u, log_det
+        return y, log_det
 
     def kl(self, z, mean, logvar):
         """log q(z|x) - log p(z) of each clip, (B,); over z ~ q(z|x) its mean is the KL."""

@@ -153,7 +153,7 @@ class NHF(Flow):
         dt = torch.full((hamiltonians, steps), 1.6 / hamiltonians / steps)
         self.log_dt = nn.Parameter(dt.log())
         hidden = max(width // 4, 2 * dim)
-        self.encoder = RealNVP(dim, self.couplings, hidden)  # its inverse: noise -> p ~ f(p|q)
+        self.encoder = RealNVP(dim, self.couplings, hidden)  # takes noise to p ~ f(p|q)
         self.context = nn.Linear(width, self.couplings * hidden)  # what the couplings see of q
 
     def flow(self, q, p, reverse=False):
@@ -180,7 +180,7 @@ class NHF(Flow):
         q, log_volume = self.standardise(x)
         _, hidden = self.H[-1].V.hidden(q)  # found once for each point, not for each draw
         context = self.context(hidden).chunk(self.couplings, -1)
-        p, log_det = self.encoder.inverse(noise, context)
+        p, log_det = self.encoder(noise, context)
         log_f = log_normal(noise) - log_det
         q0, p0 = self.flow(q.expand_as(p), p, reverse=True)[..., -1, :]
         return log_normal(q0) + log_normal(p0) - log_f - log_volume

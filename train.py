@@ -727,15 +727,15 @@ class Run:
 
 def new_folder(options, name):
     """runs/NAME/, by default named after the data, never one that exists. Raises: ValueError."""
-    default = options.system or options.density or Path(options.data or "").stem
-    if name and Path(name).name != name:
-        raise ValueError(f"--name {name} is not the name of a folder")
-    folder = Path("runs", name or default)
+    stem = name or options.system or options.density or Path(options.data).stem
+    folder = Path("runs", stem)
+    if folder.name != stem:
+        raise ValueError(f"--name {stem} is not the name of a folder")
+    if name and folder.exists():
+        raise ValueError(f"{folder} exists: --resume {folder} goes on with it")
     number = 2
     while folder.exists():
-        if name:
-            raise ValueError(f"{folder} exists: --resume {folder} goes on with it")
-        folder = Path("runs", f"{default}-{number}")
+        folder = Path("runs", f"{stem}-{number}")
         number += 1
     folder.mkdir(parents=True)
     return folder
