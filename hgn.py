@@ -20,6 +20,7 @@ import io
 import itertools
 import math
 import os
+import zipfile
 from typing import NamedTuple
 
 import torch
@@ -351,6 +352,8 @@ def read_checkpoint(path):
     if not os.path.isfile(path):
         raise ValueError(f"there is no checkpoint file {path}: train a model first")
     try:
+        if zipfile.ZipFile(path).testzip():  # torch does not compare the checksums
+            raise ValueError("a checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise ValueError(f"{path} is not a checkpoint, or damaged: train again") from error

@@ -964,6 +964,16 @@ def test_missing_damaged_and_other_files_are_refused(model, tmp_path):
             model.load(path)
 
 
+def test_a_changed_byte_is_noticed(tmp_path):
+    path = tmp_path / "model.pt"
+    HGN(size=16).save(path)
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1  # among the weights
+    path.write_bytes(contents)
+    with pytest.raises(ValueError, match=ONE_LINE):
+        HGN.load(path)
+
+
 class Hostile:
     """A pickle of it makes a folder when it is loaded as pickles usually are."""
 
@@ -2080,7 +2090,7 @@ def test_a_full_disk(own, command, on_loss):
 
 def crafted(good):
     """Checkpoints that are none of this version, made from a good one."""
-    yield good | {"seconds": Hostile()}
+    yield good | {"seconds": Hostile("hacked")}
     yield [1, 2]
     yield {"weights": good["weights"]}
     yield good | {"run": None}
@@ -2110,7 +2120,7 @@ def write_bad_data():
     clips = np.zeros((6, 8, 16, 16, 3), "uint8")
     points = np.ones((20, 2))
     arrays = {
-        "objects": np.array([Hostile()] * 4, dtype=object),
+        "objects": np.array([Hostile("hacked")] * 4, dtype=object),
         "words": np.array([["a"]]),
         "line": clips[0, 0, 0, 0],
         "short": clips[:, :4],
