@@ -567,7 +567,7 @@ NOTES = {
     "symetric": "how far that map is from symplectic; SyMetric passes below 0.05",
     "samples_valid": "share of samples that are pictures of the system",
     "samples_obey": "share of samples that move as the system does",
-    "gap": "of -log p above the entropy, which no model passes",
+    "gap": "of -log p to the entropy: 0 is the best, but for the standard error",
 }  # on figures of metrics.json
 
 
