@@ -280,9 +280,10 @@ def test_set(options, n, device="cpu"):
 def measure(model, test, frames=90, steps=90):
     """Return the figures that are cheap enough for the end of a training run, a dict.
 
-    Pixel errors are against the clean truth; the model sees the first `context` frames only. H is
-    followed along `steps` frames. A new figure is one more entry here, or in `measure_physics` if
-    it needs the true system; the printed table and metrics.json show what these return.
+    Pixel errors but mse_noisy are against the clean truth; the model sees the first `context`
+    frames only. H is followed along `steps` frames. A new figure is one more entry here, or in
+    `measure_physics` if it needs the true system; the printed table and metrics.json show what
+    these return.
     """
     frames = min(frames, test.length)
     start = model.infer(test.observed)
@@ -421,7 +422,7 @@ def symetric_figures(model, test, start):
 
 def sample_figures(model, test):
     """Return which shares of samples show the system and move as it does, if there is a prior."""
-    if getattr(model, "deterministic", False):
+    if model.deterministic:
         return {}
     count = min(256, 2 * len(test.observed))
     samples = model.sample(count, WINDOW - 1, generator=seeded(TEST_SEED + 4))
@@ -562,7 +563,7 @@ def measure_flow(model, points, n=10_000, samples=(16, 256)):
 NOTES = {
     "blank_mse": "of a blank prediction, the mean picture",
     "energy_std_ratio": "std of H along a rollout over that across clips: 0 where H is kept",
-    "strict_vpt_forward": "median first frame with a tenth of blank_mse",
+    "strict_vpt_forward": "frames until the error exceeds a tenth of blank_mse, median",
     "symetric_r2": "R^2 of the map from latent to true states; SyMetric passes above 0.9",
     "symetric": "how far that map is from symplectic; SyMetric passes below 0.05",
     "samples_valid": "share of samples that are pictures of the system",

@@ -12,8 +12,9 @@ the state out in time, and a decoder paints every frame from q alone:
     model.save("mine.pt")
     model = HGN.load("mine.pt")
 
-The first half of this file is the paper as published, in the paper's order. The second half is the
-compact model, which is the default: other networks and another loss behind the same interface.
+The first half of this file is the paper's model, in the paper's order; what the paper leaves open,
+such as the initialisation, and what differs is said where it stands. The second half is the compact
+model, which is the default: other networks and another loss behind the same interface.
 """
 
 import io
@@ -36,7 +37,7 @@ def compiled_once(step):
 
 
 # ==================================================================================================
-# First half: the paper as published
+# First half: the paper's model
 # ==================================================================================================
 
 # ------------------------------------------------------------- Hamiltonian dynamics (section 2.1)
@@ -214,7 +215,7 @@ class StandardNormal(Prior):
 
 
 class Deterministic(Prior):
-    """The paper's deterministic ablation: z is the mean of q(z|x), and there is no prior."""
+    """The paper's deterministic ablation: z is the mean of q(z|x), and nothing can be sampled."""
 
     def draw(self, mean, logvar, noise=None):
         return mean
@@ -441,6 +442,7 @@ class HGN(Saved):
             networks = compact_networks(size, channels, context, latent, periodic)
         self.context = context
         self.dt = dt
+        self.deterministic = deterministic
         self.picture = (channels, size, size)
         self.z_shape = networks.z_shape
         self.step = INTEGRATORS[integrator] if integrator else networks.step
@@ -605,7 +607,8 @@ def implicit_leapfrog_step(H, q, p, h, cache=None):
     Stoermer and Verlet's method for an H that is not separable: of order 2, symplectic and
     reversible (Hairer, Lubich & Wanner, Geometric Numerical Integration, VI.3) as far as
     `H.iterations` fixed-point iterations solve the two implicit equations.
-    cache: what the step before returned last, which saves computing it again.
+    cache: what the step before returned last, H.features(q) and, to start the iteration from, an
+    estimate of dH/dq.
     Returns: q, p after the step, and the cache for the next step.
     """
     if cache is None:
@@ -634,7 +637,7 @@ INTEGRATORS = {
 
 # ------------------------------------------------------------------------- coordinates and priors
 
-LIMIT = 50.0  # forces count q and p as no larger, which keeps a rollout gone astray finite
+LIMIT = 50.0  # dH/dq counts q and p as no larger, which keeps a rollout gone astray finite
 
 
 class Space:
@@ -820,8 +823,8 @@ class CompactHamiltonian(Hamiltonian):
         Hence dH/db = last + S dK/dy, and the rest is the backward pass from b to q.
         """
         x, a, b, s = self.features(q) if features is None else features
-        K = 0.5 * (p.clamp(-LIMIT, LIMIT) @ self.W).square() * s
-        dH_db = self.V.last + F.linear(K * (1 - s / 2), self.S)
+        K_i = 0.5 * (p.clamp(-LIMIT, LIMIT) @ self.W).square() * s
+        dH_db = self.V.last + F.linear(K_i * (1 - s / 2), self.S)
         return self.space.vjp(self.V.backward(x, a, b, dH_db), x)
 
     def grad_p(self, q, p, features=None):
@@ -856,10 +859,11 @@ def correction_mlp(*sizes):
 
 
 class CompactEncoder(nn.Module):
-    """q(z|x), z = (q, dq/dt) at the middle frame of the context, read off a chart of single frames.
+    """q(z|x), where z = (q, dq/dt) at the middle frame of the context.
 
-    Each frame is encoded by itself (`encode_frame`): learnt filters are described by their mass,
-    centre and inertia, of which q is a linear map plus an MLP. A polynomial through the q of the
+    `encode_frame` maps each frame by itself to its q; this map is called the chart. It describes
+    what learnt filters see by its mass, centre and inertia, of which q is a linear map plus an MLP.
+    A polynomial through the q of the
     context gives the place and the velocity, and an MLP corrects them. The variance is constant.
     """
 
@@ -1007,7 +1011,7 @@ def robust(x, tolerance):
 
 
 def random_pixels(size, device):
-    """Rows and columns to score: every second (from 32 pixels on) or fourth (from 64 on)."""
+    """Rows and columns to score: all below 32 pixels, every second below 64, else every fourth."""
     if size < 32:
         stride = 1
     elif size < 64:
@@ -1028,9 +1032,10 @@ def picture_error(model, q, targets):
 
 
 def charted_loss(model, context, targets, times, horizon, beta=1e-3, noise=None):
-    """The loss of the compact model, in units of E, the error of a blank prediction.
+    """The loss of the compact model, in units of the variance E of the targets' pixels.
 
-    It is the sum of four terms, where robust(x, c) is c log(1 + x / c):
+    E is the error of a blank prediction, the mean picture. The loss is the sum of four terms, where
+    robust(x, c) is c log(1 + x / c):
 
         robust(mse / E, 0.1)       frames painted from the rollout: the ELBO's first term
         beta KL / (C size size E)  the ELBO's second term
@@ -1051,7 +1056,7 @@ def charted_loss(model, context, targets, times, horizon, beta=1e-3, noise=None)
     q, p = model.state(z)
     q, p = model.rollout(q, p, horizon)
     q = q.take_along_dim(times.unsqueeze(2), 1)  # (B, n, dim)
-    few = 1 + targets.shape[1] // 8  # more frames teach the chart little more
+    few = 1 + targets.shape[1] // 8  # as painting more for the chart costs time and helps little
     chart = model.encoder.encode_frame(targets[:, :few])
     distance = space.wrap(q[:, :few] - chart).square().mean(2)
     chart_variance = chart.detach().flatten(0, 1).var(0, correction=0).mean() + 1e-12

@@ -1,8 +1,8 @@
 """Every source of clips: simulated systems, exact and rendered, and the user's own recordings.
 
-Needs torch and numpy, and for films and pictures imageio and Pillow. The constants, initial states
-and colours of the first four systems are those of Toth et al. (ICLR 2020), section 4, as published
-with its reproduction (Balsells Rodas et al. 2021); the others are our own.
+Needs torch and numpy, and for recordings Pillow and imageio. The constants, initial states and
+colours of the first four systems are those of Toth et al. (ICLR 2020), section 4, as published with
+its reproduction (Balsells Rodas et al. 2021); the other systems are our own.
 
     frames, q, p = clips(SYSTEMS["three_body"], n=16)   # (16, 30, 3, 32, 32), (16, 30, 3, 2) twice
     own = Recordings("pendulum.mp4")
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------------------- systems
 
-BACKGROUND = (81 / 255, 88 / 255, 93 / 255)  # a black one hurts training
+BACKGROUND = (81 / 255, 88 / 255, 93 / 255)  # grey: a black background makes training harder
 YELLOW = (173 / 255, 146 / 255, 0.0)
 RED = (173 / 255, 0.0, 0.0)
 GREEN = (0.0, 146 / 255, 0.0)
@@ -38,23 +38,28 @@ def unchanged(x):
 class System:
     """A physical system, H(q, p) = p M^-1 p / 2 + V(q), where M may depend on q, and how it looks.
 
-    States q and p have shape (..., bodies, dims). Units are the paper's, with 0.125 from frame to
-    frame. Either `force` or `motion` must be given, and `potential`.
+    States q and p have shape (..., bodies, dims). Units are the paper's, in which 0.125 passes from
+    frame to frame.
+    Raises: ValueError unless exactly one of `force` and `motion` is given.
     """
 
     colours: tuple  # RGB that each body adds to the background, in [0, 1]
-    radius: float  # of a disc, world units
-    half_width: float  # the picture shows [-half_width, half_width] squared, world units
+    radius: float  # of a disc, in world units
+    half_width: float  # the picture shows [-half_width, half_width] squared, in world units
     initial: Callable  # (n, uniform) -> q, p, where uniform(low, high, *shape) draws numbers
     potential: Callable  # V(q): (..., bodies, dims) -> (...)
     force: Callable = None  # -dV/dq, of the shape of q; written out, as the simulator's hot loop
     motion: Callable = None  # (q, p) -> dq/dt, dp/dt, in place of force where M depends on q
-    inertia: float = 0.5  # m, or m l^2 for an angle
-    noise: float = 0.1  # sigma of the paper's observation noise on every coordinate
-    position: Callable = unchanged  # q -> where the discs are, (..., bodies, 2), y upward
+    inertia: float = 0.5  # M with a force: the mass m, or m l^2 for an angle
+    noise: float = 0.1  # sigma of the paper's observation noise on every coordinate of q
+    position: Callable = unchanged  # q -> centres of the discs, (..., bodies, 2), y upward
     locate: Callable = unchanged  # the inverse of position
-    periodic: bool = False  # q are angles
+    periodic: bool = False  # whether q are angles
     friction: float = 0.0  # gamma of dp/dt = -dH/dq - gamma p
+
+    def __post_init__(self):
+        if (self.force is None) == (self.motion is None):
+            raise ValueError("a System needs force(q) or, where M depends on q, motion(q, p)")
 
     def derivatives(self, q, p):
         """dq/dt and dp/dt of states (..., bodies, dims)."""
@@ -71,7 +76,7 @@ class System:
         return (p * velocity).sum((-2, -1)) / 2 + self.potential(q)
 
 
-# mass_spring: m 0.5, k 2. One coordinate along x.
+# mass_spring: m = 0.5, k = 2. q is the displacement along x.
 
 
 def polar_state(low, high, n, uniform):
@@ -90,14 +95,14 @@ def spring_force(q):
 
 
 def along_x(q):
-    return torch.cat((q, torch.zeros_like(q)), -1)
+    return F.pad(q, (0, 1))
 
 
-def first_coordinate(x):
-    return x[..., :1]
+def x_coordinate(position):
+    return position[..., :1]
 
 
-# pendulum: m 0.5, l 1, g 3. q is the angle from the lowest point.
+# pendulum: m = 0.5, l = 1, g = 3. q is the angle from the lowest point.
 
 
 def pendulum_potential(q):
@@ -109,18 +114,18 @@ def pendulum_force(q):
 
 
 def rod_ends(q):
-    """The ends of a chain of rods of length 1 at angles q."""
+    """The ends of a chain of rods of length 1 at angles q (..., rods, 1), (..., rods, 2)."""
     return torch.cat((q.sin(), -q.cos()), -1).cumsum(-2)
 
 
-def rod_angles(x):
-    """The angles of a chain of rods that ends at x."""
-    rods = x.diff(dim=-2, prepend=torch.zeros_like(x[..., :1, :]))
+def rod_angles(ends):
+    """The inverse of `rod_ends`, whatever the length of the rods."""
+    rods = F.pad(ends, (0, 0, 1, 0)).diff(dim=-2)  # the first one starts at the origin
     x, y = rods.split(1, -1)
     return torch.atan2(x, -y)
 
 
-# two_body, three_body: m 1, G 1.
+# two_body and three_body: m = 1, G = 1. q are the positions.
 
 
 def orbit(bodies, low, high, speed, n, uniform):
@@ -130,15 +135,15 @@ def orbit(bodies, low, high, speed, n, uniform):
     """
     r = uniform(low, high, n, 1, 1)
     direction = uniform(-1, 1, n, 1, 1).sign()
-    turn = 2 * math.pi
-    a = uniform(0, turn, n, 1) + torch.arange(bodies) * (turn / bodies)
+    first_angle = uniform(0, 2 * math.pi, n, 1)
+    a = first_angle + torch.arange(bodies) * (2 * math.pi / bodies)  # (n, bodies)
     q = r * torch.stack((a.cos(), a.sin()), -1)  # (n, bodies, 2)
     p = direction * speed / r.sqrt() * torch.stack((-a.sin(), a.cos()), -1)
     return q, p * (1 + 0.1 * uniform(-1, 1, n, bodies, 2))
 
 
 def pairs(q):
-    """For every cyclic shift: the vectors from each body to another, and 1 / distance."""
+    """For every cyclic shift of the bodies: the vectors from each to another, and 1 / distance."""
     for shift in range(1, q.shape[-2]):
         d = q.roll(-shift, -2) - q  # (..., bodies, 2)
         x, y = d.unbind(-1)
@@ -146,18 +151,19 @@ def pairs(q):
 
 
 def gravity_potential(q):
-    return -0.5 * sum(inverse.sum((-2, -1)) for _, inverse in pairs(q))
+    return -0.5 * sum(inverse.sum((-2, -1)) for _, inverse in pairs(q))  # each pair comes twice
 
 
 def gravity_force(q):
     return sum(d * (inverse * inverse * inverse) for d, inverse in pairs(q))
 
 
-# double_pendulum: m 0.5 and l 1 both, g 3. Chaotic, and its M depends on q.
+# double_pendulum: m = 0.5 and l = 1 of both, g = 3. q are the angles from below. It is chaotic.
 
 
 def two_angles(n, uniform):
-    return uniform(-1.5, 1.5, n, 2, 1), uniform(-0.5, 0.5, n, 2, 1)
+    q = uniform(-1.5, 1.5, n, 2, 1)
+    return q, uniform(-0.5, 0.5, n, 2, 1)
 
 
 def double_potential(q):
@@ -165,21 +171,25 @@ def double_potential(q):
 
 
 def double_motion(q, p):
-    """With M = ((1, c / 2), (c / 2, 1 / 2)), where c = cos(q2 - q1)."""
-    difference = q.diff(dim=-2)  # (..., 1, 1)
-    s = torch.sin(difference)
-    c = torch.cos(difference)
-    sign = q.new_tensor((1.0, -1.0)).unsqueeze(1)
-    two = q.new_tensor((1.0, 2.0)).unsqueeze(1)
-    v = 2 * (two * p - c * p.flip(-2)) / (1 + s * s)
-    return v, 0.5 * sign * s * v.prod(-2, keepdim=True) - 3 * q.sin() / two
+    """By Hamilton's equations with M = ((1, c / 2), (c / 2, 1 / 2)), where c = cos(q2 - q1)."""
+    q1, q2 = q.unbind(-2)
+    p1, p2 = p.unbind(-2)
+    s = (q2 - q1).sin()
+    c = (q2 - q1).cos()
+    v1 = 2 * (p1 - c * p2) / (1 + s * s)
+    v2 = 2 * (2 * p2 - c * p1) / (1 + s * s)
+    twist = 0.5 * s * (v1 * v2)
+    force = (twist - 3 * q1.sin(), -twist - 1.5 * q2.sin())
+    return torch.stack((v1, v2), -2), torch.stack(force, -2)
 
 
-# A new system is one more entry here; `System` says what it must give.
+# A new system is one more entry here. It must give `colours` (one for each body), `radius`,
+# `half_width`, `initial` and `potential`; `force` and `inertia`, or `motion` where M depends on q;
+# `position` and `locate`, unless q is where the discs are; and `periodic`, if q are angles.
 SYSTEMS = {
     "mass_spring": System(
         colours=(YELLOW,), radius=0.5, half_width=2.0, initial=partial(polar_state, 0.1, 1.0),
-        potential=spring_potential, force=spring_force, position=along_x, locate=first_coordinate,
+        potential=spring_potential, force=spring_force, position=along_x, locate=x_coordinate,
     ),
     "pendulum": System(
         colours=(YELLOW,), radius=0.5, half_width=2.0, initial=partial(polar_state, 1.3, 2.3),
@@ -187,11 +197,11 @@ SYSTEMS = {
         periodic=True,
     ),
     "two_body": System(
-        colours=(YELLOW, RED), radius=0.375, half_width=3.0, noise=0.05, inertia=1.0,
+        colours=(YELLOW, RED), radius=0.375, half_width=3.0, inertia=1.0, noise=0.05,
         initial=partial(orbit, 2, 0.5, 1.5, 0.5), potential=gravity_potential, force=gravity_force,
     ),
     "three_body": System(
-        colours=(YELLOW, RED, GREEN), radius=0.28125, half_width=3.0, noise=0.2, inertia=1.0,
+        colours=(YELLOW, RED, GREEN), radius=0.28125, half_width=3.0, inertia=1.0, noise=0.2,
         initial=partial(orbit, 3, 0.9, 1.2, 3**-0.25), potential=gravity_potential,
         force=gravity_force,
     ),
@@ -208,18 +218,20 @@ SYSTEMS["damped_pendulum"] = replace(SYSTEMS["pendulum"], friction=0.1)
 # -------------------------------------------------------------------------------------- simulation
 
 FRAME_TIME = 0.125  # the paper's time between frames, and the longest step of the simulator
-MOST_PARTS = 256  # into which a step is cut where energy is not kept, as when bodies meet
+TOLERANCE = 1e-9  # relative change of the energy above which a motion is computed in more parts
+MOST_PARTS = 256  # of a step; what these do not resolve, a very close meeting, is left as it is
+CONVERGED = 1e-13  # change of the derivatives at which the stages of a step count as solved
 
 
 def initial_states(system, n, generator=None, device=None):
     """n random initial states q, p, (n, bodies, dims) each, float64, on `device`.
 
-    They are drawn on the generator's device: a CPU generator gives the same everywhere.
+    They are drawn on the generator's device: a CPU generator gives the same states everywhere.
     """
     source = "cpu" if generator is None else generator.device
 
     def uniform(low, high, *shape):
-        numbers = torch.rand(shape, generator=generator, device=source, dtype=torch.float64)
+        numbers = torch.rand(shape, generator=generator, dtype=torch.float64)
         return low + (high - low) * numbers
 
     with torch.device(source):
@@ -243,8 +255,8 @@ def simulate(system, q, p, frames, dt=FRAME_TIME):
     return q, p
 
 
-def advance(system, start, dt, refined=1, tolerance=1e-9):
-    """States (q, p), stacked, after a time dt; those whose energy changed again, in more parts."""
+def advance(system, start, dt, refined=1):
+    """States (q, p), stacked, after a time dt. Those whose energy changed are done again, finer."""
     state = start
     energy = system.energy(*start)
     parts = math.ceil(abs(dt) / FRAME_TIME) * refined
@@ -252,24 +264,25 @@ def advance(system, start, dt, refined=1, tolerance=1e-9):
         state, lost = gauss_legendre_step(system, state, dt / parts)
         energy = energy - lost
     error = (system.energy(*state) - energy).abs()
-    bad = ~(error <= tolerance * (1 + energy.abs()))  # NaN is bad
+    bad = ~(error <= TOLERANCE * (1 + energy.abs()))  # NaN is bad as well
     if refined < MOST_PARTS and bad.any():
         state[:, bad] = advance(system, start[:, bad], dt, 4 * refined)
     return state
 
 
 def gauss_legendre(stages):
-    """The coefficients A (stages, stages) and b (stages,) of the collocation method.
+    """The coefficients A (stages, stages) and b (stages,) of Gauss and Legendre's method.
 
     It is symplectic and of order 2 * stages (Hairer, Lubich & Wanner, Geometric Numerical
-    Integration, II.1.3). A and b integrate the powers of c exactly, up to c and up to 1.
+    Integration, II.1.3): its c are the nodes of Gauss's quadrature on [0, 1], and A and b integrate
+    the polynomials of a degree below `stages` exactly, from 0 to c and from 0 to 1.
     """
-    nodes, _ = np.polynomial.legendre.leggauss(stages)
+    nodes, _ = np.polynomial.legendre.leggauss(stages)  # on [-1, 1]
     c = torch.from_numpy(nodes + 1).unsqueeze(1) / 2
     powers = c ** torch.arange(stages)
-    count = torch.arange(1.0, stages + 1, dtype=torch.float64)
+    orders = torch.arange(1.0, stages + 1, dtype=torch.float64)
     inverse = powers.inverse()
-    return (c * powers / count) @ inverse, (1 / count) @ inverse
+    return (c * powers / orders) @ inverse, (1 / orders) @ inverse
 
 
 A, B = gauss_legendre(stages=6)
@@ -278,20 +291,21 @@ A, B = gauss_legendre(stages=6)
 def gauss_legendre_step(system, state, h, iterations=16):
     """One step of length h: the states (q, p), stacked, and the energy that friction took, (B,).
 
-    k: their derivatives at the stages, (2, 6, B, bodies, dims), found by fixed-point iteration.
+    k: their derivatives at the stages, (2, stages, B, bodies, dims), by fixed-point iteration.
     """
-    weights = A.to(state)
-    k = torch.stack(system.derivatives(*state))
-    k = k.unsqueeze(1).expand(-1, len(B), *state.shape[1:])
+    a = A.to(state)
+    b = B.to(state)
+    first = torch.stack(system.derivatives(*state))
+    k = torch.stack([first] * len(b), 1)
     for _ in range(iterations):
         last = k
-        stages = state.unsqueeze(1) + h * torch.einsum("ij,sj...->si...", weights, k)
+        stages = state.unsqueeze(1) + h * torch.einsum("ij,sj...->si...", a, k)
         k = torch.stack(system.derivatives(*stages))
-        if (k - last).abs().max() < 1e-13:
+        if (k - last).abs().max() < CONVERGED:
             break
-    power = (stages[1] * k[0]).sum((2, 3))  # p dq/dt, (6, B)
-    lost = h * system.friction * torch.einsum("j,jb->b", B.to(state), power)
-    return state + h * torch.einsum("j,sj...->s...", B.to(state), k), lost
+    power = (stages[1] * k[0]).sum((2, 3))  # p dq/dt, (stages, B)
+    lost = h * system.friction * torch.einsum("j,jb->b", b, power)
+    return state + h * torch.einsum("j,sj...->s...", b, k), lost
 
 
 # --------------------------------------------------------------------------------------- rendering
@@ -303,20 +317,22 @@ def render(system, q, size=32):
     Row 0 is on top. Each disc adds its colour to a pixel by the share of the pixel that it covers,
     which falls linearly with the distance across an edge of one pixel.
     """
-    centres = system.position(q).flatten(0, 1).float()  # (B * T, bodies, 2)
+    pixels = size / (2 * system.half_width)  # for each world unit
+    centres = pixels * system.position(q).flatten(0, 1).float()  # (B * T, bodies, 2)
     frames = torch.empty(len(centres), 3, size, size, device=q.device)
     colours = torch.tensor((BACKGROUND, *system.colours)).to(q.device, non_blocking=True)
-    scale = size / (2 * system.half_width)  # pixels for each world unit
+    background, *colours = colours[:, :, None, None]  # (3, 1, 1) each
     line = torch.arange(size, device=q.device, dtype=torch.float32) - (size - 1) / 2
-    block = 256 if q.device.type == "cpu" else 2**15  # stays in the cache of a CPU
-    for c, out in zip(centres.split(block), frames.split(block), strict=True):
-        dx = (line - scale * c[..., 0:1]).square()  # (n, bodies, size)
-        dy = (-line - scale * c[..., 1:2]).square()  # row 0 is the top
+    block = 256 if q.device.type == "cpu" else 2**15  # of frames, which stay in the cache of a CPU
+    for part, out in zip(centres.split(block), frames.split(block), strict=True):
+        x, y = part.split(1, -1)
+        dx = (line - x).square()  # (n, bodies, size)
+        dy = (-line - y).square()  # row 0 is the top
         distance = (dy.unsqueeze(-1) + dx.unsqueeze(-2)).sqrt_()  # (n, bodies, size, size)
-        share = distance.neg_().add_(system.radius * scale + 0.5).clamp_(0, 1)
-        out.copy_(colours[0, :, None, None])
-        for disc, colour in zip(share.split(1, 1), colours[1:], strict=True):
-            out.addcmul_(disc, colour[:, None, None])
+        share = distance.neg_().add_(system.radius * pixels + 0.5).clamp_(0, 1)
+        out.copy_(background)
+        for disc, colour in zip(share.split(1, 1), colours, strict=True):
+            out.addcmul_(disc, colour)
         out.clamp_(max=1)
     return frames.view(*q.shape[:2], 3, size, size)
 
@@ -330,9 +346,9 @@ def jitter(system, q, noise=0.0, generator=None):
 
 
 def clips(system, n, frames=30, dt=FRAME_TIME, noise=0.0, size=32, generator=None, device=None):
-    """n random clips, and their true q and p, (n, frames, bodies, dims) each.
+    """n random clips (n, frames, 3, size, size), and their true q and p (n, frames, bodies, dims).
 
-    The pictures are (n, frames, 3, size, size), with noise as `jitter` has it.
+    noise: as of `jitter`; q and p are without it.
     """
     q, p = initial_states(system, n, generator, device)
     q, p = simulate(system, q, p, frames, dt)
@@ -343,36 +359,29 @@ def clips(system, n, frames=30, dt=FRAME_TIME, noise=0.0, size=32, generator=Non
 
 
 def gauss_newton(f, x, target, steps, h, longest, damping):
-    """x (n, ...) whose f(x) (n, ...) is nearest target, by damped Gauss-Newton steps.
+    """x (n, ...) whose f(x) (n, ...) is nearest to target, by damped Gauss-Newton steps.
 
-    h: of the central differences for the slopes of f. longest: that a coordinate moves in a step.
+    h: of the central differences for the slopes of f. longest: how far a step moves a coordinate.
     """
-    shape = x.shape[1:]
-
-    def flat_f(x):  # (n, dim) -> (n, m)
-        return f(x.view(-1, *shape)).flatten(1)
-
-    x = x.flatten(1)
-    target = target.flatten(1)
-    one = torch.eye(x.shape[1]).to(x)
+    one = torch.eye(x[0].numel()).to(x)
+    shifts = h * torch.cat((one, -one)).view(-1, 1, *x.shape[1:])  # (2 * dim, 1, ...)
     for _ in range(steps):
-        moved = x + h * torch.stack((one, -one)).unsqueeze(2)  # (2, dim, n, dim)
-        values = flat_f(moved.flatten(0, 2)).to(x)
-        ahead, behind = values.unflatten(0, (2, -1, len(x)))
+        values = f((x + shifts).flatten(0, 1)).to(x)
+        ahead, behind = values.reshape(2, len(one), len(x), -1)
         J = (ahead - behind).permute(1, 2, 0) / (2 * h)  # (n, m, dim)
-        error = (target - flat_f(x)).to(x).unsqueeze(2)
+        error = (target - f(x)).to(x).reshape(len(x), -1, 1)
         step = torch.linalg.solve(J.mT @ J + damping * one, J.mT @ error)
-        x = x + step.squeeze(2).clamp(-longest, longest)
-    return x.view(-1, *shape)
+        x = x + step.reshape(x.shape).clamp(-longest, longest)
+    return x
 
 
 def infer_q(system, frames):
     """The true system's q (n, T, bodies, dims) that frames (n, T, 3, S, S) show.
 
-    It starts at the centroids of the pixels whose colour is nearest that of each body.
+    It starts at the centroids of the pixels whose colour is nearest to that of each body.
     """
     size = frames.shape[-1]
-    pictures = frames.flatten(0, 1)
+    pictures = frames.flatten(0, 1)  # (n * T, 3, S, S)
     light = pictures - torch.tensor(BACKGROUND).to(frames).view(3, 1, 1)
     colours = F.normalize(torch.tensor(system.colours).to(frames))
     share = torch.einsum("ncyx,bc->nbyx", light, colours).clamp(min=1e-9)
@@ -384,48 +393,58 @@ def infer_q(system, frames):
     centre = torch.einsum("nbyx,dyx->nbd", share, grid) / mass
 
     def painted(q):
-        return render(system, q.unsqueeze(1), size)
+        return render(system, q.unsqueeze(1), size).squeeze(1)
 
     start = system.locate(centre).double()
     q = gauss_newton(painted, start, pictures, steps=2, h=0.01, longest=0.2, damping=1e-3)
     return q.unflatten(0, frames.shape[:2])
 
 
-# ----------------------------------------------------------------------------- files of the user's
+# ------------------------------------------------------------------------------- the user's files
 
 ARRAYS = (".npy", ".npz")
 FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".wmv")
 PICTURES = (".gif", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
-# Axes of an array: N clips, T frames, H rows, W columns, C colours, which are 1 or 3.
-LAYOUTS = ("THW", "THWC", "TCHW", "NTHW", "NTHWC", "NTCHW")
-SMALLEST_SIDE = 8  # of pictures in an array: a smaller side is another axis, such as RGBA
+# What the axes of an array may be: N clips, T frames, H rows, W columns, and C channels, which are
+# 1 or 3; and where N, T, H, W and C are in it once axes of size 1 are appended to make it five.
+LAYOUTS = {
+    "THW": (3, 0, 1, 2, 4),
+    "THWC": (4, 0, 1, 2, 3),
+    "TCHW": (4, 0, 2, 3, 1),
+    "NTHW": (0, 1, 2, 3, 4),
+    "NTHWC": (0, 1, 2, 3, 4),
+    "NTCHW": (0, 1, 3, 4, 2),
+}
+SMALLEST_SIDE = 8  # of pictures in an array: an axis that is shorter is another one, such as RGBA
+# The value of white by the kind of number; of all other kinds, which are integers, it is 255.
+WHITE = {
+    "bool": 1, "float16": 1, "float32": 1, "float64": 1, "float128": 1, "uint16": 65535,
+}  # fmt: skip
+DARK = 0.1  # recordings in which nothing is brighter are taken to be of the wrong scale
+NAMED = 3  # how many of the files that were passed over are named, so that the line stays short
 
 
 @contextmanager
 def reading(path):
     """Turn the many errors of files that cannot be read into a ValueError of one line."""
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise ValueError("it is no regular file" if path.exists() else "it is not there")
         yield
     except Exception as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        why = why.split(". If you trust")[0].strip(".")  # numpy's advice to run what is in the file
+        text = " ".join(str(error).split()) or type(error).__name__
+        why = text.split(". ")[0].strip(".")  # numpy goes on to advise how to run the file's code
         raise ValueError(f"{path} cannot be read: {why}. Mend or restore it") from error
 
 
 def read_array(path):
     """The array in an .npy file, left on disk; of an .npz file the clips, else the points."""
     with reading(path):
-        if path.suffix.lower() == ".npy":
-            arrays = [np.load(path, mmap_mode="r", allow_pickle=False)]
-        else:
-            arrays = list(np.load(path, allow_pickle=False).values())
-            clips = [x for x in arrays if x.ndim > 2]
-            arrays = clips or [x for x in arrays if x.ndim == 2]
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        arrays = [loaded] if path.suffix.lower() == ".npy" else list(loaded.values())
+        clips = [x for x in arrays if x.ndim > 2]
+        arrays = clips or [x for x in arrays if x.ndim == 2]
         if len(arrays) != 1 or arrays[0].dtype.kind not in "buif":
             raise ValueError("save one array of numbers in it, and only one of clips or points")
-        return np.asarray(arrays[0])
+        return arrays[0]
 
 
 def read_points(path):
@@ -444,30 +463,19 @@ def name_axes(shape):
             continue
         sizes = dict(zip(axes, shape, strict=True))
         side = min(sizes["H"], sizes["W"])
-        if side >= SMALLEST_SIDE and sizes.get("C", 1) in (1, 3):
+        if side >= SMALLEST_SIDE and sizes.get("C", 1) in (1, 3) and 0 not in shape:
             return axes
-    raise ValueError(f"clips are (N, T, H, W[, 1 or 3]), points (N, D), not {shape}")
+    raise ValueError(
+        "clips are (N, T, H, W), one film is (T, H, W), with channels C, 1 or 3, after W or T, and "
+        f"H and W at least {SMALLEST_SIDE}; points are (N, D); its shape is {shape}"
+    )
 
 
-def as_clips(array):
-    """Clips (N, T, H, W, C) of an array whose axes `name_axes` names."""
-    axes = name_axes(array.shape)
-    for axis in "NTHWC":
-        if axis not in axes:
-            array = array[..., None]
-            axes = axes + axis
-    return array.transpose([axes.index(axis) for axis in "NTHWC"])
-
-
-def unit_range(x):
-    """Pixels of any kind -> float32 in [0, 1]. Raises: ValueError for values beyond."""
-    white = 65535 if x.dtype == "uint16" else 255
-    if x.dtype.kind in "bf":
-        white = 1
-    x = np.asarray(x, "float32") / np.float32(white)
-    if not (x.min() >= 0 and x.max() <= 1):  # nor is NaN
-        raise ValueError(f"values go beyond 0 to {white}")
-    return x
+def as_films(array):
+    """Films (N, T, H, W, C) of an array whose axes `name_axes` names."""
+    axes = LAYOUTS[name_axes(array.shape)]
+    missing = [None] * (5 - array.ndim)
+    return array[(..., *missing)].transpose(axes)
 
 
 def film_frames(path):
@@ -481,21 +489,41 @@ def film_frames(path):
 
 def picture_frames(path):
     """Frames (H, W, 3) of a picture or GIF, and the milliseconds that each lasts, 0 if unknown."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, ImageSequence
 
     with Image.open(path) as file:
-        count = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)
-        for i in range(count):
-            file.seek(i)
-            picture = ImageOps.exif_transpose(file)  # as the camera was held
+        for picture in ImageSequence.Iterator(file):
+            picture = ImageOps.exif_transpose(picture)  # as the camera was held
             if picture.mode[0] in "IF":  # grey, integers of 16 bits or floats
                 grey = np.asarray(picture, "uint16" if picture.mode[0] == "I" else "float32")
-                frame = np.dstack([grey, grey, grey])
+                frame = np.dstack([grey] * 3)
             else:  # what is transparent shows white
                 white = Image.new("RGBA", picture.size, "white")
                 opaque = Image.alpha_composite(white, picture.convert("RGBA"))
-                frame = np.asarray(opaque)[..., :3]
+                frame = np.asarray(opaque.convert("RGB"))
             yield frame, file.info.get("duration", 0)
+            if file.format == "MPO":  # a phone's picture, followed by others of its own use
+                break
+
+
+def unit_range(x):
+    """Pixels of any kind -> float32 in [0, 1]. Raises: ValueError for values beyond."""
+    white = WHITE.get(x.dtype.name, 255)
+    x = np.asarray(x, "float32") / np.float32(white)
+    if not 0 <= x.min() <= x.max() <= 1:  # nor is NaN
+        raise ValueError(f"its values are not from 0, which is black, to {white}, white")
+    return x
+
+
+def square(frame, size):
+    """The middle square of (H, W, C), resized: bytes (size, size, C)."""
+    from PIL import Image, ImageOps
+
+    channels = []
+    for channel in np.moveaxis(unit_range(frame), 2, 0):
+        box = Image.Resampling.BOX  # a pixel is the mean of its area
+        channels.append(ImageOps.fit(Image.fromarray(channel), (size, size), box))
+    return np.rint(255 * np.dstack(channels)).astype("uint8")
 
 
 def by_number(path):
@@ -504,14 +532,25 @@ def by_number(path):
     return [int(part) if part.isdecimal() else part for part in parts]
 
 
-def entries(path):
-    """The files and folders in a folder, sorted; of a file itself."""
-    return sorted(path.iterdir(), key=by_number) if path.is_dir() else [path]
+def is_known(path):
+    """Whether path is a film or picture that is not hidden. To read a pipe would never end."""
+    return path.is_file() and path.suffix.lower() in FILMS + PICTURES and path.name[0] != "."
+
+
+def list_folders(path):
+    """What a folder holds, and what each folder in it holds; a file stands for a folder of one."""
+    if path.is_file():
+        return [[path]]
+    with reading(path):
+        top = sorted(path.iterdir(), key=by_number)
+    folders = [x for x in top if x.is_dir() and x.name[0] != "."]
+    return [top] + [sorted(x.iterdir(), key=by_number) for x in folders]
 
 
 class Recordings:
-    """Clips of the user's own: squared, resized, and split into those to train on and a tenth held
-    out: of one recording, which is cut, the last in time; of several, whole ones.
+    """Clips of the user's own recordings: squared, resized, some to train on and a tenth held out.
+
+    Of several recordings whole ones are held out. A single one is cut, and its last clips are.
 
     Args:
         path: an array, a film or GIF, or a folder of films, of pictures or of folders of pictures.
@@ -521,136 +560,57 @@ class Recordings:
         dt, fps: seconds between recorded frames, or their inverse; default the files', or 0.125.
         seed: of what is held out.
         least: frames that a clip must have.
-    Raises: ValueError for what cannot be read or is too short.
+    Attributes: `size`, `channels`; `dt`, seconds between frames; `lengths` of the clips (clips,);
+        `train` and `held_out`, the numbers of the clips; `digest` of all frames; `summary`, a line.
+    Raises: ValueError, in one line, for what cannot be read or is too short.
     """
 
     def __init__(self, path, size=None, clip=60, stride=1, dt=None, fps=None, seed=0, least=6):
         self.path = Path(path)
         self.size = size
         self.passed_over = []
-        films = [(film[::stride], seconds) for film, seconds in self.films()]
-        long = [(film, seconds) for film, seconds in films if len(film) >= least]
-        recordings = [film for film, _ in long]
-        self.check_length(recordings, 2 * least if 1 in (len(films), len(long)) else least)
+        is_array = self.path.suffix.lower() in ARRAYS
+        films = self.films_of_array() if is_array else self.films_of_files()
+        recordings = []
+        frame_times = []
+        for film, seconds in films:
+            film = film[::stride]
+            if len(film) >= least:
+                recordings.append(film)
+                frame_times.append(seconds)
+        self.check(recordings, least)
+        self.dt = stride * self.frame_time(frame_times, dt, fps)
         self.channels = recordings[0].shape[3]
-        self.check_light(recordings)
-        self.dt = stride * self.frame_time([seconds for _, seconds in long], dt, fps)
-        self.cut(recordings, clip, least, seed)
+        self.split(recordings, clip, least, seed)
+        self.lengths = torch.tensor([len(x) for x in self.clips])
         crc = 0
         for x in self.clips:
             crc = zlib.crc32(x.tobytes(), crc)
-        self.digest = f"{sum(map(len, self.clips))} frames, CRC {crc:x}"
-        self.summary = self.summarise(len(films), len(long))
-
-    def check_length(self, recordings, need):
-        """Raises: ValueError for too few frames; a single recording is cut in two."""
-        if not recordings or len(recordings[0]) < need:
-            what = f"film or pictures of {need} frames, nor is it a .npy file (by numpy.save)"
-            raise ValueError(f"{self.path} has no {what}. Passed over: {self.passed_over[:3]}")
-
-    def check_light(self, recordings):
-        """Raises: ValueError where all pictures are almost black."""
-        for film in recordings:
-            some = film[:: 1 + len(film) // 64]
-            if unit_range(some).max() > 0.1:
-                return
-        raise ValueError(f"{self.path} is dark: scale it; of 16-bit integers 65535 is white")
-
-    def frame_time(self, seconds, dt, fps):
-        """Seconds between frames, as asked for or as the files say. Raises: ValueError."""
-        if dt:
-            return dt
-        if fps:
-            return 1 / fps
-        if max(seconds) > 1.1 * min(seconds):
-            cure = "convert them, or set all by --fps"
-            raise ValueError(f"{self.path} has films of unlike rates: {cure}")
-        return seconds[0] or FRAME_TIME
-
-    def cut(self, recordings, clip, least, seed):
-        """Cut recordings (T, H, W, C) into clips and hold a tenth out."""
-        single = len(recordings) == 1
-        if single:
-            clip = max(least, min(clip, len(recordings[0]) // 2))
-        groups = [np.split(x, range(clip, len(x) - clip + 1, clip)) for x in recordings]
-        if single:
-            groups = [[x] for x in groups[0]]
-            order = torch.arange(len(groups)).flip(0)  # the last clips are held out
-        else:
-            order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
-        held_out = order[: max(1, len(order) // 10)]
-        self.clips = [x for group in groups for x in group]
-        self.lengths = torch.tensor([len(x) for x in self.clips])
-        group_of_clip = [i for i, group in enumerate(groups) for _ in group]
-        held = torch.isin(torch.tensor(group_of_clip), held_out)
-        self.held_out = held.nonzero().flatten()
-        self.train = (~held).nonzero().flatten()
-
-    def summarise(self, found, long):
-        """A line that says what was read."""
-        lengths = self.lengths
-        frames = f"{lengths.min()} to {lengths.max()} frames, {lengths.sum()} in all"
-        how = f"{self.recorded_size} -> {self.size} x {self.size}, {1 / self.dt:.4g} a second"
-        names = ", ".join(self.passed_over[:3])
-        passed = f"passed over: {len(self.passed_over)} file(s) {names}"
-        found = f"recordings {found}, too short {found - long}"
-        return f"{self.path}: {found}; {len(lengths)} clip(s) of {frames}, {how}; {passed}"
-
-    def frames(self, clips, times):
-        """Frames (B, n, C, size, size) in [0, 1] of clips (B,) at times (B, n)."""
-        rows = zip(clips.tolist(), times.numpy(), strict=True)
-        x = np.stack([unit_range(self.clips[i][t]) for i, t in rows])
-        return torch.from_numpy(x).movedim(4, 2)
-
-    def films(self):
-        """Recordings (T, size, size, C), and the seconds between their frames, 0 if unknown."""
-        if self.path.suffix.lower() in ARRAYS:
-            return self.films_of_array()
-        return self.films_of_files()
-
-    def squared(self, frame):
-        """The middle square of (H, W, C), resized: bytes (size, size, C).
-
-        The first picture decides the size where none is asked for.
-        """
-        from PIL import Image, ImageOps
-
-        height, width = frame.shape[:2]
-        if self.size is None:
-            side = min(height, width)
-            self.size = side if side in range(16, 129, 8) else 32
-        self.recorded_size = f"{width} x {height}"
-        channels = []
-        for channel in np.moveaxis(unit_range(frame), 2, 0):
-            box = Image.Resampling.BOX  # a pixel is the mean of its area
-            channels.append(ImageOps.fit(Image.fromarray(channel), (self.size, self.size), box))
-        return np.rint(255 * np.dstack(channels)).astype("uint8")
+        self.digest = f"{self.lengths.sum()} frames, CRC {crc:x}"
+        self.summary = self.summarise(len(films), len(recordings))
 
     def films_of_array(self):
+        """Films (T, size, size, C) of an array, and 0, for unknown seconds between their frames."""
         array = read_array(self.path)
         films = []
         with reading(self.path):
-            if 0 in array.shape:
-                raise ValueError(f"its shape is {array.shape}: nothing is in it")
-            for film in as_clips(array):
-                self.squared(film[0])
+            for film in as_films(array):
+                self.choose_size(film.shape[1], film.shape[2])
                 if film.shape[1:3] != (self.size, self.size):
-                    film = np.stack([self.squared(frame) for frame in film])
-                if film.dtype != "uint8":
-                    for part in np.array_split(film, 1 + len(film) // 64):
-                        unit_range(part)  # refuses values beyond
+                    film = np.stack([square(frame, self.size) for frame in film])
+                elif film.dtype != "uint8":
+                    for frame in film:
+                        unit_range(frame)  # refuses values beyond
                 films.append((film, 0.0))
         return films
 
     def films_of_files(self):
-        """Films of a file, or of a folder and its folders, where pictures make up a film."""
+        """Films, and the seconds between their frames, of a file or a folder and its folders."""
         films = []
-        top = entries(self.path)
-        folders = [entries(x) for x in top if x.is_dir() and x.name[0] != "."]
-        for folder in (top, *folders):
-            stills = []
+        for folder in list_folders(self.path):
+            stills = []  # which make up one film
             for path in folder:
-                if path.suffix.lower() in FILMS + PICTURES and path.name[0] != ".":
+                if is_known(path):
                     film, seconds = self.film_of_file(path)
                     if len(film) > 1:
                         films.append((film, seconds))
@@ -660,13 +620,12 @@ class Recordings:
                     self.passed_over.append(path.name)
             if stills:
                 films.append((np.concatenate(stills), 0.0))
-        grey = all((film == film[..., :1]).all() for film, _ in films)
-        if grey:
+        if all((film == film[..., :1]).all() for film, _ in films):  # all are grey
             films = [(film[..., :1], seconds) for film, seconds in films]
         return films
 
     def film_of_file(self, path):
-        """A film (T, size, size, 3), and the seconds between its frames.
+        """A film (T, size, size, 3), and the seconds between its frames, 0 if unknown.
 
         GIFs merge equal frames into one that lasts longer: these are given back.
         """
@@ -675,9 +634,76 @@ class Recordings:
         with reading(path):
             decode = film_frames if path.suffix.lower() in FILMS else picture_frames
             for frame, milliseconds in decode(path):
-                frames.append(self.squared(frame))
+                self.choose_size(frame.shape[0], frame.shape[1])
+                frames.append(square(frame, self.size))
                 durations.append(milliseconds)
+            if not frames:
+                raise ValueError("it holds no frames")
         shortest = min(durations) or math.inf
         counts = [max(1, int(duration // shortest)) for duration in durations]
-        film = np.repeat(np.stack(frames), counts, 0)
-        return film, sum(durations) / sum(counts) / 1000
+        film = np.repeat(frames, counts, 0)
+        return film, sum(durations) / len(film) / 1000
+
+    def choose_size(self, height, width):
+        """Note the recorded size. The first picture decides the size where none is asked for."""
+        self.recorded_size = f"{width} x {height}"
+        if self.size is None:
+            side = min(height, width)
+            self.size = side if side in range(16, 129, 8) else 32
+
+    def check(self, recordings, least):
+        """Raises: ValueError for too few frames and where all pictures are almost black."""
+        if sum(len(film) // least for film in recordings) < 2:  # one clip is held out
+            raise ValueError(
+                f"{self.path} must hold one recording of {2 * least} frames or several of {least}: "
+                f"films, pictures or a .npy file. Passed over: {self.passed_over[:NAMED]}"
+            )
+        samples = (film[:: 1 + len(film) // 64] for film in recordings)
+        if not any(unit_range(sample).max() > DARK for sample in samples):
+            raise ValueError(f"{self.path} is dark: scale it; of 16-bit integers 65535 is white")
+
+    def frame_time(self, recorded, dt, fps):
+        """Seconds between frames, as asked for or as the files say. Raises: ValueError."""
+        if dt:
+            return dt
+        if fps:
+            return 1 / fps
+        if max(recorded) > 1.1 * min(recorded):
+            cure = "convert them, or set all by --fps"
+            raise ValueError(f"{self.path} has films of unlike rates: {cure}")
+        return recorded[0] or FRAME_TIME
+
+    def split(self, recordings, clip, least, seed):
+        """Cut recordings (T, H, W, C) into clips, and choose those that are held out."""
+        clip = max(clip, least)
+        if len(recordings) == 1:
+            clip = min(clip, len(recordings[0]) // 2)
+        groups = [np.split(film, range(clip, len(film) - clip + 1, clip)) for film in recordings]
+        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
+        if len(groups) == 1:
+            groups = [[x] for x in groups[0]]
+            order = torch.arange(len(groups)).flip(0)  # the last first
+        tenth = order[: max(1, len(order) // 10)]
+        self.clips = [x for group in groups for x in group]
+        group_of_clip = [i for i, group in enumerate(groups) for _ in group]
+        held_out = torch.isin(torch.tensor(group_of_clip), tenth)
+        self.held_out = held_out.nonzero().flatten()
+        self.train = (~held_out).nonzero().flatten()
+
+    def summarise(self, found, long):
+        """A line that says what was read."""
+        lengths = self.lengths
+        frames = f"{lengths.min()} to {lengths.max()} frames and {lengths.sum()} in all"
+        names = ", ".join(self.passed_over[:NAMED])
+        return (
+            f"{self.path}: recordings {found}, of which too short {found - long}; clips "
+            f"{len(lengths)}, of {frames}; pictures {self.recorded_size} -> {self.size} x "
+            f"{self.size}, {1 / self.dt:.4g} a second; passed over: {len(self.passed_over)} "
+            f"file(s) {names}"
+        )
+
+    def frames(self, clips, times):
+        """Frames (B, n, C, size, size) in [0, 1] of clips (B,) at times (B, n)."""
+        rows = zip(clips.tolist(), times.numpy(), strict=True)
+        x = np.stack([unit_range(self.clips[i][t]) for i, t in rows])  # (B, n, size, size, C)
+        return torch.from_numpy(x).movedim(4, 2)

@@ -1230,6 +1230,7 @@ class Perfect:
 
     dt = 0.125
     context = 7
+    deterministic = False
 
     def __init__(self, system):
         self.system = system
@@ -1907,6 +1908,14 @@ def test_a_new_system_is_one_entry(name, command, on_loss):
     for value in result.values():
         assert not isinstance(value, float) or math.isfinite(value)
     assert result["mse_0_29"] < 10 * result["blank_mse"]
+
+
+def test_an_hnn_has_no_samples_to_judge(command):
+    command("train", f"--model hnn --size 16 {TINY} --targets 4")
+    command("eval", "--clips 2 --frames 12 --show 1 --scale 1")
+    metrics = report_of("mass_spring")["metrics"]
+    assert math.isfinite(metrics["strict_vpt_forward"])
+    assert "samples_valid" not in metrics
 
 
 def odd_points(columns):

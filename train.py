@@ -62,15 +62,22 @@ OF_KINDS = {
             "steps": 4000, "batch_size": 256, "lr": 1e-2},
     "realnvp": {"model": "realnvp", "steps": 10000, "batch_size": 512, "lr": 5e-3},
 }  # fmt: skip
-OF_THE_COMMAND = ("device", "compile", "resume", "name", "bench")  # the run does not keep these
+OF_THE_COMMAND = (
+    "device",
+    "compile",
+    "resume",
+    "name",
+    "bench",
+)  # these are not saved with the run
 CHANGEABLE = ("steps", "window", "save_every")  # what --resume may change
 
 
-def usual(option):
+def defaults_of(option):
     """The defaults of an option, kind by kind, for --help."""
     return ", ".join(f"{kind} {options[option]}" for kind, options in OF_KINDS.items())
 
 
+MOST_STEPS = 500_000  # for each seed there are 2^19 numbers of batches, see FIRST_BATCH
 count = number(1, 1000)
 many = number(1, 10**9)
 positive = number(1e-9, 1e6, float)
@@ -119,12 +126,12 @@ ARGUMENTS = {
         "--kinetic": {"choices": ("quadratic", "mlp"), "help": "K(p) (default: quadratic)"},
     },
     "run": {
-        "--steps": {"type": many, "help": f"default: {usual('steps')}"},
-        "--batch-size": {"type": many, "help": f"default: {usual('batch_size')}"},
-        "--lr": {"type": positive, "help": f"learning rate (default: {usual('lr')})"},
+        "--steps": {"type": number(1, MOST_STEPS), "help": f"default: {defaults_of('steps')}"},
+        "--batch-size": {"type": many, "help": f"default: {defaults_of('batch_size')}"},
+        "--lr": {"type": positive, "help": f"learning rate (default: {defaults_of('lr')})"},
         "--seed": {"type": number(0, 2**20 - 1), "help": "of all random numbers (default: 0)"},
         "--save-every": {"type": many, "help": "steps between checkpoints (default: 250)"},
-        "--device": {"help": "cpu, cuda, cuda:1 (default: cuda if there is one; flows: cpu)"},
+        "--device": {"help": "cpu, cuda, cuda:1 (default: a GPU if any); points: always cpu"},
         "--compile": flag | {"help": "fuse the step by torch.compile, minutes at first"},
     },
     "one of these": {
@@ -200,7 +207,7 @@ class SimulatedClips:
         self.system = SYSTEMS[options.system]
         self.device = device
         self.lengths = torch.tensor([options.window], device=device)
-        self.train = torch.zeros_like(self.lengths)  # all clips of a batch have this length
+        self.train_clips = torch.zeros_like(self.lengths)  # all clips of a batch have this length
         self.pool = None
 
     def frames(self, step, clips, times, generator):
@@ -225,7 +232,7 @@ class RecordedClips:
         self.target = device
         self.device = torch.device("cpu")
         self.lengths = recordings.lengths
-        self.train = recordings.train
+        self.train_clips = recordings.train
 
     def frames(self, step, clips, times, generator):
         """Frames (B, n, C, size, size) of clips (B, 1) at times (B, n)."""
@@ -235,7 +242,8 @@ class RecordedClips:
 # -------------------------------------------------------------------------- the five kinds of run
 # A recipe is what one kind of run does: it completes the options, builds the model, prepares it,
 # gives batch `step` (the same whenever it is asked for), computes the losses, finishes the model
-# after the last step and reports its figures. RECIPES, below, names them: add a new kind there.
+# after the last step and reports its figures. A new kind is a recipe with its names in RECIPES, in
+# OF_KINDS and, for a new class of model, in --model and eval.MODELS.
 
 HGN_ARGUMENTS = ("arch", "context", "latent", "integrator", "substeps", "periodic", "f_psi",
                  "deterministic", "friction")  # fmt: skip
@@ -245,7 +253,11 @@ FIRST_BATCH = 2**19  # numbers of generators: batches start here, pools of traje
 
 
 class PictureRecipe:
-    """What the three kinds of run on pictures share."""
+    """What the three kinds of run on pictures share.
+
+    Each adds `frames_in_a_row`, the frames that a clip must have; `batch(step)`; and `terms`, the
+    loss, the pixel error and the KL of a batch.
+    """
 
     lr_scales = ()
     muon = False
@@ -264,7 +276,7 @@ class PictureRecipe:
         if options.geco:
             self.geco = GECO(options.geco, beta=options.beta, device=device)
             self.beta = self.geco.beta
-        lengths = self.source.lengths[self.source.train]
+        lengths = self.source.lengths[self.source.train_clips]
         self.longest = min(options.window, int(lengths.max()))
         self.row = self.frames_in_a_row()
         if min(self.row, self.longest) < max(3, options.context):
@@ -273,7 +285,7 @@ class PictureRecipe:
         if frames * test.size**2 > MOST_PIXELS:
             raise ValueError("a batch takes gigabytes: lower --batch-size, --window or --size")
         # Long clips are drawn more often, so that every frame is as likely as any other.
-        self.clips = self.source.train.repeat_interleave(lengths * (lengths >= self.row))
+        self.clips = self.source.train_clips.repeat_interleave(lengths * (lengths >= self.row))
 
     @staticmethod
     def complete(options):
@@ -457,7 +469,8 @@ class FlowRecipe:
         return x, torch.randn(self.draws, *x.shape, generator=generator)
 
     def losses(self, model, x, noise):
-        """Half the ELBO, half the importance-weighted bound, which alone would neglect f(p|q)."""
+        """Half the ELBO, half the tighter importance-weighted bound, whose gradients teach f(p|q)
+        little (Rainforth et al. 2018, "Tighter variational bounds are not necessarily better")."""
         weights = model.log_weights(x, noise)  # (draws, B)
         elbo = weights.mean(0).mean()
         iwae = weights.logsumexp(0).mean() - math.log(len(weights))
@@ -749,10 +762,10 @@ class Interruption:
 
     def __init__(self):
         self.signal = 0
-        signal.signal(signal.SIGINT, self.heed)
-        signal.signal(signal.SIGTERM, self.heed)
+        signal.signal(signal.SIGINT, self.on_signal)
+        signal.signal(signal.SIGTERM, self.on_signal)
 
-    def heed(self, number, frame):
+    def on_signal(self, number, frame):
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
