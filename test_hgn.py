@@ -76,6 +76,12 @@ each = pytest.mark.parametrize
 slow = pytest.mark.slow
 
 
+def fast_first(cases):
+    """The cases of a test, of which all but the first are slow."""
+    first, *others = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*first), *(pytest.param(*case, marks=slow) for case in others)]
+
+
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -1362,7 +1368,7 @@ def test_judging_clips(name):
     assert valid == 0.0
 
 
-@each("name", PAPER_SYSTEMS)
+@each("name", fast_first(PAPER_SYSTEMS))
 def test_shipped_checkpoints_are_used_where_nothing_was_trained(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = evaluation.find_run(system=name)
@@ -1846,6 +1852,7 @@ def test_batches_of_the_compact_model_are_frames_at_the_times_they_say(own, comm
     assert once[9][2].max() > 6
 
 
+@slow
 def test_times_are_uniform(own, command, on_loss):
     """From the first frame that the encoder sees to the clip's end."""
     words = f"--data {own[0]}/numbered.npy --batch-size 256 --window 19 --steps 120"
@@ -1857,10 +1864,7 @@ def test_times_are_uniform(own, command, on_loss):
         assert (counts / counts.mean() - 1).abs().max() < 0.3
 
 
-FAST_SCENES = ("rod",)  # the others are learnt by the slow tests
-
-
-@each("name", [name if name in FAST_SCENES else pytest.param(name, marks=slow) for name in SCENES])
+@each("name", fast_first(SCENES))
 def test_any_picture_is_learnt(name, command, on_loss):
     """In seconds: what single frames say paints them with half of a blank prediction's error."""
     frames = scene(name, 24, 24, size=16).clamp(0, 1)
@@ -2061,7 +2065,7 @@ def test_cuda_training_resume_and_movies(command):
 # ------------------------------------------------------------------------------- what goes wrong
 
 
-@each("last, steps, kept", ((7, 12, 12), (10**6, 120, 15)))
+@each("last, steps, kept", fast_first([(7, 12, 12), (10**6, 120, 15)]))
 def test_a_loss_that_is_not_finite_does_no_harm(last, steps, kept, own, command, on_loss):
     """For one step it is passed over; for good the run ends, and a good checkpoint stays."""
 
