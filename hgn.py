@@ -263,6 +263,18 @@ class PaperHamiltonian(Hamiltonian):
         return self.convs(maps).sum((1, 2, 3))
 
 
+def upsampled_conv(conv, x):
+    """Upsample x by two, nearest neighbour, and convolve: (n, C, H, W) -> (n, C', 2 H, 2 W).
+
+    Taps of the 3x3 kernel that see the same pixel of x are added up first. The sums are the kernel
+    of a transposed convolution, which takes 4/9 of the multiplications.
+    """
+    kernel = F.pad(conv.weight, (1, 1, 1, 1))
+    kernel = 4 * F.avg_pool2d(kernel, 2, stride=1)  # (C', C, 4, 4)
+    kernel = kernel.flip(2, 3).transpose(0, 1)
+    return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
+
+
 class ResidualUp(nn.Module):
     """Upsample by two, then add two 3x3 convolutions to a skip connection."""
 
@@ -273,9 +285,9 @@ class ResidualUp(nn.Module):
         self.skip = conv(channels, width, 1) if channels != width else nn.Identity()
 
     def forward(self, x):
-        x = F.interpolate(x, scale_factor=2)  # nearest neighbour, (n, C, 2 H, 2 W)
-        y = F.leaky_relu(self.first(x))
-        return F.leaky_relu(self.skip(x) + self.second(y))
+        y = F.leaky_relu(upsampled_conv(self.first, x))
+        skip = F.interpolate(self.skip(x), scale_factor=2)  # nearest neighbour, (n, C, 2 H, 2 W)
+        return F.leaky_relu(skip + self.second(y))
 
 
 class PaperDecoder(nn.Sequential):
@@ -450,7 +462,7 @@ class HGN(Saved):
         self.encoder = networks.encoder.to(memory_format=torch.channels_last)
         self.decoder = networks.decoder.to(memory_format=torch.channels_last)
         self.f_psi = networks.f_psi
-        self.H = networks.H
+        self.H = networks.H.to(memory_format=torch.channels_last)
         self.prior = Deterministic() if deterministic else networks.prior
         self.log_gamma = nn.Parameter(torch.tensor(-3.0)) if friction else None
 
@@ -514,7 +526,7 @@ class HGN(Saved):
         """H of states (B, dim), (B,). Its zero and its unit mean nothing."""
         return self.H(q, p)
 
-    def decode(self, q, block=512):
+    def decode(self, q, block=64):
         """Paint q (B, T, dim): frames (B, T, C, size, size), `block` pictures at a time.
 
         Without gradients the pictures are clipped to [0, 1].
@@ -536,17 +548,22 @@ class HGN(Saved):
         q, p = self.rollout(q, p, steps, dt)
         return self.decode(q)
 
-    def loss(self, frames, beta=1e-3, noise=None):
+    def loss(self, frames, beta=1e-3, noise=None, times=None):
         """The negative ELBO, -1/T sum_t log p(x_t|q_t) + KL(q(z|x) || p(z)), equation (5).
 
         p(x|q) is Gaussian of variance beta / 2. The sum is given times beta / (C size size) and
         without its constant, which makes it mse + beta KL / (C size size).
-        frames: (B, T, C, size, size): the encoder sees the first `context`, all are scored.
-        noise: of z, N(0, I). Returns: loss, mse and kl (nats), scalars.
+        frames: (B, T, C, size, size): the encoder sees the first `context`.
+        noise: of z, N(0, I). times: integers (B, n), which frames are scored, by default all.
+        Of random times the loss is an unbiased estimate.
+        Returns: loss, mse and kl (nats), scalars.
         """
         z, kl = self.posterior(frames, noise)
         q, p = self.state(z)
         q, p = self.rollout(q, p, frames.shape[1] - 1)
+        if times is not None:
+            q = q.take_along_dim(times.unsqueeze(2), 1)  # (B, n, dim)
+            frames = frames.take_along_dim(times[:, :, None, None, None], 1)
         mse = (self.decode(q) - frames).square().mean()
         return mse + beta * kl / frames[0, 0].numel(), mse, kl
 
@@ -1031,7 +1048,20 @@ def picture_error(model, q, targets):
     return (painted - truth).square().mean((2, 3, 4))
 
 
-def charted_loss(model, context, targets, times, horizon, beta=1e-3, noise=None):
+def unchanged(x):
+    """x, which in a single process is the mean of x over all processes."""
+    return x
+
+
+def variance(x, average):
+    """The mean variance of the numbers in x (n, ...) over n and over all processes."""
+    mean = average(x.mean(0))
+    return average((x - mean).square().mean(0)).mean() + 1e-12
+
+
+def charted_loss(
+    model, context, targets, times, horizon, beta=1e-3, noise=None, average=unchanged
+):  # fmt: skip
     """The loss of the compact model, in units of the variance E of the targets' pixels.
 
     E is the error of a blank prediction, the mean picture. The loss is the sum of four terms, where
@@ -1047,11 +1077,13 @@ def charted_loss(model, context, targets, times, horizon, beta=1e-3, noise=None)
         targets: frames to paint, (B, n, C, size, size).
         times: integers (B, n) up to `horizon`, when these are, counted from the first of context.
         horizon: frames to roll out.
+        noise: of z, N(0, I).
+        average: where several processes train together, the mean of a tensor over all of them.
     Returns: loss, mse of the pixels scored, and kl (nats), scalars.
     """
     model.check_frames(targets)
     space = model.encoder.space
-    E = targets.flatten(0, 1).var(0, correction=0).mean() + 1e-12
+    E = variance(targets.flatten(0, 1), average)
     z, kl = model.posterior(context, noise)
     q, p = model.state(z)
     q, p = model.rollout(q, p, horizon)
@@ -1059,7 +1091,7 @@ def charted_loss(model, context, targets, times, horizon, beta=1e-3, noise=None)
     few = 1 + targets.shape[1] // 8  # as painting more for the chart costs time and helps little
     chart = model.encoder.encode_frame(targets[:, :few])
     distance = space.wrap(q[:, :few] - chart).square().mean(2)
-    chart_variance = chart.detach().flatten(0, 1).var(0, correction=0).mean() + 1e-12
+    chart_variance = variance(chart.detach().flatten(0, 1), average)
     rollout_error = picture_error(model, q, targets) / E
     chart_error = picture_error(model, chart, targets[:, :few]) / E
     negative_elbo = robust(rollout_error, 0.1) + beta * kl / context[0, 0].numel() / E

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch._inductor.config
+import torch.nn.functional as F
 from PIL import Image
 from torch.autograd.functional import jacobian
 from torch.distributions import Normal, kl_divergence
@@ -41,6 +42,7 @@ from hgn import (
     PaperHamiltonian,
     PotentialMLP,
     RealNVP,
+    ResidualUp,
     Space,
     charted_loss,
     euler_step,
@@ -702,6 +704,29 @@ def test_the_loss_is_the_elbo(arch):
     close(found, kl.mean(), rtol=1e-4, atol=1e-3)
     close(mse, (painted - frames).square().mean())
     close(loss, -0.1 * elbo / frames[0, 0].numel(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_of_some_frames_is_that_of_their_pictures_alone():
+    """The mean over every frame by itself is the loss of all: random frames are unbiased."""
+    model = HGN(arch="paper", size=16)
+    frames = clips(SYSTEMS["pendulum"], 2, 7, size=16, generator=seeded())[0]
+    noise = torch.randn(2, *model.z_shape, generator=seeded(1))
+    with torch.no_grad():
+        every = torch.stack(model.loss(frames, noise=noise))
+        times = [torch.tensor([[t], [6 - t]]) for t in range(7)]
+        alone = torch.stack([torch.stack(model.loss(frames, 1e-3, noise, t)) for t in times])
+    close(alone.mean(0), every, rtol=1e-5, atol=1e-6)
+    assert alone[:, 1].std() > 0
+
+
+@each("channels", (3, 8))
+def test_a_block_of_the_papers_decoder_upsamples_and_convolves(channels):
+    """As the paper says it, which takes more multiplications."""
+    block = ResidualUp(channels, 8)
+    x = torch.randn(2, channels, 4, 4, generator=seeded())
+    wide = F.interpolate(x, scale_factor=2)
+    expected = block.second(F.leaky_relu(block.first(wide))) + block.skip(wide)
+    close(block(x), F.leaky_relu(expected), rtol=1e-4, atol=1e-5)
 
 
 def descend(model, loss, steps, lr=1e-3):
@@ -1741,6 +1766,69 @@ def test_a_killed_run_resumes_to_the_uninterrupted_one(trained, command):
     assert step_of("cut") < 24
     command("train", "--resume")
     assert_is_the_uninterrupted_run("cut", trained)
+
+
+def in_two_processes(words, folder="."):
+    """A running train.py of two processes."""
+    script = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    return subprocess.Popen(
+        [*script, HERE / "train.py", *words.split()],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def assert_learnt_the_same(one, other):
+    """The gradients' moving averages, which after a step are the gradients times a constant."""
+    a, b = (saved(name)["run"]["optimisers"] for name in (one, other))
+    for states, other_states in zip(a, b, strict=True):
+        for weight, state in states.items():
+            for name in {"exp_avg", "momentum"} & set(state):
+                close(other_states[weight][name], state[name], rtol=1e-5, atol=1e-6)
+
+
+PARALLEL = (
+    "--density two_moons --batch-size 16",
+    f"--noise paper --size 16 {TINY} --batch-size 16 --geco",
+    f"--size 16 --arch paper --context 3 {TINY}",
+)
+
+
+@each("words", fast_first(PARALLEL))
+def test_two_processes_learn_as_one_does(words, command):
+    """Each of them takes half of the batch. A run of one goes on in two, and back."""
+    command("train", f"{words} --steps 1 --name one")
+    assert in_two_processes(f"{words} --steps 1 --name two").wait() == 0
+    assert_learnt_the_same("one", "two")
+    Path("runs/one/pid").unlink()  # this process still runs
+    assert in_two_processes("--resume runs/one --steps 2").wait() == 0
+    command("train", "--resume runs/two --steps 2")
+    for name, weight in saved("one")["weights"].items():
+        close(saved("two")["weights"][name], weight, rtol=1e-4, atol=1e-5)
+
+
+@slow
+@each("number", (signal.SIGINT, signal.SIGKILL))
+def test_two_processes_end_together_and_go_on(number, trained, command):
+    """Asked to stop, they end a step and save; where one is lost, the other ends as well."""
+    run = in_two_processes(f"{RUN} --name cut")
+    while step_of("cut") < 4:
+        assert run.poll() is None
+    pid = int(Path("runs/cut/pid").read_text())
+    os.kill(pid if number == signal.SIGKILL else run.pid, number)
+    assert run.wait(timeout=60) != 0
+    assert not Path("/proc", str(pid)).exists()
+    assert 4 <= step_of("cut") < 24
+    assert in_two_processes("--resume").wait() == 0
+    for key, weight in saved("mass_spring", trained)["weights"].items():
+        close(saved("cut")["weights"][key], weight, rtol=0, atol=2e-3)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(command):
+    run = in_two_processes("--density two_moons --batch-size 15")
+    assert run.wait(timeout=60) != 0
+    assert not Path("runs").exists()
 
 
 @pytest.fixture(scope="module")

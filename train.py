@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
@@ -54,8 +55,8 @@ OF_HGN = {"model": "hgn", "latent": None, "integrator": None, "substeps": 1, "fr
 OF_KINDS = {
     "compact": OF_HGN | {"arch": "compact", "targets": 8, "periodic": None, "steps": 4000,
                          "batch_size": 16, "lr": 4e-3},
-    "paper": OF_HGN | {"arch": "paper", "f_psi": True, "steps": 5000, "batch_size": 16,
-                       "lr": 1.5e-4},
+    "paper": OF_HGN | {"arch": "paper", "f_psi": True, "targets": None, "steps": 5000,
+                       "batch_size": 16, "lr": 1.5e-4},
     "hnn": {"model": "hnn", "latent": None, "integrator": None, "substeps": 1, "friction": False,
             "f_psi": True, "targets": 8, "steps": 5000, "batch_size": 16, "lr": 4e-4},
     "nhf": {"model": "nhf", "hamiltonians": 1, "leapfrog_steps": 6, "kinetic": "quadratic",
@@ -189,6 +190,42 @@ def dashed(name):
     return "no-f-psi" if name == "f_psi" else name.replace("_", "-")
 
 
+# ------------------------------------------------------------------------------- several processes
+# `torchrun` starts them. Each takes its part of every batch, and the first one alone writes files.
+
+RANK = int(os.environ.get("RANK", 0))
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(options, model):
+    """Make all processes start from the same weights; returns this one's part of a batch."""
+    if PROCESSES > 1:
+        on_gpu = next(model.parameters()).is_cuda
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+    size = options.batch_size // PROCESSES
+    return slice(RANK * size, (RANK + 1) * size)
+
+
+def average(x):
+    """The mean of a tensor over all processes."""
+    if PROCESSES == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / PROCESSES
+
+
+def average_together(tensors):
+    """Replace each of the tensors by its mean over all processes, in one message."""
+    if PROCESSES > 1:
+        means = average(torch.cat([tensor.flatten() for tensor in tensors]))
+        means = means.split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means, strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
 # -------------------------------------------------------------------------------- sources of clips
 
 POOL = 64  # batches whose trajectories are simulated together, which is faster
@@ -210,8 +247,8 @@ class SimulatedClips:
         self.train_clips = torch.zeros_like(self.lengths)  # all clips of a batch have this length
         self.pool = None
 
-    def frames(self, step, clips, times, generator):
-        """Frames (B, n, C, size, size) of batch `step` at times (B, n)."""
+    def frames(self, step, clips, times, generator, part):
+        """Frames (B, n, C, size, size) of batch `step` at times (B, n), those of a part of B."""
         options = self.options
         if self.pool != step // POOL:
             self.pool = step // POOL
@@ -221,7 +258,8 @@ class SimulatedClips:
             self.q, _ = simulate(self.system, q, p, options.window, options.dt)
         q = self.q.chunk(POOL)[step % POOL]  # (B, window, bodies, dims)
         q = q.take_along_dim(times[..., None, None], 1)
-        return render(self.system, jitter(self.system, q, options.noise, generator), options.size)
+        q = jitter(self.system, q, options.noise, generator)
+        return render(self.system, q[part], options.size)
 
 
 class RecordedClips:
@@ -234,9 +272,9 @@ class RecordedClips:
         self.lengths = recordings.lengths
         self.train_clips = recordings.train
 
-    def frames(self, step, clips, times, generator):
-        """Frames (B, n, C, size, size) of clips (B, 1) at times (B, n)."""
-        return self.recordings.frames(clips.flatten(), times).to(self.target)
+    def frames(self, step, clips, times, generator, part):
+        """Frames (B, n, C, size, size) of clips (B, 1) at times (B, n), those of a part of B."""
+        return self.recordings.frames(clips[part].flatten(), times[part]).to(self.target)
 
 
 # -------------------------------------------------------------------------- the five kinds of run
@@ -261,6 +299,7 @@ class PictureRecipe:
 
     lr_scales = ()
     muon = False
+    part = slice(None)  # of each batch, which this process takes
 
     def __init__(self, options, test, device, one_shape=False):
         self.options = options
@@ -312,10 +351,15 @@ class PictureRecipe:
             return (torch.rand(size, n, generator=generator, device=device) * limit).long()
 
         def frames(times):  # (B, n, C, size, size) at times (B, n)
-            return self.source.frames(step, clips, times, generator)
+            return self.source.frames(step, clips, times, generator, self.part)
 
         clips = self.clips[below(len(self.clips))]
         return clips, below, frames
+
+    def noise(self, model):
+        """Noise for z, (B, ...), of which each process takes its part."""
+        shape = (self.options.batch_size, *model.z_shape)
+        return torch.randn(shape, device=self.device)[self.part]
 
     def losses(self, model, *batch):
         """The loss to go down, its terms and the weight of the KL, scalars by their names."""
@@ -342,13 +386,17 @@ class PaperRecipe(PictureRecipe):
         return self.longest
 
     def batch(self, step):
-        """Frames (B, row, C, size, size) from anywhere in a clip."""
+        """Frames (B, row, C, size, size) from anywhere in a clip, and the times (B, targets) of
+        those to paint, or None where all are painted."""
         clips, below, frames = self.draw(step)
         first = below(self.source.lengths[clips] - self.row + 1)
-        return (frames(first + torch.arange(self.row, device=first.device)),)
+        times = None
+        if self.options.targets:
+            times = below(self.row, self.options.targets)[self.part].to(self.device)
+        return frames(first + torch.arange(self.row, device=first.device)), times
 
-    def terms(self, model, frames):
-        return model.loss(frames, self.beta)
+    def terms(self, model, frames, times):
+        return model.loss(frames, self.beta, self.noise(model), times)
 
 
 class HNNRecipe(PaperRecipe):
@@ -363,7 +411,7 @@ class HNNRecipe(PaperRecipe):
     def frames_in_a_row(self):
         return min(self.longest, self.options.targets)
 
-    def terms(self, model, frames):
+    def terms(self, model, frames, times):
         return hnn_loss(model, frames)
 
 
@@ -413,10 +461,10 @@ class CompactRecipe(PictureRecipe):
         both = frames(torch.cat((seen, first + times), 1))
         seen, targets = both.split([context, self.options.targets], 1)
         rolled_out = self.longest - 1 if self.one_shape else horizon
-        return seen, targets, times.to(self.device), rolled_out
+        return seen, targets, times[self.part].to(self.device), rolled_out
 
     def terms(self, model, *batch):
-        return charted_loss(model, *batch, self.beta)
+        return charted_loss(model, *batch, self.beta, self.noise(model), average)
 
     def finish(self, model):
         """Fit the prior to the states of many clips, from batches after the last one."""
@@ -442,6 +490,7 @@ class FlowRecipe:
     lr_scales = ()
     muon = True
     geco = None
+    part = slice(None)  # of each batch, which this process takes
     draws = 4  # of p for each point
 
     def __init__(self, options, test, device, one_shape=False):
@@ -466,7 +515,8 @@ class FlowRecipe:
         """Points x (B, D) and noise for the momenta of each, (draws, B, D)."""
         generator = generator_of(self.options.seed, step)
         x = self.test.draw(self.options.batch_size, generator)
-        return x, torch.randn(self.draws, *x.shape, generator=generator)
+        noise = torch.randn(self.draws, *x.shape, generator=generator)
+        return x[self.part], noise[:, self.part]
 
     def losses(self, model, x, noise):
         """Half the ELBO, half the tighter importance-weighted bound, whose gradients teach f(p|q)
@@ -503,6 +553,8 @@ RECIPES = {
 
 def recipe_of(options, device, compile=False):
     """The recipe of a run with these options, with its data."""
+    if options.batch_size % PROCESSES:
+        raise ValueError(f"--batch-size must be a multiple of the {PROCESSES} processes")
     kind = options.arch if options.model == "hgn" else options.model
     test = test_set(vars(options), TEST_CLIPS, device)
     options.digest = test.digest
@@ -583,15 +635,18 @@ def set_rate(optimisers, lr, step, steps):
 def stepper(model, losses, optimisers, geco=None, largest_norm=1.0):
     """A function that takes a training step on a batch and returns losses(*batch).
 
-    It goes down the gradient of "loss" among these, clipped to `largest_norm`; a gradient that is
-    not finite counts as zero. On a GPU it waits for nothing and runs as one graph, see `Graphed`.
+    It goes down the gradient of "loss" among these, averaged over all processes and clipped to
+    `largest_norm`; a gradient that is not finite counts as zero. On a GPU it waits for nothing and
+    runs as one graph, see `Graphed`.
     """
 
     def step(*batch):
         values = losses(*batch)
         model.zero_grad()
         values["loss"].backward()
+        values = {name: value.detach().clone() for name, value in values.items()}
         weights = [weight for weight in model.parameters() if weight.grad is not None]
+        average_together([*(weight.grad for weight in weights), *values.values()])
         norm = torch.nn.utils.clip_grad_norm_(weights, largest_norm)
         for weight in weights:
             weight.grad.masked_fill_(~norm.isfinite(), 0.0)
@@ -629,7 +684,9 @@ class Graphed:
             return self.step(*self.batch)
         if self.calls == self.warm_up + 1:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            stream = torch.cuda.current_stream()
+            # In this mode other threads may use the GPU meanwhile, as those of nccl do.
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.values = self.step(*self.batch)
         self.graph.replay()
         return self.values
@@ -674,7 +731,10 @@ def fit_prior(prior, mean, logvar, rounds=4000, seed=0, lr=5e-3):
 
 
 class Run:
-    """A model in training and its folder: checkpoint.pt, metrics.jsonl and the process's pid."""
+    """A model in training and its folder: checkpoint.pt, metrics.jsonl and the process's pid.
+
+    Of several processes the first one alone writes.
+    """
 
     def __init__(self, folder, recipe, model):
         self.folder = folder
@@ -694,6 +754,8 @@ class Run:
 
     def save(self):
         """Write the checkpoint, in one piece. `HGN.load` and `NHF.load` read the model in it."""
+        if RANK > 0:
+            return
         run = {
             "options": vars(self.options),
             "step": self.step,
@@ -717,11 +779,14 @@ class Run:
             optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
         for tensor, value in zip(self.geco_state(), run["geco"], strict=True):
             tensor.fill_(value)
-        with open(self.folder / "metrics.jsonl", "a") as log:
-            log.truncate(min(self.logged, log.tell()))
+        if RANK == 0:
+            with open(self.folder / "metrics.jsonl", "a") as log:
+                log.truncate(min(self.logged, log.tell()))
 
     def log(self, **values):
         """Append a line to metrics.jsonl."""
+        if RANK > 0:
+            return
         seconds = round(time.time() - self.began, 1)
         line = json.dumps({"step": self.step, "seconds": seconds, **values})
         with open(self.folder / "metrics.jsonl", "a") as log:
@@ -729,7 +794,9 @@ class Run:
             self.logged = log.tell()
 
     def lock(self):
-        """Refuse to train in a folder in which another process does. Raises: ValueError."""
+        """Refuse to train in a folder in which another run does. Raises: ValueError."""
+        if RANK > 0:
+            return
         pid = self.folder / "pid"
         if pid.exists():
             other = pid.read_text()
@@ -758,7 +825,10 @@ def new_folder(options, name):
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM are heeded between two steps, a second one at once."""
+    """Ctrl-C and SIGTERM are heeded between two steps, a second one at once.
+
+    torchrun repeats them, and kills after 30 seconds: there a second one is ignored.
+    """
 
     def __init__(self):
         self.signal = 0
@@ -767,7 +837,8 @@ class Interruption:
 
     def on_signal(self, number, frame):
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if PROCESSES == 1:
+            signal.signal(number, signal.SIG_DFL)
 
 
 LOG_EVERY = 20  # steps
@@ -778,11 +849,13 @@ def train(run, compile=False):
     """Train to the last step or to a signal, with a log and checkpoints on the way."""
     options = run.options
     recipe = run.recipe
+    recipe.part = join_processes(options, run.model)
     take_step = step_of(recipe, run.model, run.optimisers, compile)
     interruption = Interruption()
     bad_logs = 0
-    with tqdm(initial=run.step, total=options.steps, unit="step") as bar:
-        while run.step < options.steps and not interruption.signal:
+    stop = 0
+    with tqdm(initial=run.step, total=options.steps, unit="step", disable=RANK > 0) as bar:
+        while run.step < options.steps and not stop:
             # The noise of z is drawn from here: a resumed run draws what it would have drawn.
             torch.manual_seed((options.seed << 20) + run.step)
             set_rate(run.optimisers, options.lr, run.step, options.steps)
@@ -791,7 +864,8 @@ def train(run, compile=False):
             bar.update()
             if run.step == options.steps:
                 recipe.finish(run.model)
-            last = run.step == options.steps or interruption.signal
+            stop = average(torch.tensor(float(interruption.signal))).item()
+            last = run.step == options.steps or stop
             if run.step % LOG_EVERY == 0 or last:
                 numbers = {name: value.item() for name, value in values.items()}
                 bar.set_postfix({name: f"{value:.3g}" for name, value in numbers.items()})
@@ -801,9 +875,10 @@ def train(run, compile=False):
                 raise ValueError(f"the loss is not finite at step {run.step}: lower --lr")
             if bad_logs == 0 and (run.step % options.save_every == 0 or last):
                 run.save()
-    if interruption.signal:
-        print(f"stopped: python train.py --resume {run.folder} goes on")
-        raise SystemExit(128 + interruption.signal)
+    if stop:
+        if RANK == 0:
+            print(f"stopped: python train.py --resume {run.folder} goes on")
+        raise SystemExit(128 + (interruption.signal or signal.SIGTERM))
 
 
 # --------------------------------------------------------------------------------------- the speed
@@ -857,6 +932,8 @@ def bench(recipe, device, compile):
 
 def device_of(options, name):
     """The device called `name`, or the best there is; flows, which are small, run on the CPU."""
+    if PROCESSES > 1 and name is None and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device("cpu" if options.model in FLOWS else name)
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream(device))  # the default stream captures none
@@ -867,9 +944,10 @@ def start(recipe, name, device):
     """A new run in a folder of its own."""
     options = recipe.options
     model = recipe.build().to(device)
-    run = Run(new_folder(options, name), recipe, model)
+    folder = new_folder(options, name) if RANK == 0 else None
+    run = Run(folder, recipe, model)
     recipe.prepare(model)
-    run.log(config=vars(options), **provenance())
+    run.log(config=vars(options), processes=PROCESSES, **provenance())
     run.save()
     return run
 
@@ -895,15 +973,20 @@ def run_command(given):
         torch.manual_seed(options.seed)
         recipe = recipe_of(options, device, compile)
         if command["bench"]:
+            if PROCESSES > 1:
+                raise ValueError("--bench measures one process: start it without torchrun")
             return bench(recipe, device, compile)
         run = start(recipe, command["name"], device)
     else:
         path = find_run(command["resume"] or None)
         run = resume(path, given, command["device"], compile)
-    print(run.recipe.test.summary)
-    print(f"{run.folder}: step {run.step} of {run.options.steps}")
+    if RANK == 0:
+        print(run.recipe.test.summary)
+        print(f"{run.folder}: step {run.step} of {run.options.steps}")
     run.model.train()
     train(run, compile)
+    if RANK > 0:
+        return
     run.model.eval()
     result = run.recipe.report(run.model, run.folder)
     run.log(**{name: value for name, value in result.items() if isinstance(value, float)})
