@@ -859,9 +859,9 @@ class CompactHamiltonian(Hamiltonian):
         M_inverse = (self.W * s.unsqueeze(1)) @ self.W.T  # (B, dim, dim)
         one = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)
         M_inverse = M_inverse + self.least_inverse_mass * one
-        # solve_ex does not wait for a GPU to report whether the matrix is singular.
-        p, _ = torch.linalg.solve_ex(M_inverse, velocity.unsqueeze(2))
-        return q, p.squeeze(2)
+        # cholesky_ex does not wait for a GPU to report whether the matrix is positive; it is.
+        L, _ = torch.linalg.cholesky_ex(M_inverse)
+        return q, torch.cholesky_solve(velocity.unsqueeze(2), L).squeeze(2)
 
 
 # --------------------------------------------------------------------------- encoder and decoder

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -270,7 +270,8 @@ def advance(system, start, dt, refined=1):
     return state
 
 
-def gauss_legendre(stages):
+@cache
+def gauss_legendre(stages, device):
     """The coefficients A (stages, stages) and b (stages,) of Gauss and Legendre's method.
 
     It is symplectic and of order 2 * stages (Hairer, Lubich & Wanner, Geometric Numerical
@@ -282,10 +283,9 @@ def gauss_legendre(stages):
     powers = c ** torch.arange(stages)
     orders = torch.arange(1.0, stages + 1, dtype=torch.float64)
     inverse = powers.inverse()
-    return (c * powers / orders) @ inverse, (1 / orders) @ inverse
-
-
-A, B = gauss_legendre(stages=6)
+    A = (c * powers / orders) @ inverse
+    b = (1 / orders) @ inverse
+    return A.to(device), b.to(device)
 
 
 def gauss_legendre_step(system, state, h, iterations=16):
@@ -293,13 +293,12 @@ def gauss_legendre_step(system, state, h, iterations=16):
 
     k: their derivatives at the stages, (2, stages, B, bodies, dims), by fixed-point iteration.
     """
-    a = A.to(state)
-    b = B.to(state)
+    A, b = gauss_legendre(6, state.device)
     first = torch.stack(system.derivatives(*state))
     k = torch.stack([first] * len(b), 1)
     for _ in range(iterations):
         last = k
-        stages = state.unsqueeze(1) + h * torch.einsum("ij,sj...->si...", a, k)
+        stages = state.unsqueeze(1) + h * torch.einsum("ij,sj...->si...", A, k)
         k = torch.stack(system.derivatives(*stages))
         if (k - last).abs().max() < CONVERGED:
             break
@@ -323,7 +322,8 @@ def render(system, q, size=32):
     colours = torch.tensor((BACKGROUND, *system.colours)).to(q.device, non_blocking=True)
     background, *colours = colours[:, :, None, None]  # (3, 1, 1) each
     line = torch.arange(size, device=q.device, dtype=torch.float32) - (size - 1) / 2
-    block = 256 if q.device.type == "cpu" else 2**15  # of frames, which stay in the cache of a CPU
+    on_cpu = q.device.type == "cpu"
+    block = 256 if on_cpu else 2**25 // size**2  # of frames: those of a CPU stay in its cache
     for part, out in zip(centres.split(block), frames.split(block), strict=True):
         x, y = part.split(1, -1)
         dx = (line - x).square()  # (n, bodies, size)

@@ -2143,6 +2143,23 @@ def test_cuda_graph_trains_as_eager_does(words, own, command, monkeypatch):
 
 
 @needs_cuda
+def test_a_step_on_a_gpu_takes_batches_of_one_shape():
+    """From whatever stream, and what it returned before stays."""
+    model = torch.nn.Linear(3, 1).cuda()
+
+    def losses(x):
+        return {"loss": model(x).square().mean()}
+
+    step = train.stepper(model, losses, train.make_optimisers(model, 1e-2))
+    batch = torch.rand(8, 3).cuda()
+    values = [step(batch)["loss"] for _ in range(8)]
+    assert values[0] > values[4] > values[7]
+    close(values[7], losses(batch)["loss"], rtol=0.1, atol=0.01)
+    with pytest.raises(ValueError, match="captured"):
+        step(batch[:1])
+
+
+@needs_cuda
 def test_cuda_training_resume_and_movies(command):
     command("train", "--steps 4 --batch-size 2 --window 6 --targets 2 --device cuda")
     command("train", "--resume runs/mass_spring/checkpoint.pt --steps 8 --device cuda")
@@ -2261,7 +2278,7 @@ MISTAKES = {
         --size 20; --noise loud; --window 0; --context 50; --arch big; --latent 65; --steps 1.5;
         --lr nan; --beta -1; --seed -1; --name taken; --name ../up; --resume nowhere.pt;
         --device cuda:77; --colour red; --density rings --latent 3; --hamiltonians 2; --fps 9;
-        --arch paper --targets 3; --arch paper --periodic; --no-f-psi; --model hnn --geco;
+        --arch paper --periodic; --no-f-psi; --model hnn --geco;
         --deterministic --geco 1e-3; --density rings --model realnvp --hamiltonians 2""",
     "eval": """--density rings; --checkpoint nowhere.pt; --frames 0; --speed inf; --device tpu;
         --system pendulum --density rings""",

@@ -603,7 +603,10 @@ class Muon(torch.optim.Optimizer):
         for weight in group["params"]:
             if weight.grad is None:
                 continue
-            momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+            state = self.state[weight]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(weight)
+            momentum = state["momentum"]
             momentum.lerp_(weight.grad, 0.05)
             x = torch.lerp(weight.grad, momentum, 0.95)  # Nesterov's
             x = x / (x.norm() + 1e-12)
@@ -662,34 +665,47 @@ def stepper(model, losses, optimisers, geco=None, largest_norm=1.0):
 class Graphed:
     """A training step on a GPU: three times as it is, then one CUDA graph that replays it.
 
-    Tensors are copied to where those of the first call are; other arguments must not change. It
-    must be called on a stream other than the default one. Results are overwritten by the next call.
+    It runs on a stream of its own, which the caller's stream waits for, and returns scalars by
+    name. Raises: ValueError for tensors of other shapes, or other numbers, than in the first call.
     """
 
     warm_up = 3  # calls before the graph is captured, as torch asks for
 
     def __init__(self, step):
         self.step = step
+        self.stream = torch.cuda.Stream()
         self.calls = 0
-        self.batch = None
 
     def __call__(self, *batch):
         self.calls += 1
-        if self.batch is None:
+        shapes = [x.shape if torch.is_tensor(x) else x for x in batch]
+        if self.calls == 1:
+            self.shapes = shapes
             self.batch = [x.clone() if torch.is_tensor(x) else x for x in batch]
-        for mine, new in zip(self.batch, batch, strict=True):
-            if torch.is_tensor(new):
-                mine.copy_(new)
+        if shapes != self.shapes:
+            raise ValueError(f"this step was captured for a batch of {self.shapes}, not {shapes}")
+        callers_stream = torch.cuda.current_stream()
+        self.stream.wait_stream(callers_stream)
+        with torch.cuda.stream(self.stream):
+            for mine, new in zip(self.batch, batch, strict=True):
+                if torch.is_tensor(new):
+                    mine.copy_(new)
+            values = self.run()
+        callers_stream.wait_stream(self.stream)
+        return values
+
+    def run(self):
+        """Take the step on `self.batch`, in the way that this call has."""
         if self.calls <= self.warm_up:
             return self.step(*self.batch)
         if self.calls == self.warm_up + 1:
             self.graph = torch.cuda.CUDAGraph()
-            stream = torch.cuda.current_stream()
             # In this mode other threads may use the GPU meanwhile, as those of nccl do.
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            how = {"stream": self.stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(self.graph, **how):
                 self.values = self.step(*self.batch)
         self.graph.replay()
-        return self.values
+        return {name: value.clone() for name, value in self.values.items()}
 
 
 def step_of(recipe, model, optimisers, compile=False):
@@ -723,7 +739,7 @@ def fit_prior(prior, mean, logvar, rounds=4000, seed=0, lr=5e-3):
     for i in range(rounds):
         set_rate(optimisers, lr, i, rounds)
         some = torch.randint(len(mean), (min(512, rounds),), device=mean.device)
-        z = torch.normal(mean[some], (0.5 * logvar[some]).exp())
+        z = prior.draw(mean[some], logvar[some])
         step(z, mean[some], logvar[some])
 
 
@@ -936,7 +952,7 @@ def device_of(options, name):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device("cpu" if options.model in FLOWS else name)
     if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # the default stream captures none
+        torch.cuda.set_device(device)  # of new streams and graphs
     return device
 
 

@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+# What only a GPU can tell: tests, speed, a profile, time to the paper's error, the paper's networks.
+#
+#   bash results/gpu.sh            some 40 minutes on one H100
+#   bash results/gpu.sh --small    the same in small, to try this script on a CPU
+#
+# Everything it finds goes to results/gpu/. A part whose file is there is skipped, and trainings go on
+# from their checkpoints in runs/, so it may be stopped and started again. LIMIT=560 stops it after
+# so many seconds.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+limit=${LIMIT:-2400}
+to=results/gpu
+devices=$(python -c "import torch; print(torch.cuda.device_count())")
+batches="16 512"
+small=""
+quick="--steps 600"
+paper="--steps 15000"
+if [ "${1:-}" = --small ]; then
+  batches="4"
+  to=results/gpu-small
+  small="--size 16 --window 6 --targets 2"
+  quick="--steps 4 --batch-size 4"
+  paper="--steps 4 --batch-size 2"
+fi
+mkdir -p "$to" runs
+
+# part NAME COMMAND...: run it, and keep what it prints as NAME.txt when it has ended well.
+part() {
+  name=$1
+  shift
+  left=$((limit - SECONDS))
+  if [ -e "$to/$name.txt" ] || [ "$left" -lt 10 ]; then
+    return
+  fi
+  echo "$name: $*"
+  if timeout "$left" "$@" > "$to/$name.failed" 2>&1; then
+    mv "$to/$name.failed" "$to/$name.txt"
+  else
+    echo "$name failed or ran out of time, see $to/$name.failed"
+  fi
+}
+
+# learn NAME OPTIONS...: train, or go on with the training; its log is kept, and its model at the end.
+learn() {
+  name=$1
+  shift
+  if [ -e "runs/$name/checkpoint.pt" ]; then
+    $launch train.py --resume "runs/$name"
+  else
+    $launch train.py --name "$name" "$@"
+  fi
+  status=$?
+  cp "runs/$name/metrics.jsonl" "$to/$name.jsonl"
+  if [ "$status" = 0 ]; then
+    cp "runs/$name/checkpoint.pt" "$to/$name.pt"
+  fi
+  return "$status"
+}
+
+# bench NAME OPTIONS...: the table of train.py --bench is kept as NAME.json.
+bench() {
+  python train.py --bench "${@:2}" && cp runs/bench.json "$to/$1.json"
+}
+export -f learn bench
+export to
+export launch=python
+
+in_part() {  # the same as part, for the functions above; a training that is stopped is waited for
+  part "$1" bash -c 'trap : TERM; "$@"' -- "$2" "$1" "${@:3}"
+}
+
+# (a) The tests that need a GPU.
+part tests python -m pytest -q -k cuda test_hgn.py
+
+# (b) The training step: kernel by kernel, as a graph, compiled, compiled and as a graph. Memory, the
+# seconds to the first step and the speed of the simulator are in the same tables.
+for batch in $batches; do
+  for arch in compact paper; do
+    in_part "bench-$arch-$batch" bench --arch "$arch" --batch-size "$batch" $small
+  done
+done
+
+# (c) What a step launches and waits for, and how many operations it is.
+part profile python - $small <<'PYTHON'
+import sys
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+kinds = [ProfilerActivity.CPU]
+if device.type == "cuda":
+    kinds.append(ProfilerActivity.CUDA)
+for arch in ("compact", "paper"):
+    options = train.settle(train.parse(["--arch", arch, *sys.argv[1:]]))
+    recipe = train.recipe_of(options, device)
+    model = recipe.build().to(device)
+    recipe.prepare(model)
+    step = train.step_of(recipe, model, train.optimisers_of(recipe, model))
+    with FlopCounterMode(display=False) as count:
+        step(*recipe.batch(0))
+    print(f"{arch}: {count.get_total_flops() / 1e9:.4g} GFLOP a step")
+    for i in range(1, 10):
+        step(*recipe.batch(i))
+    with profile(activities=kinds) as found:
+        for i in range(10, 50):
+            step(*recipe.batch(i))
+    for event in found.key_averages():
+        if event.key.startswith("cuda"):  # calls of the CUDA runtime
+            print(f"{event.key:<40}{event.count / 40:9.3g} a step")
+    by_time = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=by_time, row_limit=15))
+PYTHON
+
+# (d) From the command to the end of a short run, one system after the other.
+for system in mass_spring pendulum two_body three_body; do
+  in_part "quick-$system" learn --system "$system" $quick $small
+done
+
+# (b) once more, compiled, which takes minutes at first.
+for batch in $batches; do
+  for arch in compact paper; do
+    name="bench-$arch-$batch-compiled"
+    in_part "$name" bench --arch "$arch" --batch-size "$batch" --compile $small
+  done
+done
+
+# (f) Two processes beside one, where there are two devices.
+if [ "$devices" -ge 2 ] || [ -n "$small" ]; then
+  together="python -m torch.distributed.run --standalone --nproc-per-node=2"
+  steps="--steps 200 --batch-size ${batches##* }"
+  in_part one-process learn $steps $small
+  launch=$together in_part two-processes learn $steps $small
+fi
+
+# (e) The paper's networks, all at once. GECO's tolerance is a little above the floor of the noise.
+while read -r system tolerance; do
+  (in_part "paper-$system-clean" learn --arch paper --system "$system" --geco 5e-5 $paper $small) &
+  (in_part "paper-$system-noisy" learn --arch paper --system "$system" --geco "$tolerance" \
+    --noise paper --context "$([ -n "$small" ] && echo 6 || echo 30)" $paper $small) &
+done <<'TABLE'
+mass_spring 0.0012
+pendulum 0.0012
+two_body 0.00031
+three_body 0.00187
+TABLE
+wait
+ls "$to"
