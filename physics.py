@@ -403,7 +403,8 @@ def infer_q(system, frames):
 # ------------------------------------------------------------------------------- the user's files
 
 ARRAYS = (".npy", ".npz")
-FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".wmv")
+FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".3gp", ".mts",
+         ".ts", ".ogv", ".flv")  # fmt: skip
 PICTURES = (".gif", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 # What the axes of an array may be: N clips, T frames, H rows, W columns, and C channels, which are
 # 1 or 3; and where N, T, H, W and C are in it once axes of size 1 are appended to make it five.
@@ -421,6 +422,7 @@ WHITE = {
     "bool": 1, "float16": 1, "float32": 1, "float64": 1, "float128": 1, "uint16": 65535,
 }  # fmt: skip
 DARK = 0.1  # recordings in which nothing is brighter are taken to be of the wrong scale
+PAUSE = 5  # steps: what stands still for longer is left out, and the recording is cut there
 NAMED = 3  # how many of the files that were passed over are named, so that the line stays short
 
 
@@ -479,31 +481,57 @@ def as_films(array):
 
 
 def film_frames(path):
-    """Frames (H, W, 3) of a film, and the milliseconds that each lasts."""
-    import imageio.v3 as iio
-
-    with iio.imopen(path, "r", plugin="pyav") as film:
-        for frame in film.iter():
-            yield frame, 1000 / film.metadata()["fps"]
+    """Frames (H, W, 3) of a film, upright and with square pixels, and the second each begins at."""
+    try:
+        import av
+    except ImportError:
+        raise ValueError("films need `pip install av`") from None
+    with av.open(path) as film:
+        for frame in film.decode(video=0):
+            shape = film.streams.video[0].sample_aspect_ratio or 1  # of a pixel
+            pixels = frame.to_ndarray(format="rgb24", width=round(frame.width * shape))
+            yield np.rot90(pixels, frame.rotation // 90), frame.time or 0.0
 
 
 def picture_frames(path):
-    """Frames (H, W, 3) of a picture or GIF, and the milliseconds that each lasts, 0 if unknown."""
+    """Frames (H, W, 3) of a picture or GIF, and the second each begins at, 0 if unknown."""
     from PIL import Image, ImageOps, ImageSequence
 
+    seconds = 0.0
     with Image.open(path) as file:
         for picture in ImageSequence.Iterator(file):
             picture = ImageOps.exif_transpose(picture)  # as the camera was held
-            if picture.mode[0] in "IF":  # grey, integers of 16 bits or floats
-                grey = np.asarray(picture, "uint16" if picture.mode[0] == "I" else "float32")
-                frame = np.dstack([grey] * 3)
+            if picture.mode[0] in "IF":  # grey, integers of 16 or more bits or floats
+                white = 65535 if picture.mode[0] == "I" else 1
+                frame = np.dstack([np.asarray(picture, "float32") / white] * 3)
             else:  # what is transparent shows white
                 white = Image.new("RGBA", picture.size, "white")
                 opaque = Image.alpha_composite(white, picture.convert("RGBA"))
                 frame = np.asarray(opaque.convert("RGB"))
-            yield frame, file.info.get("duration", 0)
+            yield frame, seconds
+            seconds += file.info.get("duration", 0) / 1000
             if file.format == "MPO":  # a phone's picture, followed by others of its own use
                 break
+
+
+def even_steps(frames, times):
+    """Films (T, ...) of even steps, made of frames (n, ...) that begin at times (n,); the step.
+
+    The step is the median of the frames' durations, averaged over those that differ by rounding. A
+    film shows what was shown in the middle of each step. A step of 0 means that times are unknown.
+    """
+    durations = np.diff(times)
+    median = np.median(durations)
+    if median <= 0:
+        return [frames], 0.0
+    step = durations[abs(durations - median) < 0.2 * median].mean().item()
+    films = []
+    for part in np.split(np.arange(len(frames)), 1 + np.flatnonzero(durations > PAUSE * step)):
+        begin, end = times[part[[0, -1]]]
+        middles = begin + step * (0.5 + np.arange(1 + round((end - begin) / step)))
+        shown = np.searchsorted(times[part], middles, side="right") - 1
+        films.append(frames[part[shown]])
+    return films, step
 
 
 def unit_range(x):
@@ -527,9 +555,9 @@ def square(frame, size):
 
 
 def by_number(path):
-    """A key that sorts names as people do: frame10 comes after frame9."""
-    parts = re.split(r"(\d+)", path.name)
-    return [int(part) if part.isdecimal() else part for part in parts]
+    """A key that sorts names as people do: frame10 after frame9, and t0.05 before t0.1."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", path.name)
+    return [float(part) if part[:1].isdecimal() else part for part in parts]
 
 
 def is_known(path):
@@ -569,6 +597,7 @@ class Recordings:
         self.path = Path(path)
         self.size = size
         self.passed_over = []
+        self.uneven = []
         is_array = self.path.suffix.lower() in ARRAYS
         films = self.films_of_array() if is_array else self.films_of_files()
         recordings = []
@@ -611,11 +640,13 @@ class Recordings:
             stills = []  # which make up one film
             for path in folder:
                 if is_known(path):
-                    film, seconds = self.film_of_file(path)
-                    if len(film) > 1:
-                        films.append((film, seconds))
-                    else:
-                        stills.append(film)
+                    frames, times = self.frames_of_file(path)
+                    if len(frames) == 1:
+                        stills.append(frames)
+                        continue
+                    parts, seconds = even_steps(frames, times)
+                    films += [(part, seconds) for part in parts]
+                    self.note_times(path.name, np.diff(times), len(parts), seconds)
                 elif not path.is_dir():
                     self.passed_over.append(path.name)
             if stills:
@@ -624,25 +655,27 @@ class Recordings:
             films = [(film[..., :1], seconds) for film, seconds in films]
         return films
 
-    def film_of_file(self, path):
-        """A film (T, size, size, 3), and the seconds between its frames, 0 if unknown.
+    def note_times(self, name, durations, parts, step):
+        """Remember to say that a film was brought to even steps, where its own are not."""
+        shortest = durations.min()
+        longest = durations.max()
+        if longest > 1.25 * shortest:  # times may be rounded to milliseconds
+            own = f"{shortest:.3g} to {longest:.3g} s"
+            self.uneven.append(f"{name}: frames of {own} brought to {step:.3g} s, parts {parts}")
 
-        GIFs merge equal frames into one that lasts longer: these are given back.
-        """
+    def frames_of_file(self, path):
+        """Frames (n, size, size, 3) of a film or picture, and the second each begins at, (n,)."""
         frames = []
-        durations = []
+        times = []
         with reading(path):
             decode = film_frames if path.suffix.lower() in FILMS else picture_frames
-            for frame, milliseconds in decode(path):
+            for frame, seconds in decode(path):
                 self.choose_size(frame.shape[0], frame.shape[1])
                 frames.append(square(frame, self.size))
-                durations.append(milliseconds)
+                times.append(seconds)
             if not frames:
                 raise ValueError("it holds no frames")
-        shortest = min(durations) or math.inf
-        counts = [max(1, int(duration // shortest)) for duration in durations]
-        film = np.repeat(frames, counts, 0)
-        return film, sum(durations) / len(film) / 1000
+        return np.stack(frames), np.array(times)
 
     def choose_size(self, height, width):
         """Note the recorded size. The first picture decides the size where none is asked for."""
@@ -678,7 +711,13 @@ class Recordings:
         clip = max(clip, least)
         if len(recordings) == 1:
             clip = min(clip, len(recordings[0]) // 2)
-        groups = [np.split(film, range(clip, len(film) - clip + 1, clip)) for film in recordings]
+        groups = []
+        for film in recordings:
+            parts = np.split(film, range(clip, len(film) - clip + 1, clip))
+            groups.append([part for part in parts if (part != part[0]).any()])
+        groups = [group for group in groups if group]  # without clips in which nothing moves
+        if sum(len(group) for group in groups) < 2:
+            raise ValueError(f"nothing moves in most of {self.path}: cut out what stands still")
         order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
         if len(groups) == 1:
             groups = [[x] for x in groups[0]]
@@ -695,11 +734,12 @@ class Recordings:
         lengths = self.lengths
         frames = f"{lengths.min()} to {lengths.max()} frames and {lengths.sum()} in all"
         names = ", ".join(self.passed_over[:NAMED])
+        uneven = "".join(f"; {text}" for text in self.uneven[:NAMED])
         return (
             f"{self.path}: recordings {found}, of which too short {found - long}; clips "
             f"{len(lengths)}, of {frames}; pictures {self.recorded_size} -> {self.size} x "
             f"{self.size}, {1 / self.dt:.4g} a second; passed over: {len(self.passed_over)} "
-            f"file(s) {names}"
+            f"file(s) {names}{uneven}"
         )
 
     def frames(self, clips, times):

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -335,14 +336,99 @@ def test_arrays_of_other_layouts_are_refused(shape, tmp_path):
         Recordings(tmp_path / "x.npy")
 
 
+def write_gif(path, shown, durations):
+    """Frames of FILM by their numbers, each so many milliseconds long."""
+    frames = [Image.fromarray(x) for x in BYTES[shown]]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations)
+
+
 def test_one_film_is_cut_in_time_and_merged_frames_are_given_back(tmp_path):
-    shown_twice = np.repeat(range(60), 2)
-    frames = [Image.fromarray(x) for x in BYTES[[*shown_twice, *range(60, 66)]]]
-    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:], duration=40)
+    """A GIF holds two equal frames as one that lasts twice as long."""
+    write_gif(tmp_path / "x.gif", sorted([*range(100), *range(0, 100, 4)]), 40)
     data = Recordings(tmp_path / "x.gif", clip=20)
-    assert data.lengths.tolist() == [20, 20, 20, 20, 20, 26]
+    assert data.lengths.tolist() == [20, 20, 20, 20, 20, 25]
     assert data.held_out.tolist() == [5]
     assert data.dt == pytest.approx(0.04)
+
+
+def shown_in(data):
+    """The numbers of the frames of FILM that recordings of it show, one list for all of them."""
+    numbers = []
+    for clip in data.clips:
+        far = abs(clip[:, None].astype(int) - BYTES.astype(int)).mean((2, 3, 4))
+        numbers += far.argmin(1).tolist()
+    return numbers
+
+
+UNEVEN = {  # the frames shown, their milliseconds; those that must be read, and their step
+    "one short": (range(41), [*[100] * 20, 10, *[100] * 20], [*range(20), *range(21, 41)], 0.1),
+    "two rates": (range(36), [*[50] * 24, *[100] * 12], [*range(36)], 0.05),
+    "held at the end": (range(40), [*[100] * 39, 3000], [*range(40)], 0.1),
+    "held at the start": (range(40), [3000, *[100] * 39], [*range(1, 40)], 0.1),
+    "a pause": (range(40), [*[100] * 19, 2000, *[100] * 20], [*range(40)], 0.1),
+}
+
+
+@each("kind", UNEVEN)
+def test_films_of_uneven_times_are_brought_to_even_steps(kind, tmp_path):
+    """Whatever a frame's own time, frame k of what is read is the one shown k steps later."""
+    shown, durations, expected, step = UNEVEN[kind]
+    write_gif(tmp_path / "x.gif", list(shown), durations)
+    data = Recordings(tmp_path / "x.gif", size=16)
+    if kind == "two rates":  # of the slow part each frame fills two steps
+        expected = sorted([*expected, *range(24, 35)])
+    assert shown_in(data) == expected
+    assert data.dt == pytest.approx(step)
+    assert ("brought to" in data.summary) == (kind != "held at the end")
+
+
+def test_what_stands_still_is_left_out(tmp_path):
+    """A clip in which nothing moves would be held out, and any model be right about it."""
+    np.save(tmp_path / "x.npy", np.concatenate((BYTES[:60], BYTES[[60] * 30])))
+    data = Recordings(tmp_path / "x.npy", clip=30)
+    assert shown_in(data) == [*range(60)]
+    np.save(tmp_path / "still.npy", BYTES[[60] * 90])
+    with pytest.raises(ValueError, match="nothing moves"):
+        Recordings(tmp_path / "still.npy", clip=30)
+
+
+def test_films_keep_their_times_and_stand_upright(tmp_path):
+    """Frames of a film have times of their own, and pixels that need not be square."""
+    av = pytest.importorskip("av")
+    with av.open(tmp_path / "x.mp4", "w") as film:
+        stream = film.add_stream("mpeg4", options={"qscale": "1"})
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
+        for i in range(60):
+            frame = av.VideoFrame.from_ndarray(BYTES[i])
+            frame.pts = 33 * i + 2000 * (i > 29)  # a pause of two seconds
+            frame.time_base = Fraction(1, 1000)
+            film.mux(stream.encode(frame))
+        film.mux(stream.encode())
+    data = Recordings(tmp_path / "x.mp4", size=16)
+    assert data.lengths.tolist() == [30, 30]
+    assert data.dt == pytest.approx(0.033)
+    assert "pictures 32 x 16" in data.summary
+
+
+def test_names_with_decimals_are_in_the_order_of_their_numbers(tmp_path):
+    for i in range(12):
+        Image.fromarray(BYTES[i]).save(tmp_path / f"t{0.05 * i:.3g}.png")
+    assert shown_in(Recordings(tmp_path)) == [*range(12)]
+
+
+@each("kind", ("int32", "int16"))
+def test_integers_beyond_white_are_refused_not_wrapped(kind, tmp_path):
+    bright = BYTES[:12, :, :, 0].astype(kind) * 100
+    np.save(tmp_path / "x.npy", bright)
+    with pytest.raises(ValueError, match="not from 0"):
+        Recordings(tmp_path / "x.npy")
+    frames = [Image.fromarray(x.astype("int32") * 300) for x in bright]
+    frames[0].save(tmp_path / "x.tif", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match="not from 0"):
+        Recordings(tmp_path / "x.tif")
 
 
 @each("mode", ("I;16", "P", "LA", "RGBA"))
