@@ -323,8 +323,13 @@ def errors(model, test, start, frames, speed=1.0):
     path, _ = model.rollout(*start, frames - 1, speed * model.dt)
     result = []
     for q, truth in zip(path.split(BLOCK), test.truth(frames, speed), strict=True):
-        result.append(pixel_mse(model.decode(q), truth))
+        result.append(pixel_mse(paint(model, q), truth))
     return torch.cat(result)
+
+
+def paint(model, q):
+    """Return the model's frames as a screen shows them, in [0, 1]."""
+    return model.decode(q).clamp(0, 1)
 
 
 def pixel_mse(a, b):
@@ -361,7 +366,7 @@ def noise_figures(model, test, start):
     if not test.noise:
         return {}
     path, _ = model.rollout(*start, WINDOW - 1)
-    noisy = pixel_mse(model.decode(path), test.observed[:, :WINDOW]).mean()
+    noisy = pixel_mse(paint(model, path), test.observed[:, :WINDOW]).mean()
     how = {"noise": test.noise, "size": test.size, "generator": seeded(TEST_SEED + 1)}
     return {"mse_noisy": noisy.item(), "noise_floor": noise_floor(test.system, **how)}
 
@@ -606,7 +611,7 @@ def save_movies(
 
     def rollout(q, p, speed=1.0):
         path, _ = model.rollout(q, p, frames - 1, speed * model.dt)
-        return model.decode(path)
+        return paint(model, path)
 
     q, p = model.infer(test.observed[:show])
     movies = {"rollout": two_rows(truth(), rollout(q, p))}

@@ -314,7 +314,7 @@ class Networks(NamedTuple):
 
     encoder: nn.Module
     prior: Prior
-    f_psi: nn.Module  # or a function: z -> q, p
+    f_psi: nn.Module | None  # z -> q, p; None stands for H.momentum
     H: Hamiltonian
     decoder: nn.Module
     z_shape: tuple
@@ -414,6 +414,9 @@ def check_options(options, allowed):
 class HGN(Saved):
     """Hamiltonian Generative Network (Toth et al. 2020, section 3).
 
+    In training mode the compact model solves the implicit equations of a step by two iterations,
+    which suffices for the loss, otherwise by six. Call `eval()` before you measure, as `load` does.
+
     Args:
         size: side of the square frames in pixels, a multiple of 8 from 16 to 128.
         channels: of the frames, 1 to 4.
@@ -502,7 +505,8 @@ class HGN(Saved):
 
     def state(self, z):
         """z (B, ...) -> q, p at frame 0, (B, dim) each."""
-        q, p = self.f_psi(z)  # at the encoder's reference frame
+        f_psi = self.H.momentum if self.f_psi is None else self.f_psi
+        q, p = f_psi(z)  # at the encoder's reference frame
         q, p = self.rollout(q, p, self.encoder.reference_frame, -self.dt)
         return q[:, -1], p[:, -1]
 
@@ -529,11 +533,10 @@ class HGN(Saved):
     def decode(self, q, block=64):
         """Paint q (B, T, dim): frames (B, T, C, size, size), `block` pictures at a time.
 
-        Without gradients the pictures are clipped to [0, 1].
+        Pixels may be slightly below 0 or above 1: clamp them where you show or save the frames.
         """
         pictures = [self.decoder(part) for part in q.flatten(0, 1).split(block)]
-        frames = torch.cat(pictures).unflatten(0, q.shape[:2])
-        return frames if torch.is_grad_enabled() else frames.clamp_(0, 1)
+        return torch.cat(pictures).unflatten(0, q.shape[:2])
 
     @torch.no_grad()
     def sample(self, n, steps, dt=None, generator=None):
@@ -546,7 +549,7 @@ class HGN(Saved):
         z = self.prior.from_noise(noise.to(next(self.parameters())))
         q, p = self.state(z)
         q, p = self.rollout(q, p, steps, dt)
-        return self.decode(q)
+        return self.decode(q).clamp(0, 1)
 
     def loss(self, frames, beta=1e-3, noise=None, times=None):
         """The negative ELBO, -1/T sum_t log p(x_t|q_t) + KL(q(z|x) || p(z)), equation (5).
@@ -1006,7 +1009,7 @@ def compact_networks(size, channels, context, latent, periodic):
     H = CompactHamiltonian(space)
     decoder = CompactDecoder(size, channels, space)
     prior = RealNVP(2 * dim)
-    return Networks(encoder, prior, H.momentum, H, decoder, (2 * dim,), implicit_leapfrog_step)
+    return Networks(encoder, prior, None, H, decoder, (2 * dim,), implicit_leapfrog_step)
 
 
 ALLOWED = {

@@ -955,6 +955,33 @@ def test_options_of_the_other_architecture_are_refused():
         HGN(arch="paper", periodic=True)
 
 
+def test_pictures_and_losses_are_the_same_with_and_without_gradients():
+    model = HGN(size=16)
+    frames = clips(SYSTEMS["mass_spring"], 2, 6, size=16, generator=seeded())[0]
+    noise = torch.randn(2, *model.z_shape)
+    with_gradients = model.loss(frames - 1, noise=noise)
+    with torch.no_grad():
+        without = model.loss(frames - 1, noise=noise)
+        assert model.sample(2, 3).min() >= 0
+    close(torch.stack(without), torch.stack(with_gradients))
+
+
+def test_the_state_is_that_of_the_present_H():
+    """p = M(q) dq/dt, with the M of a new H."""
+    model = HGN(size=16, latent=2)
+    frames = clips(SYSTEMS["mass_spring"], 2, 6, size=16, generator=seeded())[0]
+    z, _ = model.encode(frames)
+    model.H = CompactHamiltonian(model.encoder.space)
+    q, p = model.state(z)
+    back = model.rollout(q, p, model.encoder.reference_frame)  # where z is the state
+    close(model.H.grad_p(back[0][:, -1], back[1][:, -1]), z[:, 2:], rtol=1e-2, atol=1e-3)
+
+
+def test_a_model_without_weights_has_no_optimiser():
+    with pytest.raises(ValueError, match="nothing to learn"):
+        train.make_optimisers(HGN(arch="paper", size=16).prior, 1e-3)
+
+
 def test_a_deterministic_model_has_nothing_to_sample():
     with pytest.raises(ValueError, match="prior"):
         HGN(size=16, deterministic=True).sample(2, 3)
@@ -1831,9 +1858,12 @@ def test_a_stopped_run_resumes_to_the_uninterrupted_one(trained, command, on_los
     assert "--resume runs/cut" in said
     assert step_of("cut") == 14
     assert "--latent cannot" in command("train", "--resume --latent 3", status=2)
-    Path("runs/cut/pid").write_text("1")  # of a process that runs
-    assert "process 1 trains" in command("train", "--resume", status=2)
-    Path("runs/cut/pid").unlink()
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "train.py"])
+    Path("runs/cut/pid").write_text(str(other.pid))
+    assert f"process {other.pid} trains" in command("train", "--resume", status=2)
+    other.kill()
+    other.wait()
+    Path("runs/cut/pid").write_text("1")  # a process that runs, and trains nothing
     assert "of 24" in command("train", "--resume")
     assert_is_the_uninterrupted_run("cut", trained)
 
@@ -2360,7 +2390,8 @@ def test_a_file_where_the_folder_of_runs_should_be(command):
 
 MISTAKES = {
     "train": """--system pluto; --density blob; --density rings --system pendulum; --model nhf;
-        --density rings --model hgn; --density rings --hamiltonians 0; --data nowhere.npy;
+        --density rings --model hgn; --density rings --hamiltonians 0;
+        --density rings --device cuda; --data nowhere.npy;
         --size 20; --noise loud; --window 0; --context 50; --arch big; --latent 65; --steps 1.5;
         --lr nan; --beta -1; --seed -1; --name taken; --name ../up; --resume nowhere.pt;
         --device cuda:77; --colour red; --density rings --latent 3; --hamiltonians 2; --fps 9;

@@ -570,6 +570,8 @@ def make_optimisers(model, lr, lr_scales=(), muon=False):
     lr_scales: pairs (prefix, scale) for the parameters whose names start with a prefix. Every
     learning rate is a tensor, which a CUDA graph of a step reads anew.
     """
+    if not list(model.parameters()):
+        raise ValueError("there is nothing to learn: this model, or prior, has no parameters")
     by_scale = {}
     matrices = []
     for name, weight in model.named_parameters():
@@ -816,7 +818,9 @@ class Run:
         pid = self.folder / "pid"
         if pid.exists():
             other = pid.read_text()
-            if other != str(os.getpid()) and Path("/proc", other).exists():
+            command = Path("/proc", other, "cmdline")
+            # Numbers of processes come back, then for other commands.
+            if other != str(os.getpid()) and command.exists() and "train" in command.read_text():
                 raise ValueError(f"process {other} trains {self.folder}: wait, or delete {pid}")
         pid.write_text(str(os.getpid()))
 
@@ -950,6 +954,8 @@ def device_of(options, name):
     """The device called `name`, or the best there is; flows, which are small, run on the CPU."""
     if PROCESSES > 1 and name is None and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if options.model in FLOWS and name not in (None, "cpu"):
+        raise ValueError("flows are small and run on the CPU: leave --device out")
     device = pick_device("cpu" if options.model in FLOWS else name)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of new streams and graphs
