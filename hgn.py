@@ -511,7 +511,12 @@ class HGN(Saved):
         return q[:, -1], p[:, -1]
 
     def infer(self, frames):
-        """frames (B, T >= context, C, size, size) -> q, p at frame 0, of the mean of q(z|x)."""
+        """frames (B, T >= context, C, size, size) -> q, p at frame 0, of the mean of q(z|x).
+
+        Raises: ValueError for frames that are not floats from 0, but for noise, to 1.
+        """
+        if frames.max() > 2:
+            raise ValueError("frames must be from 0 to 1: divide those from 0 to 255 by 255")
         mean, _ = self.encode(frames)
         return self.state(mean)
 

@@ -380,6 +380,7 @@ class Points:
         self.shift = self.rows.mean(0)
         self.scale = covariance_factor(self.rows, name)
         self.summary = f"{name}: {self.digest or 'fresh points'}, {len(self.held_out)} held out"
+        self.summary += warning(self.rows)
 
     def draw(self, n, generator=None):
         """n points to learn from, (n, dim): fresh ones of a density, else some of the rows."""
@@ -400,6 +401,22 @@ def valid_points(source, name):
     if len(bad):
         raise ValueError(f"{name}: not finite at {bad[0].tolist()}: drop such rows")
     return points
+
+
+FAR = 100  # times the median distance from the median: farther rows set the scale for all others
+
+
+def warning(rows):
+    """What makes the likelihood of points (N, D) say little, as text to append; else no text."""
+    text = ""
+    away = (rows - rows.median(0).values).abs()
+    far = (away > FAR * away.median(0).values).any(1).sum().item()
+    distinct = min(len(column.unique()) for column in rows.T)
+    if distinct < len(rows) / 2:
+        text = f"; a column has only {distinct} values: their density has no bound, add noise"
+    elif far:
+        text = f"; {far} of the rows lie very far from the rest, which suffers: leave them out"
+    return text
 
 
 def covariance_factor(rows, name):

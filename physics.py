@@ -474,8 +474,15 @@ def name_axes(shape):
 
 
 def as_films(array):
-    """Films (N, T, H, W, C) of an array whose axes `name_axes` names."""
-    axes = LAYOUTS[name_axes(array.shape)]
+    """Films (N, T, H, W, C) of an array whose axes `name_axes` names. Raises: ValueError."""
+    names = name_axes(array.shape)
+    *_, time, rows, columns = array.shape
+    if "C" not in names and time == rows != columns:
+        raise ValueError(
+            f"its shape {array.shape} may have time last: np.moveaxis(x, -1, -3) puts time before "
+            f"rows and columns; if it is {names}, save x[..., None], with an axis for channels"
+        )
+    axes = LAYOUTS[names]
     missing = [None] * (5 - array.ndim)
     return array[(..., *missing)].transpose(axes)
 

@@ -336,6 +336,17 @@ def test_arrays_of_other_layouts_are_refused(shape, tmp_path):
         Recordings(tmp_path / "x.npy")
 
 
+@each("axes", ((1, 2, 0), (0, 2, 3, 1)))
+def test_arrays_with_time_last_are_told_from_others(axes, tmp_path):
+    grey = BYTES[:120, ..., 0]
+    x = grey.transpose(axes) if len(axes) == 3 else grey.reshape(6, 20, 16, 16).transpose(axes)
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(ValueError, match="moveaxis"):
+        Recordings(tmp_path / "x.npy")
+    np.save(tmp_path / "x.npy", np.moveaxis(x, -1, -3))  # as the message says
+    close(np.concatenate(Recordings(tmp_path / "x.npy").clips)[..., 0], grey)
+
+
 def write_gif(path, shown, durations):
     """Frames of FILM by their numbers, each so many milliseconds long."""
     frames = [Image.fromarray(x) for x in BYTES[shown]]
@@ -481,6 +492,15 @@ UNREADABLE = (
     "no.npy",
     "empty",
 )
+
+
+def test_points_whose_likelihood_says_little_come_with_a_warning():
+    rows = torch.randn(2000, 2, generator=seeded())
+    assert Points(rows).summary.endswith("held out")
+    assert "add noise" in Points((9 * rows).round()).summary
+    rows[7, 1] = 1e6
+    seeds = {Points(rows, seed=seed).summary for seed in range(4)}
+    assert any("1 of the rows" in summary for summary in seeds)
 
 
 def test_what_is_no_recording_is_refused_in_one_line(tmp_path):
@@ -953,6 +973,11 @@ def test_a_bad_option_is_named(model, option, value):
 def test_options_of_the_other_architecture_are_refused():
     with pytest.raises(ValueError, match="periodic"):
         HGN(arch="paper", periodic=True)
+
+
+def test_bytes_given_as_floats_are_refused():
+    with pytest.raises(ValueError, match="divide"):
+        HGN(size=16).infer(255 * torch.rand(1, 5, 3, 16, 16))
 
 
 def test_pictures_and_losses_are_the_same_with_and_without_gradients():
