@@ -646,7 +646,7 @@ class Recordings:
         for folder in list_folders(self.path):
             stills = []  # which make up one film
             for path in folder:
-                if is_known(path):
+                if is_known(path) or (path == self.path and path.is_file()):
                     frames, times = self.frames_of_file(path)
                     if len(frames) == 1:
                         stills.append(frames)
@@ -675,7 +675,7 @@ class Recordings:
         frames = []
         times = []
         with reading(path):
-            decode = film_frames if path.suffix.lower() in FILMS else picture_frames
+            decode = picture_frames if path.suffix.lower() in PICTURES else film_frames
             for frame, seconds in decode(path):
                 self.choose_size(frame.shape[0], frame.shape[1])
                 frames.append(square(frame, self.size))

@@ -418,8 +418,10 @@ def test_films_keep_their_times_and_stand_upright(tmp_path):
             frame.time_base = Fraction(1, 1000)
             film.mux(stream.encode(frame))
         film.mux(stream.encode())
-    data = Recordings(tmp_path / "x.mp4", size=16)
-    assert data.lengths.tolist() == [30, 30]
+    shutil.copy(tmp_path / "x.mp4", tmp_path / "x.unheard-of")
+    for name in ("x.unheard-of", "x.mp4"):  # a file that is asked for is tried, whatever its ending
+        data = Recordings(tmp_path / name, size=16)
+        assert data.lengths.tolist() == [30, 30]
     assert data.dt == pytest.approx(0.033)
     assert "pictures 32 x 16" in data.summary
 
