@@ -338,8 +338,16 @@ def pixel_mse(a, b):
 
 
 def blank_error(test, frames):
-    """Return the pixel MSE of a blank prediction, the mean picture, of the first clips."""
-    return next(test.truth(frames)).var((0, 1)).mean()
+    """Return the pixel MSE of a blank prediction, the mean picture, of all clips."""
+    n = 0
+    total = 0.0
+    squares = 0.0
+    for truth in test.truth(frames):
+        pictures = truth.flatten(0, 1).double()
+        n = n + len(pictures)
+        total = total + pictures.sum(0)
+        squares = squares + pictures.square().sum(0)
+    return (squares / n - (total / n).square()).mean()
 
 
 def window_figures(per_frame):
@@ -473,7 +481,7 @@ def symetric(latent, true, orders=5):
         terms += map(list, combinations_with_replacement(range(2 * d), order))
         w, r2 = fit_polynomial(x, y, terms)
         next_terms = math.comb(2 * d + order + 1, order + 1)
-        if r2 >= 0.9 or next_terms > len(x) / 2:  # more terms would fit noise
+        if r2 >= 0.9 or next_terms > len(x) / 4:  # more terms would fit noise
             break
 
     def fitted(x):
@@ -503,12 +511,17 @@ def polynomial(x, terms):
 
 
 def fit_polynomial(x, y, terms):
-    """Return the weights of a ridge regression of y (n, m) on polynomial(x, terms), and its R^2."""
+    """Return the weights of a ridge regression of y (n, m) on polynomial(x, terms), and its R^2.
+
+    It is fitted to the first half of the rows, and R^2 is that of the other half.
+    """
     A = polynomial(x, terms)
     A = A - A.mean(0)
-    ridge = 1e-4 * len(A) * torch.eye(len(terms)).to(A)
-    w = torch.linalg.solve(A.T @ A + ridge, A.T @ y)
-    residual = (A @ w - y).square().sum() / y.square().sum()
+    seen, unseen = A.tensor_split(2)
+    y_seen, y_unseen = y.tensor_split(2)
+    ridge = 1e-4 * len(seen) * torch.eye(len(terms)).to(A)
+    w = torch.linalg.solve(seen.T @ seen + ridge, seen.T @ y_seen)
+    residual = (unseen @ w - y_unseen).square().sum() / y_unseen.square().sum()
     return w, 1 - residual.item()
 
 

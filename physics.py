@@ -604,7 +604,9 @@ class Recordings:
         self.path = Path(path)
         self.size = size
         self.passed_over = []
-        self.uneven = []
+        self.kind = ""  # of an array: its axes and its white
+        self.still = 0  # clips in which nothing moves
+        self.uneven = []  # what to say about films of uneven times
         is_array = self.path.suffix.lower() in ARRAYS
         films = self.films_of_array() if is_array else self.films_of_files()
         recordings = []
@@ -630,6 +632,8 @@ class Recordings:
         array = read_array(self.path)
         films = []
         with reading(self.path):
+            white = WHITE.get(array.dtype.name, 255)
+            self.kind = f" ({name_axes(array.shape)} of {array.dtype.name}, white is {white})"
             for film in as_films(array):
                 self.choose_size(film.shape[1], film.shape[2])
                 if film.shape[1:3] != (self.size, self.size):
@@ -721,7 +725,9 @@ class Recordings:
         groups = []
         for film in recordings:
             parts = np.split(film, range(clip, len(film) - clip + 1, clip))
-            groups.append([part for part in parts if (part != part[0]).any()])
+            moving = [part for part in parts if (part != part[0]).any()]
+            groups.append(moving)
+            self.still += len(parts) - len(moving)
         groups = [group for group in groups if group]  # without clips in which nothing moves
         if sum(len(group) for group in groups) < 2:
             raise ValueError(f"nothing moves in most of {self.path}: cut out what stands still")
@@ -743,9 +749,9 @@ class Recordings:
         names = ", ".join(self.passed_over[:NAMED])
         uneven = "".join(f"; {text}" for text in self.uneven[:NAMED])
         return (
-            f"{self.path}: recordings {found}, of which too short {found - long}; clips "
-            f"{len(lengths)}, of {frames}; pictures {self.recorded_size} -> {self.size} x "
-            f"{self.size}, {1 / self.dt:.4g} a second; passed over: {len(self.passed_over)} "
+            f"{self.path}{self.kind}: recordings {found}, of which too short {found - long}; clips "
+            f"{len(lengths)}, of {frames}, and {self.still} in which nothing moves; "
+            f"pictures {self.recorded_size} -> {self.size} x {self.size}, {1 / self.dt:.4g} a second; passed over: {len(self.passed_over)} "
             f"file(s) {names}{uneven}"
         )
 

@@ -310,6 +310,8 @@ KINDS = {
 def test_arrays_of_every_kind_read_the_same(kind, tmp_path):
     np.save(tmp_path / "x.npy", KINDS[kind])
     data = Recordings(tmp_path / "x.npy")
+    white = {"uint16": 65535, "big-endian floats": 1}.get(kind, 255)
+    assert f"white is {white})" in data.summary
     frames = data.frames(torch.tensor([3]), torch.tensor([[4, 0]]))[0]
     close(frames, FILM[[64, 60], : data.channels], rtol=0, atol=0.5 / 255)
     assert data.size == 16
@@ -398,6 +400,7 @@ def test_what_stands_still_is_left_out(tmp_path):
     np.save(tmp_path / "x.npy", np.concatenate((BYTES[:60], BYTES[[60] * 30])))
     data = Recordings(tmp_path / "x.npy", clip=30)
     assert shown_in(data) == [*range(60)]
+    assert "1 in which nothing moves" in data.summary
     np.save(tmp_path / "still.npy", BYTES[[60] * 90])
     with pytest.raises(ValueError, match="nothing moves"):
         Recordings(tmp_path / "still.npy", clip=30)
@@ -1494,6 +1497,13 @@ def test_symetric_passes_symplectic_maps():
         result = symetric(latent, true)
         assert result["symetric_r2"] > 0.9
         assert result["symetric"] < 0.05
+
+
+def test_symetric_is_not_flattered_by_few_states():
+    """Of numbers that tell nothing of the states, however many terms are fitted to few of them."""
+    latent = torch.randn(300, 8, generator=seeded(), dtype=torch.float64)
+    true = torch.randn(300, 4, generator=seeded(1), dtype=torch.float64)
+    assert symetric(latent, true)["symetric_r2"] < 0.1
 
 
 def test_symetric_measures_how_far_others_are():
