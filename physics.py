@@ -744,16 +744,19 @@ class Recordings:
 
     def summarise(self, found, long):
         """A line that says what was read."""
-        lengths = self.lengths
-        frames = f"{lengths.min()} to {lengths.max()} frames and {lengths.sum()} in all"
+        shortest = self.lengths.min()
+        longest = self.lengths.max()
         names = ", ".join(self.passed_over[:NAMED])
-        uneven = "".join(f"; {text}" for text in self.uneven[:NAMED])
-        return (
-            f"{self.path}{self.kind}: recordings {found}, of which too short {found - long}; clips "
-            f"{len(lengths)}, of {frames}, and {self.still} in which nothing moves; "
-            f"pictures {self.recorded_size} -> {self.size} x {self.size}, {1 / self.dt:.4g} a second; passed over: {len(self.passed_over)} "
-            f"file(s) {names}{uneven}"
-        )
+        facts = [
+            f"recordings {found}, of which too short {found - long}",
+            f"clips {len(self.lengths)}, of {shortest} to {longest} frames and of "
+            f"{self.lengths.sum()} in all, without {self.still} in which nothing moves",
+            f"pictures {self.recorded_size} -> {self.size} x {self.size}",
+            f"{1 / self.dt:.4g} a second",
+            f"passed over: {len(self.passed_over)} file(s) {names}",
+            *self.uneven[:NAMED],
+        ]
+        return f"{self.path}{self.kind}: {'; '.join(facts)}"
 
     def frames(self, clips, times):
         """Frames (B, n, C, size, size) in [0, 1] of clips (B,) at times (B, n)."""
