@@ -270,7 +270,7 @@ def upsampled_conv(conv, x):
     of a transposed convolution, which takes 4/9 of the multiplications.
     """
     kernel = F.pad(conv.weight, (1, 1, 1, 1))
-    kernel = 4 * F.avg_pool2d(kernel, 2, stride=1)  # (C', C, 4, 4)
+    kernel = 4 * F.avg_pool2d(kernel, 2, stride=1)  # sums of 2x2 taps, (C', C, 4, 4)
     kernel = kernel.flip(2, 3).transpose(0, 1)
     return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
 
@@ -1083,10 +1083,12 @@ def charted_loss(
     Args:
         context: frames that the encoder sees, (B, context, C, size, size).
         targets: frames to paint, (B, n, C, size, size).
-        times: integers (B, n) up to `horizon`, when these are, counted from the first of context.
+        times: which frames the targets are, integers (B, n) from 0 to `horizon`. Frame 0 is the
+            first frame of `context`.
         horizon: frames to roll out.
         noise: of z, N(0, I).
-        average: where several processes train together, the mean of a tensor over all of them.
+        average: a function of a tensor without gradients. Where several processes train together,
+            it gives the mean over all of them.
     Returns: loss, mse of the pixels scored, and kl (nats), scalars.
     """
     model.check_frames(targets)

@@ -1,6 +1,6 @@
 """Every source of clips: simulated systems, exact and rendered, and the user's own recordings.
 
-Needs torch and numpy, and for recordings Pillow and imageio. The constants, initial states and
+Needs torch and numpy, for recordings Pillow, and for films PyAV. The constants, initial states and
 colours of the first four systems are those of Toth et al. (ICLR 2020), section 4, as published with
 its reproduction (Balsells Rodas et al. 2021); the other systems are our own.
 
@@ -422,7 +422,8 @@ WHITE = {
     "bool": 1, "float16": 1, "float32": 1, "float64": 1, "float128": 1, "uint16": 65535,
 }  # fmt: skip
 DARK = 0.1  # recordings in which nothing is brighter are taken to be of the wrong scale
-PAUSE = 5  # steps: what stands still for longer is left out, and the recording is cut there
+PAUSE = 5  # steps: where a frame lasts longer, the recording is cut after one step of it
+ROUNDING = 0.0101  # seconds to which a GIF rounds the durations of its frames
 NAMED = 3  # how many of the files that were passed over are named, so that the line stays short
 
 
@@ -497,7 +498,7 @@ def film_frames(path):
         for frame in film.decode(video=0):
             shape = film.streams.video[0].sample_aspect_ratio or 1  # of a pixel
             pixels = frame.to_ndarray(format="rgb24", width=round(frame.width * shape))
-            yield np.rot90(pixels, frame.rotation // 90), frame.time or 0.0
+            yield np.rot90(pixels, frame.rotation // 90), frame.time
 
 
 def picture_frames(path):
@@ -531,7 +532,9 @@ def even_steps(frames, times):
     median = np.median(durations)
     if median <= 0:
         return [frames], 0.0
-    step = durations[abs(durations - median) < 0.2 * median].mean().item()
+    off = abs(durations - median)
+    rounding = max(0.2 * median, ROUNDING, off.min())
+    step = durations[off <= rounding].mean().item()
     films = []
     for part in np.split(np.arange(len(frames)), 1 + np.flatnonzero(durations > PAUSE * step)):
         begin, end = times[part[[0, -1]]]
@@ -609,16 +612,16 @@ class Recordings:
         self.uneven = []  # what to say about films of uneven times
         is_array = self.path.suffix.lower() in ARRAYS
         films = self.films_of_array() if is_array else self.films_of_files()
-        recordings = []
+        recordings = []  # lists of the parts of a film that are long enough
         frame_times = []
-        for film, seconds in films:
-            film = film[::stride]
-            if len(film) >= least:
-                recordings.append(film)
+        for parts, seconds in films:
+            long = [part[::stride] for part in parts if len(part[::stride]) >= least]
+            if long:
+                recordings.append(long)
                 frame_times.append(seconds)
         self.check(recordings, least)
         self.dt = stride * self.frame_time(frame_times, dt, fps)
-        self.channels = recordings[0].shape[3]
+        self.channels = recordings[0][0].shape[3]
         self.split(recordings, clip, least, seed)
         self.lengths = torch.tensor([len(x) for x in self.clips])
         crc = 0
@@ -628,7 +631,7 @@ class Recordings:
         self.summary = self.summarise(len(films), len(recordings))
 
     def films_of_array(self):
-        """Films (T, size, size, C) of an array, and 0, for unknown seconds between their frames."""
+        """Films of an array, each as one part (T, size, size, C), and 0, for unknown seconds."""
         array = read_array(self.path)
         films = []
         with reading(self.path):
@@ -641,11 +644,11 @@ class Recordings:
                 elif film.dtype != "uint8":
                     for frame in film:
                         unit_range(frame)  # refuses values beyond
-                films.append((film, 0.0))
+                films.append(([film], 0.0))
         return films
 
     def films_of_files(self):
-        """Films, and the seconds between their frames, of a file or a folder and its folders."""
+        """The parts of every film, and the seconds between frames, of a file or of folders."""
         films = []
         for folder in list_folders(self.path):
             stills = []  # which make up one film
@@ -656,21 +659,22 @@ class Recordings:
                         stills.append(frames)
                         continue
                     parts, seconds = even_steps(frames, times)
-                    films += [(part, seconds) for part in parts]
+                    films.append((parts, seconds))
                     self.note_times(path.name, np.diff(times), len(parts), seconds)
                 elif not path.is_dir():
                     self.passed_over.append(path.name)
             if stills:
-                films.append((np.concatenate(stills), 0.0))
-        if all((film == film[..., :1]).all() for film, _ in films):  # all are grey
-            films = [(film[..., :1], seconds) for film, seconds in films]
+                films.append(([np.concatenate(stills)], 0.0))
+        every = [part for parts, _ in films for part in parts]
+        if all((part == part[..., :1]).all() for part in every):  # all are grey
+            films = [([part[..., :1] for part in parts], seconds) for parts, seconds in films]
         return films
 
     def note_times(self, name, durations, parts, step):
         """Remember to say that a film was brought to even steps, where its own are not."""
         shortest = durations.min()
         longest = durations.max()
-        if longest > 1.25 * shortest:  # times may be rounded to milliseconds
+        if step > 0 and longest - shortest > max(0.25 * step, ROUNDING):
             own = f"{shortest:.3g} to {longest:.3g} s"
             self.uneven.append(f"{name}: frames of {own} brought to {step:.3g} s, parts {parts}")
 
@@ -686,6 +690,8 @@ class Recordings:
                 times.append(seconds)
             if not frames:
                 raise ValueError("it holds no frames")
+        if None in times:  # some films have none
+            times = [0.0] * len(frames)
         return np.stack(frames), np.array(times)
 
     def choose_size(self, height, width):
@@ -697,12 +703,13 @@ class Recordings:
 
     def check(self, recordings, least):
         """Raises: ValueError for too few frames and where all pictures are almost black."""
-        if sum(len(film) // least for film in recordings) < 2:  # one clip is held out
+        parts = [part for film in recordings for part in film]
+        if sum(len(part) // least for part in parts) < 2:  # one clip is held out
             raise ValueError(
                 f"{self.path} must hold one recording of {2 * least} frames or several of {least}: "
                 f"films, pictures or a .npy file. Passed over: {self.passed_over[:NAMED]}"
             )
-        samples = (film[:: 1 + len(film) // 64] for film in recordings)
+        samples = (part[:: 1 + len(part) // 64] for part in parts)
         if not any(unit_range(sample).max() > DARK for sample in samples):
             raise ValueError(f"{self.path} is dark: scale it; of 16-bit integers 65535 is white")
 
@@ -718,16 +725,21 @@ class Recordings:
         return recorded[0] or FRAME_TIME
 
     def split(self, recordings, clip, least, seed):
-        """Cut recordings (T, H, W, C) into clips, and choose those that are held out."""
+        """Cut recordings, lists of parts, into clips, and choose those that are held out.
+
+        A clip has from `clip` to almost twice as many frames, or as many as there are.
+        """
         clip = max(clip, least)
-        if len(recordings) == 1:
-            clip = min(clip, len(recordings[0]) // 2)
+        if len(recordings) == len(recordings[0]) == 1:
+            clip = min(clip, len(recordings[0][0]) // 2)
         groups = []
         for film in recordings:
-            parts = np.split(film, range(clip, len(film) - clip + 1, clip))
-            moving = [part for part in parts if (part != part[0]).any()]
+            pieces = []
+            for part in film:
+                pieces += np.split(part, range(clip, len(part) - clip + 1, clip))
+            moving = [piece for piece in pieces if (piece != piece[0]).any()]
             groups.append(moving)
-            self.still += len(parts) - len(moving)
+            self.still += len(pieces) - len(moving)
         groups = [group for group in groups if group]  # without clips in which nothing moves
         if sum(len(group) for group in groups) < 2:
             raise ValueError(f"nothing moves in most of {self.path}: cut out what stands still")

@@ -378,6 +378,8 @@ UNEVEN = {  # the frames shown, their milliseconds; those that must be read, and
     "two rates": (range(36), [*[50] * 24, *[100] * 12], [*range(36)], 0.05),
     "held at the end": (range(40), [*[100] * 39, 3000], [*range(40)], 0.1),
     "held at the start": (range(40), [3000, *[100] * 39], [*range(1, 40)], 0.1),
+    "30 a second": (range(49), [*[30, 30, 40] * 16, 30], [*range(49)], 1 / 30),
+    "by turns": (range(41), [*[30, 50] * 20, 30], [*range(41)], 0.04),
     "a pause": (range(40), [*[100] * 19, 2000, *[100] * 20], [*range(40)], 0.1),
 }
 
@@ -392,7 +394,16 @@ def test_films_of_uneven_times_are_brought_to_even_steps(kind, tmp_path):
         expected = sorted([*expected, *range(24, 35)])
     assert shown_in(data) == expected
     assert data.dt == pytest.approx(step)
-    assert ("brought to" in data.summary) == (kind != "held at the end")
+    assert ("brought to" in data.summary) == (kind not in ("held at the end", "30 a second"))
+
+
+def test_the_parts_of_one_film_are_one_recording(tmp_path):
+    """Its last clips are held out, however often it is cut."""
+    write_gif(tmp_path / "x.gif", [*range(120)], [*[40] * 39, 900, *[40] * 19, 900, *[40] * 60])
+    data = Recordings(tmp_path / "x.gif", size=16, clip=20)
+    assert data.lengths.tolist() == [20, 20, 20, 20, 20, 20]
+    assert data.held_out.tolist() == [5]
+    assert "recordings 1," in data.summary
 
 
 def test_what_stands_still_is_left_out(tmp_path):
@@ -1973,7 +1984,7 @@ def test_two_processes_end_together_and_go_on(number, trained, command):
     assert run.wait(timeout=60) != 0
     assert not Path("/proc", str(pid)).exists()
     assert 4 <= step_of("cut") < 24
-    assert in_two_processes("--resume").wait() == 0
+    assert in_two_processes("--resume runs/cut").wait() == 0
     for key, weight in saved("mass_spring", trained)["weights"].items():
         close(saved("cut")["weights"][key], weight, rtol=0, atol=2e-3)
 

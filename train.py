@@ -471,6 +471,7 @@ class CompactRecipe(PictureRecipe):
         options = self.options
         if options.deterministic:
             return
+        # Every process does the same here: this recipe takes whole batches.
         short = vars(options) | {"targets": 1, "window": max(3, options.context)}
         recipe = CompactRecipe(argparse.Namespace(**short), self.test, self.device)
         rounds = min(10000, options.steps)
@@ -787,8 +788,6 @@ class Run:
 
     def restore(self, run):
         """Go on where the checkpoint was made; what was logged after it is dropped."""
-        if not run.get("optimisers"):
-            raise ValueError(f"{self.folder} holds a finished model that cannot go on: train anew")
         self.step = run["step"]
         self.logged = run["logged"]
         self.began -= run["seconds"]
@@ -852,8 +851,13 @@ class Interruption:
 
     def __init__(self):
         self.signal = 0
-        signal.signal(signal.SIGINT, self.on_signal)
-        signal.signal(signal.SIGTERM, self.on_signal)
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.on_signal) for number in signals}
+
+    def end(self):
+        """Let signals do again what they did before."""
+        for caught, handler in self.before.items():
+            signal.signal(caught, handler)
 
     def on_signal(self, number, frame):
         self.signal = number
@@ -895,6 +899,7 @@ def train(run, compile=False):
                 raise ValueError(f"the loss is not finite at step {run.step}: lower --lr")
             if bad_logs == 0 and (run.step % options.save_every == 0 or last):
                 run.save()
+    interruption.end()
     if stop:
         if RANK == 0:
             print(f"stopped: python train.py --resume {run.folder} goes on")
@@ -911,6 +916,8 @@ def timed(what, n, call):
         torch.cuda.reset_peak_memory_stats()
     begin = time.time()
     call()
+    if on_gpu:
+        torch.cuda.synchronize()
     first = time.time() - begin
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     median = timer.blocked_autorange(min_run_time=2).median
@@ -952,11 +959,13 @@ def bench(recipe, device, compile):
 
 def device_of(options, name):
     """The device called `name`, or the best there is; flows, which are small, run on the CPU."""
-    if PROCESSES > 1 and name is None and torch.cuda.is_available():
+    if options.model in FLOWS:
+        if name not in (None, "cpu"):
+            raise ValueError("flows are small and run on the CPU: leave --device out")
+        name = "cpu"
+    elif PROCESSES > 1 and name in (None, "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if options.model in FLOWS and name not in (None, "cpu"):
-        raise ValueError("flows are small and run on the CPU: leave --device out")
-    device = pick_device("cpu" if options.model in FLOWS else name)
+    device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of new streams and graphs
     return device
@@ -966,17 +975,19 @@ def start(recipe, name, device):
     """A new run in a folder of its own."""
     options = recipe.options
     model = recipe.build().to(device)
+    recipe.prepare(model)
     folder = new_folder(options, name) if RANK == 0 else None
     run = Run(folder, recipe, model)
-    recipe.prepare(model)
     run.log(config=vars(options), processes=PROCESSES, **provenance())
     run.save()
     return run
 
 
 def resume(path, given, device_name, compile):
-    """The run whose checkpoint is at `path`, where it stopped."""
+    """The run whose checkpoint is at `path`, where it stopped. Raises: ValueError."""
     model, saved = load(path)
+    if path.name != "checkpoint.pt" or not saved.get("optimisers"):
+        raise ValueError(f"{path} is not the checkpoint.pt of a run that can go on: train anew")
     options = resumed(given, saved["options"])
     device = device_of(options, device_name)
     recipe = recipe_of(options, device, compile)
@@ -1000,6 +1011,8 @@ def run_command(given):
             return bench(recipe, device, compile)
         run = start(recipe, command["name"], device)
     else:
+        if PROCESSES > 1 and not command["resume"]:
+            raise ValueError("which run is the newest may change meanwhile: --resume runs/NAME")
         path = find_run(command["resume"] or None)
         run = resume(path, given, command["device"], compile)
     if RANK == 0:

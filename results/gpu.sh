@@ -5,8 +5,8 @@
 #   bash results/gpu.sh --small    the same in small, to try this script on a CPU
 #
 # Everything it finds goes to results/gpu/. A part whose file is there is skipped, and trainings go on
-# from their checkpoints in runs/, so it may be stopped and started again. LIMIT=560 stops it after
-# so many seconds.
+# from their checkpoints in runs/gpu-*, so it may be stopped by Ctrl-C and started again. LIMIT=560
+# stops it after so many seconds.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 limit=${LIMIT:-2400}
@@ -14,11 +14,13 @@ to=results/gpu
 devices=$(python -c "import torch; print(torch.cuda.device_count())")
 batches="16 512"
 small=""
+prefix=gpu
 quick="--steps 600"
 paper="--steps 15000"
 if [ "${1:-}" = --small ]; then
   batches="4"
   to=results/gpu-small
+  prefix=gpu-small
   small="--size 16 --window 6 --targets 2"
   quick="--steps 4 --batch-size 4"
   paper="--steps 4 --batch-size 2"
@@ -34,7 +36,10 @@ part() {
     return
   fi
   echo "$name: $*"
-  if timeout "$left" "$@" > "$to/$name.failed" 2>&1; then
+  timeout "$left" "$@" > "$to/$name.failed" 2>&1 &
+  child=$!
+  trap 'kill -TERM "$child"; wait "$child"; exit 130' INT TERM  # timeout hands it on
+  if wait "$child"; then
     mv "$to/$name.failed" "$to/$name.txt"
   else
     echo "$name failed or ran out of time, see $to/$name.failed"
@@ -45,15 +50,16 @@ part() {
 learn() {
   name=$1
   shift
-  if [ -e "runs/$name/checkpoint.pt" ]; then
-    $launch train.py --resume "runs/$name"
+  run=$prefix-$name
+  if [ -e "runs/$run/checkpoint.pt" ]; then
+    $launch train.py --resume "runs/$run"
   else
-    $launch train.py --name "$name" "$@"
+    $launch train.py --name "$run" "$@"
   fi
   status=$?
-  cp "runs/$name/metrics.jsonl" "$to/$name.jsonl"
+  cp "runs/$run/metrics.jsonl" "$to/$name.jsonl"
   if [ "$status" = 0 ]; then
-    cp "runs/$name/checkpoint.pt" "$to/$name.pt"
+    cp "runs/$run/checkpoint.pt" "$to/$name.pt"
   fi
   return "$status"
 }
@@ -63,17 +69,17 @@ bench() {
   python train.py --bench "${@:2}" && cp runs/bench.json "$to/$1.json"
 }
 export -f learn bench
-export to
+export to prefix
 export launch=python
 
 in_part() {  # the same as part, for the functions above; a training that is stopped is waited for
   part "$1" bash -c 'trap : TERM; "$@"' -- "$2" "$1" "${@:3}"
 }
 
-# (a) The tests that need a GPU.
+# The tests that need a GPU.
 part tests python -m pytest -q -k cuda test_hgn.py
 
-# (b) The training step: kernel by kernel, as a graph, compiled, compiled and as a graph. Memory, the
+# The training step: kernel by kernel, as a graph, compiled, compiled and as a graph. Memory, the
 # seconds to the first step and the speed of the simulator are in the same tables.
 for batch in $batches; do
   for arch in compact paper; do
@@ -81,7 +87,7 @@ for batch in $batches; do
   done
 done
 
-# (c) What a step launches and waits for, and how many operations it is.
+# What a step launches and waits for, and how many operations it is.
 part profile python - $small <<'PYTHON'
 import sys
 
@@ -130,12 +136,12 @@ for arch in ("compact", "paper"):
     print(found.key_averages().table(sort_by=by_time, row_limit=15))
 PYTHON
 
-# (d) From the command to the end of a short run, one system after the other.
+# From the command to the end of a short run, one system after the other.
 for system in mass_spring pendulum two_body three_body; do
   in_part "quick-$system" learn --system "$system" $quick $small
 done
 
-# (b) once more, compiled, which takes minutes at first.
+# The training step once more, compiled, which takes minutes at first.
 for batch in $batches; do
   for arch in compact paper; do
     name="bench-$arch-$batch-compiled"
@@ -143,15 +149,15 @@ for batch in $batches; do
   done
 done
 
-# (f) Two processes beside one, where there are two devices.
-if [ "$devices" -ge 2 ] || [ -n "$small" ]; then
+# Two processes beside one, where there are two devices, or none.
+if [ "$devices" -ge 2 ] || [ "$devices" = 0 ]; then
   together="python -m torch.distributed.run --standalone --nproc-per-node=2"
   steps="--steps 200 --batch-size ${batches##* }"
   in_part one-process learn $steps $small
   launch=$together in_part two-processes learn $steps $small
 fi
 
-# (e) The paper's networks, all at once. GECO's tolerance is a little above the floor of the noise.
+# The paper's networks, all at once: what their logs say of seconds is not the time of one alone. GECO's tolerance is a little above the floor of the noise.
 while read -r system tolerance; do
   (in_part "paper-$system-clean" learn --arch paper --system "$system" --geco 5e-5 $paper $small) &
   (in_part "paper-$system-noisy" learn --arch paper --system "$system" --geco "$tolerance" \
@@ -162,5 +168,6 @@ pendulum 0.0012
 two_body 0.00031
 three_body 0.00187
 TABLE
+trap 'kill -TERM $(jobs -p); wait; exit 130' INT TERM
 wait
 ls "$to"
