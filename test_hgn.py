@@ -1955,7 +1955,6 @@ def assert_learnt_the_same(one, other):
 PARALLEL = (
     "--density two_moons --batch-size 16",
     f"--noise paper --size 16 {TINY} --batch-size 16 --geco",
-    f"--size 16 --arch paper --context 3 {TINY}",
 )
 
 
