@@ -208,8 +208,7 @@ class PaperEncoder(Encoder):
     def forward(self, frames):
         """frames (B, context, C, H, W) -> mean and log-variance of z, (B, 48, H, W) each."""
         x = self.foreground(frames).flatten(1, 2)  # (B, context * C, H, W)
-        mean, logvar = self.convs(x).chunk(2, 1)
-        return mean, logvar
+        return self.convs(x).chunk(2, 1)
 
 
 class Prior(nn.Module):
@@ -257,8 +256,7 @@ class PaperPsi(nn.Sequential):
     def forward(self, z):
         """z (B, maps, H, W) -> q and p as vectors, (B, dim) each."""
         state = super().forward(z)  # (B, 2 * maps of q, H / 8, W / 8)
-        q, p = state.flatten(1).chunk(2, 1)
-        return q, p
+        return state.flatten(1).chunk(2, 1)
 
 
 # -------------------------------------------------------------- Hamiltonian and decoder (appendix)
@@ -273,11 +271,11 @@ class PaperHamiltonian(Hamiltonian):
     def __init__(self, maps, side, width=64):
         super().__init__()
         self.shape = (2 * maps, side, side)
-        channels = (2 * maps, width, width, width, width, width, 1)
         # With torch's own initialisation the forces start small.
         self.convs = stack(
-            *channels, layer=nn.Conv2d, activation=nn.Softplus, kernel_size=3, padding=1
-        )
+            2 * maps, width, width, width, width, width, 1,
+            layer=nn.Conv2d, activation=nn.Softplus, kernel_size=3, padding=1,
+        )  # fmt: skip
 
     def forward(self, q, p):
         """q, p (B, dim) -> H (B,)."""
@@ -491,8 +489,10 @@ class HGN(Saved):
         shape = tuple(frames.shape)
         enough = shape[2:] == self.picture and shape[1] >= least
         if not enough or not frames.is_floating_point():
-            wanted = f"floats (B, T, *{self.picture}), T at least {least}"
-            raise ValueError(f"frames must be {wanted}, not {frames.dtype} {shape}")
+            raise ValueError(
+                f"frames must be floats (B, T, *{self.picture}), T at least {least}, "
+                f"not {frames.dtype} {shape}"
+            )
 
     def encode(self, frames):
         """frames (B, T >= context, C, size, size) -> mean and log-variance of q(z|x)."""
@@ -511,8 +511,7 @@ class HGN(Saved):
     def state(self, z):
         """z (B, ...) -> q, p at frame 0, (B, dim) each."""
         f_psi = self.H.momentum if self.f_psi is None else self.f_psi
-        q, p = f_psi(z)  # at the encoder's reference frame
-        q, p = self.rollout(q, p, self.encoder.reference_frame, -self.dt)
+        q, p = self.rollout(*f_psi(z), self.encoder.reference_frame, -self.dt)
         return q[:, -1], p[:, -1]
 
     def infer(self, frames):
@@ -533,8 +532,8 @@ class HGN(Saved):
         """
         speed = 1.0 if dt is None else dt / self.dt
         substeps = self.config["substeps"] * max(1, math.ceil(abs(speed) - 1e-6))
-        h = FRAME_TIME * speed
-        return rollout(self.H, q, p, h, steps, self.step, substeps, self.gamma)
+        dt = FRAME_TIME * speed
+        return rollout(self.H, q, p, dt, steps, self.step, substeps, self.gamma)
 
     def energy(self, q, p):
         """H of states (B, dim), (B,). Its zero and its unit mean nothing."""
@@ -552,13 +551,12 @@ class HGN(Saved):
     def sample(self, n, steps, dt=None, generator=None):
         """n rollouts from the prior: frames (n, steps + 1, C, size, size) in [0, 1].
 
+        generator: a torch.Generator of the CPU, so that no sample depends on the device.
         Raises: ValueError if the model is deterministic.
         """
-        device = None if generator is None else generator.device
-        noise = torch.randn(n, *self.z_shape, generator=generator, device=device)
+        noise = torch.randn(n, *self.z_shape, generator=generator)
         z = self.prior.from_noise(noise.to(next(self.parameters())))
-        q, p = self.state(z)
-        q, p = self.rollout(q, p, steps, dt)
+        q, _ = self.rollout(*self.state(z), steps, dt)
         return self.decode(q).clamp(0, 1)
 
     def loss(self, frames, beta=1e-3, noise=None, times=None):
@@ -572,8 +570,7 @@ class HGN(Saved):
         Returns: loss, mse and kl (nats), scalars.
         """
         z, kl = self.posterior(frames, noise)
-        q, p = self.state(z)
-        q, p = self.rollout(q, p, frames.shape[1] - 1)
+        q, _ = self.rollout(*self.state(z), frames.shape[1] - 1)
         if times is not None:
             q = q.take_along_dim(times.unsqueeze(2), 1)  # (B, n, dim)
             frames = frames.take_along_dim(times[:, :, None, None, None], 1)
@@ -612,15 +609,13 @@ def hnn_loss(model, frames):
     """
     model.check_frames(frames, model.context + 1)
     clips = frames.unfold(1, model.context, 1).movedim(-1, 2)  # (B, n, context, C, size, size)
-    n = clips.shape[1]
     mean, _ = model.encode(clips.flatten(0, 1))
-    states = torch.stack(model.state(mean))  # q and p, (2, B * n, dim)
-    states = states.unflatten(1, clips.shape[:2])
-    mse = (model.decode(states[0]) - frames[:, :n]).square().mean()
-    q, p = states[:, :, :-1].flatten(1, 2)
+    q, p = model.state(mean)  # (B * n, dim) each
     path = rollout(model.H, q, p, FRAME_TIME, 1, euler_step, gamma=model.gamma)
-    predicted = torch.stack(path)[:, :, 1]
-    dynamics = (predicted - states[:, :, 1:].flatten(1, 2)).square().mean()
+    states = torch.stack(path).unflatten(1, clips.shape[:2])
+    found, predicted = states.unbind(3)  # at a frame and after it, (2, B, n, dim) each
+    mse = (model.decode(found[0]) - clips[:, :, 0]).square().mean()
+    dynamics = (predicted[:, :, :-1] - found[:, :, 1:]).square().mean()
     return mse + 0.2 / FRAME_TIME**2 * dynamics, mse, mse.new_zeros(())
 
 
@@ -716,10 +711,10 @@ class RealNVP(Prior):
         super().__init__()
         alternating = torch.arange(dim) + torch.arange(layers).unsqueeze(1)
         self.masks = nn.Buffer(alternating % 2.0)  # (layers, dim)
-        self.nets = nn.ModuleList()
-        for _ in range(layers):
-            net = stack(dim, width, width, 2 * dim, layer=nn.Linear, activation=nn.ReLU)
-            self.nets.append(net)
+        self.nets = nn.ModuleList(
+            stack(dim, width, width, 2 * dim, layer=nn.Linear, activation=nn.ReLU)
+            for _ in range(layers)
+        )
 
     def coupling(self, layer, x, context):
         """log s and t of a layer, (..., dim) each, zero where the layer changes nothing."""
@@ -834,7 +829,7 @@ class CompactHamiltonian(Hamiltonian):
 
     def forward(self, q, p):
         """q, p (B, dim) -> H (B,)."""
-        velocity = self.grad_p(q, p, self.features(q))
+        velocity = self.grad_p(q, p)
         return 0.5 * (p * velocity).sum(1) + self.V(self.space.embed(q))
 
     def features(self, q):
@@ -906,11 +901,12 @@ class CompactEncoder(Encoder):
         self.side = min(size, self.largest_side)
         features = 6 * filters
         x_dim = space.embedded_dim
+        z_dim = 2 * space.dim
         self.filters = nn.Sequential(conv(channels, hidden), nn.SiLU(), conv(hidden, filters, 1))
         self.linear = nn.Linear(features, x_dim)
         self.bend = correction_mlp(features, 128, 128, x_dim)
-        self.correction = correction_mlp(context * x_dim + 2 * space.dim, 128, 128, 2 * space.dim)
-        self.logvar = nn.Parameter(torch.full((2 * space.dim,), -1.2))
+        self.correction = correction_mlp(context * x_dim + z_dim, 128, 128, z_dim)
+        self.logvar = nn.Parameter(torch.full((z_dim,), -1.2))
         self.feature_mean = nn.Buffer(torch.zeros(features))
         self.feature_var = nn.Buffer(torch.ones(features))
         # Least-squares polynomial in time; its first two coefficients are the value and the slope
@@ -976,7 +972,7 @@ class CompactDecoder(nn.Module):
         self.linear = nn.Linear(x_dim, 6 * gaussians)
         self.bend = correction_mlp(x_dim, 128, 128, 6 * gaussians)
         # log a and log c start at 1.5: each Gaussian covers about a ninth of the picture.
-        self.linear.bias.data[2 * gaussians : 4 * gaussians] += 1.5
+        self.linear.bias.data.view(3, -1)[1] += 1.5
         self.colour = stack(gaussians, width, width, channels, kernel_size=1)
         self.colour[-1].weight.data.mul_(0.1)  # at first the Gaussians are hardly seen
 
@@ -1018,8 +1014,7 @@ def compact_networks(size, channels, context, latent, periodic, f_psi):
     encoder = CompactEncoder(size, channels, context, space)
     H = CompactHamiltonian(space)
     decoder = CompactDecoder(size, channels, space)
-    prior = RealNVP(2 * dim)
-    return encoder, decoder, None, H, prior, (2 * dim,), implicit_leapfrog_step
+    return encoder, decoder, None, H, RealNVP(2 * dim), (2 * dim,), implicit_leapfrog_step
 
 
 # Functions that make the parts of an HGN: encoder, decoder, f_psi (None stands for H.momentum), H,
@@ -1044,22 +1039,16 @@ def robust(x, tolerance):
     return tolerance * torch.log1p(x / tolerance).mean()
 
 
-def random_pixels(size, device):
-    """Rows and columns to score: all below 32 pixels, every second below 64, else every fourth."""
-    if size < 32:
-        stride = 1
-    elif size < 64:
-        stride = 2
-    else:
-        stride = 4
-    first = torch.randint(stride, (2, 1), device=device)
-    rows, columns = first + torch.arange(0, size, stride, device=device)
-    return rows, columns
-
-
 def picture_error(model, q, targets):
-    """Squared error of pictures painted from q (B, n, dim) against targets, some pixels: (B, n)."""
-    rows, columns = random_pixels(targets.shape[-1], q.device)
+    """Squared error of pictures painted from q (B, n, dim) against targets (B, n, C, size, size).
+
+    All pixels count below a size of 32, below 64 every second in a row and in a column, else every
+    fourth, from a random one on. Returns: the mean over them, (B, n).
+    """
+    size = targets.shape[-1]
+    stride = 2 ** min(size // 32, 2)
+    first = torch.randint(stride, (2, 1), device=q.device)
+    rows, columns = first + torch.arange(0, size, stride, device=q.device)
     painted = model.decoder(q.flatten(0, 1), rows, columns).unflatten(0, q.shape[:2])
     truth = targets[:, :, :, rows][..., columns]
     return (painted - truth).square().mean((2, 3, 4))
@@ -1071,7 +1060,8 @@ def unchanged(x):
 
 
 def variance(x, average):
-    """The mean variance of the numbers in x (n, ...) over n and over all processes."""
+    """The mean variance of the numbers in x (B, n, ...) over B, n and all processes."""
+    x = x.detach().flatten(0, 1)
     mean = average(x.mean(0))
     return average((x - mean).square().mean(0)).mean() + 1e-12
 
@@ -1101,18 +1091,17 @@ def charted_loss(
     Returns: loss, mse of the pixels scored, and kl (nats), scalars.
     """
     model.check_frames(targets)
-    space = model.encoder.space
-    E = variance(targets.flatten(0, 1), average)
+    E = variance(targets, average)
     z, kl = model.posterior(context, noise)
-    q, p = model.state(z)
-    q, p = model.rollout(q, p, horizon)
+    q, _ = model.rollout(*model.state(z), horizon)
     q = q.take_along_dim(times.unsqueeze(2), 1)  # (B, n, dim)
     few = 1 + targets.shape[1] // 8  # as painting more for the chart costs time and helps little
-    chart = model.encoder.encode_frame(targets[:, :few])
-    distance = space.wrap(q[:, :few] - chart).square().mean(2)
-    chart_variance = variance(chart.detach().flatten(0, 1), average)
+    few_targets = targets[:, :few]
+    chart = model.encoder.encode_frame(few_targets)
+    distance = model.encoder.space.wrap(q[:, :few] - chart).square().mean(2)
+    chart_variance = variance(chart, average)
     rollout_error = picture_error(model, q, targets) / E
-    chart_error = picture_error(model, chart, targets[:, :few]) / E
+    chart_error = picture_error(model, chart, few_targets) / E
     negative_elbo = robust(rollout_error, 0.1) + beta * kl / context[0, 0].numel() / E
     loss = negative_elbo + chart_error.mean() + robust(distance / chart_variance, 0.01)
     return loss, rollout_error.mean() * E, kl
