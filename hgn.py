@@ -59,9 +59,7 @@ def leapfrog_step(H, q, p, h):
 @compiled_once
 def euler_step(H, q, p, h):
     """Take one explicit Euler step of length h, the paper's ablation. It has order 1."""
-    dH_dq = H.grad_q(q, p)
-    dH_dp = H.grad_p(q, p)
-    return q + h * dH_dp, p - h * dH_dq
+    return q + h * H.grad_p(q, p), p - h * H.grad_q(q, p)
 
 
 def rollout(H, q, p, dt, steps, step=leapfrog_step, substeps=1, gamma=None):
@@ -74,8 +72,6 @@ def rollout(H, q, p, dt, steps, step=leapfrog_step, substeps=1, gamma=None):
     """
     h = dt / substeps
     decay = 1.0 if gamma is None else torch.exp(-gamma * h / 2)
-    q = q.clone()  # a compiled step does not accept two views of one tensor
-    p = p.clone()
     path_q = [q]
     path_p = [p]
     cache = ()  # what an implicit step hands to the next one
@@ -539,12 +535,12 @@ class HGN(Saved):
         """H of states (B, dim), (B,). Its zero and its unit mean nothing."""
         return self.H(q, p)
 
-    def decode(self, q, block=64):
+    def decode(self, q, block=64, **pixels):
         """Paint q (B, T, dim): frames (B, T, C, size, size), `block` pictures at a time.
 
-        Pixels may be slightly below 0 or above 1: clamp them where you show or save the frames.
+        pixels: `rows` and `columns` of the only ones to paint (compact). Their values may be slightly below 0 or above 1: clamp them where you show or save the frames.
         """
-        pictures = [self.decoder(part) for part in q.flatten(0, 1).split(block)]
+        pictures = [self.decoder(part, **pixels) for part in q.flatten(0, 1).split(block)]
         return torch.cat(pictures).unflatten(0, q.shape[:2])
 
     @torch.no_grad()
@@ -594,8 +590,8 @@ class GECO:
 
     def update(self, mse):
         """Change `beta` in place, given the error of a training step, a scalar tensor."""
-        mse = mse.detach().to(self.mse)
-        self.mse.lerp_(torch.where(mse.isfinite(), mse, self.mse), 0.05)
+        finite = torch.where(mse.isfinite(), mse.detach().to(self.mse), self.mse)
+        self.mse.lerp_(finite, 0.05)
         push = (self.tolerance / self.mse.clamp(min=1e-12)).log().clamp(-1, 1)
         self.beta.mul_((self.rate * push).exp()).clamp_(*self.bounds)
 
@@ -753,8 +749,7 @@ class RealNVP(Prior):
 
     def from_noise(self, noise):
         """A draw from the prior, made of noise ~ N(0, I)."""
-        z, _ = self.inverse(noise)
-        return z
+        return self.inverse(noise)[0]
 
 
 # ---------------------------------------------------------------------- Hamiltonian and its f_psi
@@ -822,10 +817,9 @@ class CompactHamiltonian(Hamiltonian):
         super().__init__()
         self.space = space
         self.V = PotentialMLP(space.embedded_dim, width)
-        self.W = nn.Parameter(
-            torch.cat((torch.eye(space.dim), 0.3 * torch.randn(space.dim, 3 * space.dim)), 1)
-        )
-        self.S = nn.Parameter(torch.zeros(width, 4 * space.dim))
+        dim = space.dim
+        self.W = nn.Parameter(torch.cat((torch.eye(dim), 0.3 * torch.randn(dim, 3 * dim)), 1))
+        self.S = nn.Parameter(torch.zeros(width, 4 * dim))
 
     def forward(self, q, p):
         """q, p (B, dim) -> H (B,)."""
@@ -1049,7 +1043,7 @@ def picture_error(model, q, targets):
     stride = 2 ** min(size // 32, 2)
     first = torch.randint(stride, (2, 1), device=q.device)
     rows, columns = first + torch.arange(0, size, stride, device=q.device)
-    painted = model.decoder(q.flatten(0, 1), rows, columns).unflatten(0, q.shape[:2])
+    painted = model.decode(q, rows=rows, columns=columns)
     truth = targets[:, :, :, rows][..., columns]
     return (painted - truth).square().mean((2, 3, 4))
 
