@@ -44,10 +44,11 @@ def compiled_once(step):
 
 @compiled_once
 def leapfrog_step(H, q, p, h):
-    """Take one leapfrog step of length h, the paper's equation (2).
+    """Take one explicit leapfrog step of length h, the paper's equation (2).
 
-    The step is explicit. It is symplectic, reversible and of order 2 where H(q, p) = K(p) + V(q);
-    for any other H it is of order 1, and `implicit_leapfrog_step` has these properties.
+    It is for a separable H(q, p) = K(p) + V(q), such as a `SeparableHamiltonian`: it is then
+    symplectic, reversible and of order 2. For any other H it is of order 1 and neither of these:
+    take `implicit_leapfrog_step`.
     q, p: (B, ...). Returns: q, p after the step.
     """
     p = p - h / 2 * H.grad_q(q, p)
@@ -65,9 +66,15 @@ def euler_step(H, q, p, h):
 def rollout(H, q, p, dt, steps, step=leapfrog_step, substeps=1, gamma=None):
     """Follow dq/dt = dH/dp, dp/dt = -dH/dq from the state (q, p).
 
-    q, p: (B, ...). dt: time from one returned state to the next, taken in `substeps` calls of
-    `step`; a negative dt runs backward. gamma: coefficient of friction, a tensor; p decays by
-    exp(-gamma h / 2) before and after each step of length h.
+    Args:
+        H: a `Hamiltonian`.
+        q, p: (B, ...).
+        dt: time from one returned state to the next; a negative dt runs backward.
+        step: `leapfrog_step` for a separable H(q, p) = K(p) + V(q), best written as a
+            `SeparableHamiltonian`; `implicit_leapfrog_step` for any other H.
+        substeps: how many calls of `step` a dt is divided into.
+        gamma: coefficient of friction, a tensor; p decays by exp(-gamma h / 2) before and after
+            each step of length h.
     Returns: q, p, each (B, steps + 1, ...), the given state first.
     """
     h = dt / substeps
@@ -102,7 +109,7 @@ def gradient(energy, argument, *state):
 class Hamiltonian(nn.Module):
     """Any scalar H(q, p): a subclass writes `forward`, (B, ...) twice -> (B,).
 
-    The gradients come from autograd. A subclass may write them out instead, and may compute in
+    It suits `implicit_leapfrog_step`. The gradients come from autograd. A subclass may write them out instead, and may compute in
     `features` what both of them need of q, which an implicit step then computes once for each q.
     """
 
@@ -124,7 +131,7 @@ class Hamiltonian(nn.Module):
 class SeparableHamiltonian(Hamiltonian):
     """H(q, p) = kinetic(p) + potential(q): a subclass writes these two, (B, ...) -> (B,).
 
-    It suits `leapfrog_step`, which needs three gradients, each of one of the two alone.
+    It suits `leapfrog_step`, whose gradients are two of `potential` and one of `kinetic`.
     """
 
     def forward(self, q, p):
@@ -422,8 +429,8 @@ def check_options(options, allowed):
 class HGN(Saved):
     """Hamiltonian Generative Network (Toth et al. 2020, section 3).
 
-    In training mode the compact model solves the implicit equations of a step by two iterations,
-    which suffices for the loss, otherwise by six. Call `eval()` before you measure, as `load` does.
+    The compact model solves the implicit equations of a step by `model.H.iterations` iterations, in
+    every mode. You may set this number: TRAINING_ITERATIONS are enough for the loss.
 
     Args:
         size: side of the square frames in pixels, a multiple of 8 from 16 to 128.
@@ -525,6 +532,9 @@ class HGN(Saved):
 
         dt: time from frame to frame, default the model's. -model.dt runs backward; 2 * model.dt
         shows the motion at double speed, in steps of the integrator that are no longer.
+
+        `model.H` may be any `Hamiltonian`, and `model.step` the integrator that suits it. For the
+        compact model's `infer`, `loss` and `sample` it also needs a method `momentum`.
         """
         speed = 1.0 if dt is None else dt / self.dt
         substeps = self.config["substeps"] * max(1, math.ceil(abs(speed) - 1e-6))
@@ -535,12 +545,12 @@ class HGN(Saved):
         """H of states (B, dim), (B,). Its zero and its unit mean nothing."""
         return self.H(q, p)
 
-    def decode(self, q, block=64, **pixels):
+    def decode(self, q, block=64):
         """Paint q (B, T, dim): frames (B, T, C, size, size), `block` pictures at a time.
 
-        pixels: `rows` and `columns` of the only ones to paint (compact). Their values may be slightly below 0 or above 1: clamp them where you show or save the frames.
+        Pixels may be slightly below 0 or above 1: clamp them where you show or save the frames.
         """
-        pictures = [self.decoder(part, **pixels) for part in q.flatten(0, 1).split(block)]
+        pictures = [self.decoder(part) for part in q.flatten(0, 1).split(block)]
         return torch.cat(pictures).unflatten(0, q.shape[:2])
 
     @torch.no_grad()
@@ -626,9 +636,10 @@ def hnn_loss(model, frames):
 def implicit_leapfrog_step(H, q, p, h, cache=None):
     """Take one step of the generalised leapfrog method, which suits any H(q, p).
 
-    Stoermer and Verlet's method for an H that is not separable: of order 2, symplectic and
-    reversible (Hairer, Lubich & Wanner, Geometric Numerical Integration, VI.3) as far as
-    `H.iterations` fixed-point iterations solve the two implicit equations.
+    It is the method of Stoermer and Verlet (Hairer, Lubich & Wanner, Geometric Numerical
+    Integration, VI.3): of order 2, symplectic and reversible as far as `H.iterations` fixed-point
+    iterations solve its two implicit equations. For a separable H its result is that of
+    `leapfrog_step`, which is several times as fast.
     cache: what the step before returned last, H.features(q) and, to start the iteration from, an
     estimate of dH/dq.
     Returns: q, p after the step, and the cache for the next step.
@@ -801,6 +812,9 @@ class PotentialMLP(nn.Module):
         return F.linear(x @ self.L, self.L) + grad_first @ self.first.weight
 
 
+TRAINING_ITERATIONS = 2  # enough for the loss; with a single one H would learn its error
+
+
 class CompactHamiltonian(Hamiltonian):
     """H(q, p) = p^T M(q)^-1 p / 2 + V(q), the form of every natural mechanical system.
 
@@ -811,7 +825,7 @@ class CompactHamiltonian(Hamiltonian):
     """
 
     least_inverse_mass = 0.3  # keeps M^-1 positive definite
-    iterations = 6
+    iterations = 6  # TRAINING_ITERATIONS while it learns
 
     def __init__(self, space, width=128):
         super().__init__()
@@ -1043,7 +1057,7 @@ def picture_error(model, q, targets):
     stride = 2 ** min(size // 32, 2)
     first = torch.randint(stride, (2, 1), device=q.device)
     rows, columns = first + torch.arange(0, size, stride, device=q.device)
-    painted = model.decode(q, rows=rows, columns=columns)
+    painted = model.decoder(q.flatten(0, 1), rows, columns).unflatten(0, q.shape[:2])
     truth = targets[:, :, :, rows][..., columns]
     return (painted - truth).square().mean((2, 3, 4))
 
