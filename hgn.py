@@ -109,8 +109,9 @@ def gradient(energy, argument, *state):
 class Hamiltonian(nn.Module):
     """Any scalar H(q, p): a subclass writes `forward`, (B, ...) twice -> (B,).
 
-    It suits `implicit_leapfrog_step`. The gradients come from autograd. A subclass may write them out instead, and may compute in
-    `features` what both of them need of q, which an implicit step then computes once for each q.
+    It suits `implicit_leapfrog_step`. The gradients come from autograd. A subclass may write them
+    out instead, and may compute in `features` what both of them need of q, which an implicit step
+    then computes once for each q.
     """
 
     iterations = 8  # of each implicit equation; an iteration gains a factor of the order of h
