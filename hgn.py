@@ -92,9 +92,9 @@ def rollout(H, q, p, dt, steps, step=leapfrog_step, substeps=1, gamma=None):
 
 
 def gradient(energy, argument, *state):
-    """The gradient of energy(*state), (B,), with respect to one of its arguments, by autograd.
+    """The gradient of energy(*state), (B,), with respect to one of the state, by autograd.
 
-    argument: its number. Raises: RuntimeError in inference mode.
+    argument: the number of the one. Raises: RuntimeError in inference mode.
     """
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         # Some versions of torch return zero here without an error.
@@ -468,6 +468,7 @@ class HGN(Saved):
         self.deterministic = deterministic
         self.picture = (channels, size, size)
         networks = ARCHITECTURES[arch](size, channels, context, latent, periodic, f_psi)
+        # The order of the modules is that of the parameters, by which optimisers are resumed.
         self.encoder, self.decoder, self.f_psi, self.H, prior, self.z_shape, step = networks
         self.prior = Deterministic() if deterministic else prior
         self.step = INTEGRATORS[integrator] if integrator else step
@@ -895,8 +896,8 @@ class CompactEncoder(Encoder):
 
     `encode_frame` maps each frame by itself to its q; this map is called the chart. It describes
     what learnt filters see by its mass, centre and inertia, of which q is a linear map plus an MLP.
-    A polynomial through the q of the
-    context gives the place and the velocity, and an MLP corrects them. The variance is constant.
+    A polynomial through the q of the context gives the place and the velocity, and an MLP corrects
+    them. The variance is constant.
     """
 
     largest_side = 32  # filters see pictures averaged down to this size
@@ -925,8 +926,8 @@ class CompactEncoder(Encoder):
         self.fit = nn.Buffer(torch.linalg.pinv(powers)[:2].float())  # (2, context)
         line = torch.linspace(-1, 1, self.side)
         y, x = torch.cartesian_prod(line, line).T  # of each pixel, (H W,) each
-        powers = torch.stack((torch.ones_like(x), x, y, x * x, x * y, y * y))
-        self.powers = nn.Buffer(powers, persistent=False)
+        monomials = torch.stack((torch.ones_like(x), x, y, x * x, x * y, y * y))
+        self.monomials = nn.Buffer(monomials, persistent=False)
 
     def init_from_data(self, pictures):
         super().init_from_data(pictures)
@@ -938,7 +939,7 @@ class CompactEncoder(Encoder):
         pictures = F.adaptive_avg_pool2d(self.foreground(pictures), self.side)
         response = self.filters(pictures).movedim(1, 3).flatten(1, 2)  # (n, H W, filters)
         density = response * response  # square() has a slow backward pass
-        mass, *moments = (self.powers @ density).unbind(1)  # (n, filters) each
+        mass, *moments = (self.monomials @ density).unbind(1)  # (n, filters) each
         x, y, xx, xy, yy = (moment / (mass + 0.01) for moment in moments)
         log_mass = (mass + 1).log()
         return torch.cat((log_mass, x, y, xx - x * x, xy - x * y, yy - y * y), 1)
