@@ -737,11 +737,68 @@ def test_friction_learnt_is_the_damped_oscillator():
     close(back, torch.cat((q, p), 1))
 
 
-def test_gradients_by_autograd_are_refused_in_inference_mode():
+class HenonHeiles(hgn.SeparableHamiltonian):
+    """A star in a galaxy, with q and p (B, 2); `asked` is which energies were asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def kinetic(self, p):
+        self.asked.append("kinetic")
+        return p.square().sum(1) / 2
+
+    def potential(self, q):
+        self.asked.append("potential")
+        x, y = q.unbind(1)
+        return (x.square() + y.square()) / 2 + x.square() * y - y**3 / 3
+
+
+class WholeHenonHeiles(Hamiltonian):
+    def forward(self, q, p):
+        return HenonHeiles()(q, p)
+
+
+def henon_heiles_motion(q, p):
+    """Its velocity and force, derived by hand."""
+    x, y = q.unbind(1)
+    return p, torch.stack((-x - 2 * x * y, -y - x.square() + y.square()), 1)
+
+
+def test_a_separable_H_is_followed_to_second_order_by_explicit_steps():
+    H = HenonHeiles()
+    q, p = start(5, 2, size=0.2)
+    path_q, path_p = runge_kutta(henon_heiles_motion, q, p, 5.0, 1, 500)
+    exact = torch.cat((path_q[:, -1], path_p[:, -1]), 1)
+    coarse = last(H, q, p, 0.1, 50) - exact
+    fine = last(H, q, p, 0.05, 100) - exact
+    assert fine.norm() < 2e-3
+    assert math.log2(coarse.norm() / fine.norm()) == pytest.approx(2, abs=0.05)
+    path_q, path_p = rollout(H, q, p, 0.05, 2000)
+    assert path_q.shape == path_p.shape == (5, 2001, 2)
+    energy = H(path_q.flatten(0, 1), path_p.flatten(0, 1)).view(5, 2001)
+    assert (energy / energy[:, :1] - 1).abs().max() < 3e-3  # it does not drift
+
+
+def test_a_separable_H_is_the_same_H_written_in_one_piece():
+    q, p = start(5, 2, size=0.2)
+    separable = rollout(HenonHeiles(), q, p, 0.1, 20)
+    close(separable, rollout(WholeHenonHeiles(), q, p, 0.1, 20, implicit_leapfrog_step))
+    close(separable, rollout(HenonHeiles(), q, p, 0.1, 20, implicit_leapfrog_step))
+
+
+def test_an_explicit_step_of_a_separable_H_takes_three_gradients_of_its_parts():
+    H = HenonHeiles()
+    leapfrog_step(H, *start(5, 2), 0.1)
+    assert H.asked == ["potential", "kinetic", "potential"]
+
+
+@each("H", (Spring(), HenonHeiles()))
+def test_gradients_by_autograd_are_refused_in_inference_mode(H):
     """Some versions of torch would make them zero there."""
-    q, p = start(5, 1)
+    q, p = start(5, 2)
     with torch.inference_mode(), pytest.raises(RuntimeError, match="no_grad"):
-        rollout(Spring(), q, p, 0.1, 1)
+        rollout(H, q, p, 0.1, 1)
 
 
 def test_angles_are_read_back_and_gradients_pulled_back():
@@ -1027,6 +1084,34 @@ def test_the_state_is_that_of_the_present_H():
     q, p = model.state(z)
     back = model.rollout(q, p, model.encoder.reference_frame)  # where z is the state
     close(model.H.grad_p(back[0][:, -1], back[1][:, -1]), z[:, 2:], rtol=1e-2, atol=1e-3)
+
+
+def test_the_state_does_not_depend_on_the_mode_but_on_the_iterations():
+    model = shaken(HGN(size=16, latent=2))
+    frames = torch.rand(2, 5, 3, 16, 16, dtype=torch.float64, generator=seeded())
+    evaluated = model.eval().infer(frames)
+    close(model.train().infer(frames), evaluated, rtol=0, atol=0)
+    model.H.iterations = hgn.TRAINING_ITERATIONS
+    fewer = model.infer(frames)
+    assert not torch.equal(fewer[0], evaluated[0])
+    close(fewer, evaluated, rtol=1e-2, atol=1e-2)
+
+
+@each("step", (leapfrog_step, implicit_leapfrog_step))
+def test_a_model_follows_an_H_of_the_user(step):
+    """A spring turns by an angle of one eighth from frame to frame, in phase space."""
+    model = HGN(size=16, latent=2, substeps=10)
+    model.H = Spring()
+    model.step = step
+    q, p = start(4, 2)
+    path_q, path_p = model.rollout(q, p, 20)
+    angle = torch.arange(21, dtype=torch.float64).unsqueeze(1) / 8
+    exact_q = q[:, None] * angle.cos() + p[:, None] * angle.sin()
+    exact_p = p[:, None] * angle.cos() - q[:, None] * angle.sin()
+    close((path_q, path_p), (exact_q, exact_p), rtol=0, atol=1e-4)
+    back_q, _ = model.rollout(path_q[:, -1], path_p[:, -1], 20, -model.dt)
+    close(back_q.flip(1), path_q)
+    close(model.energy(q, p), (q.square() + p.square()).sum(1) / 2)
 
 
 def test_a_model_without_weights_has_no_optimiser():
