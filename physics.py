@@ -11,6 +11,7 @@ its reproduction (Balsells Rodas et al. 2021); the other systems are our own.
 
 import math
 import re
+import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -36,11 +37,10 @@ def unchanged(x):
 
 @dataclass(frozen=True)
 class System:
-    """A physical system, H(q, p) = p M^-1 p / 2 + V(q), where M may depend on q, and how it looks.
+    """A physical system, H(q, p) = K(q, p) + V(q), and how it looks.
 
     States q and p have shape (..., bodies, dims). Units are the paper's, in which 0.125 passes from
-    frame to frame.
-    Raises: ValueError unless exactly one of `force` and `motion` is given.
+    frame to frame. Without `force`, the equations of motion are the gradients of H by autograd.
     """
 
     colours: tuple  # RGB that each body adds to the background, in [0, 1]
@@ -48,32 +48,51 @@ class System:
     half_width: float  # the picture shows [-half_width, half_width] squared, in world units
     initial: Callable  # (n, uniform) -> q, p, where uniform(low, high, *shape) draws numbers
     potential: Callable  # V(q): (..., bodies, dims) -> (...)
-    force: Callable = None  # -dV/dq, of the shape of q; written out, as the simulator's hot loop
-    motion: Callable = None  # (q, p) -> dq/dt, dp/dt, in place of force where M depends on q
-    inertia: float = 0.5  # M with a force: the mass m, or m l^2 for an angle
+    force: Callable = None  # -dV/dq, of the shape of q, where p^2 / (2 inertia) is K; it is faster
+    kinetic: Callable = None  # K(q, p): two states (..., bodies, dims) -> (...), if it is another
+    inertia: float = 0.5  # without `kinetic`: the mass m, or m l^2 for an angle
     noise: float = 0.1  # sigma of the paper's observation noise on every coordinate of q
     position: Callable = unchanged  # q -> centres of the discs, (..., bodies, 2), y upward
     locate: Callable = unchanged  # the inverse of position
     periodic: bool = False  # whether q are angles
     friction: float = 0.0  # gamma of dp/dt = -dH/dq - gamma p
 
-    def __post_init__(self):
-        if (self.force is None) == (self.motion is None):
-            raise ValueError("a System needs force(q) or, where M depends on q, motion(q, p)")
+    def energy(self, q, p):
+        """H of states (..., bodies, dims), (...)."""
+        if self.kinetic:
+            kinetic = self.kinetic(q, p)
+        else:
+            kinetic = (p * (p / self.inertia)).sum((-2, -1)) / 2
+        return kinetic + self.potential(q)
+
+    @torch.enable_grad()
+    def hamiltons_equations(self, q, p):
+        """dH/dp and -dH/dq of states (..., bodies, dims), by autograd."""
+        q = q.detach().requires_grad_()
+        p = p.detach().requires_grad_()
+        H = self.energy(q, p).sum()
+        slope, velocity = torch.autograd.grad(H, (q, p), materialize_grads=True)
+        return velocity, -slope
 
     def derivatives(self, q, p):
         """dq/dt and dp/dt of states (..., bodies, dims)."""
-        if self.motion:
-            velocity, force = self.motion(q, p)
-        else:
+        if self.force:
             velocity = p / self.inertia
             force = self.force(q)
+        else:
+            velocity, force = self.hamiltons_equations(q, p)
         return velocity, force - self.friction * p
 
-    def energy(self, q, p):
-        """H of states (..., bodies, dims), (...)."""
-        velocity, _ = self.derivatives(q, p)
-        return (p * velocity).sum((-2, -1)) / 2 + self.potential(q)
+    def check_force(self, q, p):
+        """Raises: ValueError where `force` and `inertia` are not the gradients of H."""
+        expected = torch.stack(self.hamiltons_equations(q, p))
+        written = torch.stack((p / self.inertia, self.force(q)))
+        error = (written - expected).abs()
+        if (error > SLOPE_TOLERANCE * (1 + expected.abs())).any():
+            raise ValueError(
+                "force(q) of a System must be minus the gradient of its potential(q), and its "
+                "kinetic(q, p) p^2 / (2 inertia): correct one of them, or leave force out"
+            )
 
 
 # mass_spring: m = 0.5, k = 2. q is the displacement along x.
@@ -167,25 +186,22 @@ def two_angles(n, uniform):
 
 
 def double_potential(q):
-    return (q.new_tensor((3.0, 1.5)) * (1 - q[..., 0].cos())).sum(-1)
+    first, second = q.squeeze(-1).cos().unbind(-1)
+    return 4.5 - 3 * first - 1.5 * second
 
 
-def double_motion(q, p):
-    """By Hamilton's equations with M = ((1, c / 2), (c / 2, 1 / 2)), where c = cos(q2 - q1)."""
-    q1, q2 = q.unbind(-2)
-    p1, p2 = p.unbind(-2)
-    s = (q2 - q1).sin()
+def double_kinetic(q, p):
+    """p M^-1 p / 2 with M = ((1, c / 2), (c / 2, 1 / 2)), where c = cos(q2 - q1)."""
+    q1, q2 = q.squeeze(-1).unbind(-1)
+    p1, p2 = p.squeeze(-1).unbind(-1)
     c = (q2 - q1).cos()
-    v1 = 2 * (p1 - c * p2) / (1 + s * s)
-    v2 = 2 * (2 * p2 - c * p1) / (1 + s * s)
-    twist = 0.5 * s * (v1 * v2)
-    force = (twist - 3 * q1.sin(), -twist - 1.5 * q2.sin())
-    return torch.stack((v1, v2), -2), torch.stack(force, -2)
+    return (p1 * (p1 - 2 * c * p2) + 2 * p2 * p2) / (2 - c * c)
 
 
 # A new system is one more entry here. It must give `colours` (one for each body), `radius`,
-# `half_width`, `initial` and `potential`; `force` and `inertia`, or `motion` where M depends on q;
-# `position` and `locate`, unless q is where the discs are; and `periodic`, if q are angles.
+# `half_width`, `initial` and `potential`; `inertia`, or `kinetic` where K is not p^2 / (2 inertia);
+# `position` and `locate`, unless q is where the discs are; and `periodic`, if q are angles. `force`
+# makes the simulation two to four times as fast.
 SYSTEMS = {
     "mass_spring": System(
         colours=(YELLOW,), radius=0.5, half_width=2.0, initial=partial(polar_state, 0.1, 1.0),
@@ -207,7 +223,7 @@ SYSTEMS = {
     ),
     "double_pendulum": System(
         colours=(YELLOW, RED), radius=0.4, half_width=2.5, initial=two_angles,
-        potential=double_potential, motion=double_motion, position=rod_ends, locate=rod_angles,
+        potential=double_potential, kinetic=double_kinetic, position=rod_ends, locate=rod_angles,
         periodic=True,
     ),
 }  # fmt: skip
@@ -219,8 +235,13 @@ SYSTEMS["damped_pendulum"] = replace(SYSTEMS["pendulum"], friction=0.1)
 
 FRAME_TIME = 0.125  # the paper's time between frames, and the longest step of the simulator
 TOLERANCE = 1e-9  # relative change of the energy above which a motion is computed in more parts
-MOST_PARTS = 256  # of a step; what these do not resolve, a very close meeting, is left as it is
+MOST_PARTS = 256  # of a step; where these do not resolve a very close meeting, there is a warning
+SLOPE_TOLERANCE = 1e-6  # relative difference of a written force from the gradient of the potential
 CONVERGED = 1e-13  # change of the derivatives at which the stages of a step count as solved
+UNRESOLVED = (
+    "a simulated motion is wrong: its energy is not kept, or it is not finite, however small the "
+    "steps, as where bodies all but collide; start from other states, or leave such clips out"
+)
 
 
 def initial_states(system, n, generator=None, device=None):
@@ -244,11 +265,14 @@ def simulate(system, q, p, frames, dt=FRAME_TIME):
 
     q, p: initial states (B, bodies, dims). frames: how many, with the initial one. dt: from frame
     to frame; negative runs backward. Returns: q, p, (B, frames, bodies, dims) each.
-    Raises: ValueError if frames < 1.
+    Raises: ValueError if frames < 1, and if `force` is not minus the gradient of `potential`.
+    Warns: where a motion cannot be computed.
     """
     if frames < 1:
         raise ValueError(f"frames must be at least 1, not {frames}")
     path = [torch.stack((q, p)).double()]  # (2, B, bodies, dims)
+    if system.force:
+        system.check_force(*path[0][:, :8])  # some of the states tell
     for _ in range(frames - 1):
         path.append(advance(system, path[-1], dt))
     q, p = torch.stack(path, 2)
@@ -265,8 +289,11 @@ def advance(system, start, dt, refined=1):
         energy = energy - lost
     error = (system.energy(*state) - energy).abs()
     bad = ~(error <= TOLERANCE * (1 + energy.abs()))  # NaN is bad as well
-    if refined < MOST_PARTS and bad.any():
-        state[:, bad] = advance(system, start[:, bad], dt, 4 * refined)
+    if bad.any():
+        if refined < MOST_PARTS:
+            state[:, bad] = advance(system, start[:, bad], dt, 4 * refined)
+        else:
+            warnings.warn(UNRESOLVED, stacklevel=2)  # of equal text, which Python shows once
     return state
 
 
@@ -310,6 +337,10 @@ def gauss_legendre_step(system, state, h, iterations=16):
 # --------------------------------------------------------------------------------------- rendering
 
 
+CPU_BLOCK = 256  # frames painted at once on a CPU, which stay in its cache
+GPU_PIXELS = 2**25  # painted at once on a GPU, for each body
+
+
 def render(system, q, size=32):
     """Paint states q (B, T, bodies, dims): pictures (B, T, 3, size, size), float32 in [0, 1].
 
@@ -321,15 +352,14 @@ def render(system, q, size=32):
     frames = torch.empty(len(centres), 3, size, size, device=q.device)
     colours = torch.tensor((BACKGROUND, *system.colours)).to(q.device, non_blocking=True)
     background, *colours = colours[:, :, None, None]  # (3, 1, 1) each
-    line = torch.arange(size, device=q.device, dtype=torch.float32) - (size - 1) / 2
-    on_cpu = q.device.type == "cpu"
-    block = 256 if on_cpu else 2**25 // size**2  # of frames: those of a CPU stay in its cache
+    line = torch.arange(size, device=q.device) - (size - 1) / 2  # of pixels, from left or top
+    block = CPU_BLOCK if q.device.type == "cpu" else GPU_PIXELS // size**2
     for part, out in zip(centres.split(block), frames.split(block), strict=True):
-        x, y = part.split(1, -1)
-        dx = (line - x).square()  # (n, bodies, size)
-        dy = (-line - y).square()  # row 0 is the top
-        distance = (dy.unsqueeze(-1) + dx.unsqueeze(-2)).sqrt_()  # (n, bodies, size, size)
-        share = distance.neg_().add_(system.radius * pixels + 0.5).clamp_(0, 1)
+        x, y = part.split(1, -1)  # (n, bodies, 1) each
+        dx = (line - x).square().unsqueeze(-2)
+        dy = (line + y).square().unsqueeze(-1)  # as y is upward
+        distance = (dx + dy).sqrt_()  # (n, bodies, size, size)
+        share = (system.radius * pixels + 0.5 - distance).clamp_(0, 1)
         out.copy_(background)
         for disc, colour in zip(share.split(1, 1), colours, strict=True):
             out.addcmul_(disc, colour)
