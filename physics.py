@@ -457,21 +457,15 @@ def reading(path):
         raise ValueError(f"{path} cannot be read: {why}. Mend or restore it") from error
 
 
-def is_number(text):
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def read_csv(path):
-    """Numbers (N, D) separated by commas, below one line of names or none."""
-    text = path.read_text("utf-8-sig")  # spreadsheets begin their files with a mark
-    first_line, _, rest = text.partition("\n")
-    if not any(is_number(cell) for cell in first_line.split(",")):
-        text = rest
-    return np.loadtxt(text.splitlines(), delimiter=",", ndmin=2)
+    """Numbers (N, D) separated by commas, below one line of names or none. Raises: ValueError."""
+    # Spreadsheets begin a file with a mark, which this encoding drops. Words are read as NaN.
+    table = np.genfromtxt(path, delimiter=",", ndmin=2, encoding="utf-8-sig")
+    if np.isnan(table[:1]).all():
+        table = table[1:]
+    if np.isnan(table).any():
+        raise ValueError("below its first line, not all that stands between commas is a number")
+    return table
 
 
 def read_array(path):
@@ -479,8 +473,8 @@ def read_array(path):
     with reading(path):
         if path.suffix.lower() == ".csv":
             return read_csv(path)
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)  # an .npy file stays on disk
-        arrays = [loaded] if path.suffix.lower() == ".npy" else list(loaded.values())
+        arrays = np.load(path, mmap_mode="r", allow_pickle=False)  # an .npy file stays on disk
+        arrays = [arrays] if isinstance(arrays, np.ndarray) else list(arrays.values())
         clips = [x for x in arrays if x.ndim > 2]
         arrays = clips or [x for x in arrays if x.ndim == 2]
         if len(arrays) != 1 or arrays[0].dtype.kind not in "buif":
@@ -509,21 +503,19 @@ class Part:
 def as_films(array):
     """Films (N, T, H, W, C) of an array of clips or of one film. Raises: ValueError."""
     shape = array.shape
-    if array.ndim < 4 or not {1, 3} & {shape[-1], shape[-3]}:
-        if array.ndim > 2 and shape[-3] == shape[-2] != shape[-1]:
-            raise ValueError(
-                f"its shape {shape} may have time last: np.moveaxis(x, -1, -3) puts time before "
-                "rows and columns; if it is not, save x[..., None], with an axis for channels"
-            )
+    time_last = False
+    if array.ndim < 4 or not {1, 3} & {shape[-1], shape[-3]}:  # without channels
+        time_last = shape[-3:-2] == shape[-2:-1] != shape[-1:]
         array = array[..., None]
     if array.shape[-1] not in (1, 3):
         array = np.moveaxis(array, -3, -1)
     if array.ndim == 4:
         array = array[None]
-    if array.ndim != 5 or min(array.shape[2:4]) < SMALLEST_SIDE or array.size == 0:
+    if array.ndim != 5 or min(array.shape[2:4]) < SMALLEST_SIDE or 0 in shape or time_last:
         raise ValueError(
             "clips are (N, T, H, W), one film is (T, H, W), with channels C, 1 or 3, after W or T, "
-            f"and H and W at least {SMALLEST_SIDE}; points are (N, D); its shape is {shape}"
+            f"and H and W at least {SMALLEST_SIDE}; points are (N, D); its shape is {shape}; if "
+            "time is last, as in (H, W, T), save np.moveaxis(x, -1, -3), else x[..., None]"
         )
     return array
 
@@ -534,7 +526,8 @@ def parts_of_array(path, size):
     parts = []
     with reading(path):
         for i, frames in enumerate(as_films(array)):
-            size = size or usual_size(frames[0])
+            if size is None:
+                size = usual_size(frames[0])
             if frames.shape[1:3] != (size, size):
                 frames = np.stack([square(frame, size) for frame in frames])
             parts.append(Part(i, frames))
@@ -582,7 +575,8 @@ def read_frames(path, size):
     with reading(path):
         decode = picture_frames if path.suffix.lower() in PICTURES else film_frames
         for frame, seconds in decode(path):
-            size = size or usual_size(frame)
+            if size is None:
+                size = usual_size(frame)
             frames.append(square(frame, size))
             times.append(seconds)
         if not frames:
@@ -697,10 +691,8 @@ def parts_of_files(path, size):
         frames, times = map(np.concatenate, film)
         shown, step = even_steps(times)
         parts += [Part(i, frames[numbers], step) for numbers in shown]
-        durations = np.diff(times)
-        if step > 0 and np.ptp(durations) > max(0.25 * step, ROUNDING):
-            own = f"frames of {durations.min():.3g} to {durations.max():.3g} s"
-            notes.append(f"{name.name}: {own} brought to {step:.3g} s, parts {len(shown)}")
+        if step > 0 and np.ptp(np.diff(times)) > max(0.25 * step, ROUNDING):
+            notes.append(f"{name.name}: uneven times brought to steps of {step:.3g} s")
     return parts, notes[: 1 + NAMED]
 
 
@@ -765,8 +757,8 @@ class Recordings:
 
     def __init__(self, path, size=None, clip=60, stride=1, dt=None, fps=None, seed=0, least=6):
         path = Path(path)
-        is_array = path.suffix.lower() in ARRAYS
-        parts, notes = (parts_of_array if is_array else parts_of_files)(path, size)
+        read = parts_of_array if path.suffix.lower() in ARRAYS else parts_of_files
+        parts, notes = read(path, size)
         parts = [replace(part, frames=part.frames[::stride]) for part in parts]
         long = [part for part in parts if len(part.frames) >= least]
         clip = max(clip, least)
@@ -792,12 +784,14 @@ class Recordings:
         for x in self.clips:
             crc = zlib.crc32(x.tobytes(), crc)
         self.digest = f"{self.lengths.sum()} frames, CRC {crc:x}"
-        self.summary = (
+        too_short = len(parts) - len(long)
+        still = len(clips) - len(moving)
+        found = (
             f"{path}: recordings {len({x.film for x in moving})}, clips {len(moving)}, frames "
-            f"{self.lengths.sum()} of {self.size} x {self.size}, {1 / self.dt:.4g} a second; left "
-            f"out: {len(parts) - len(long)} too short, {len(clips) - len(moving)} in which nothing "
-            f"moves; {'; '.join(notes)}{self.warning(path)}"
+            f"{self.lengths.sum()} of {self.size} x {self.size}, {1 / self.dt:.4g} a second"
         )
+        left_out = f"left out: {too_short} too short, {still} in which nothing moves"
+        self.summary = "; ".join((found, left_out, *notes)) + self.warning(path)
 
     def warning(self, path):
         """What makes errors on the held-out clips say little, as text to append; else no text.
