@@ -454,9 +454,9 @@ def test_films_keep_their_times_and_stand_upright(tmp_path):
     """Frames of a film have times of their own, and pixels that need not be square."""
     av = pytest.importorskip("av")
     with av.open(tmp_path / "x.mp4", "w") as film:
-        stream = film.add_stream("mpeg4", options={"qscale": "1"})
+        stream = film.add_stream("png")
         stream.width = stream.height = 16
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = "rgb24"
         stream.codec_context.time_base = Fraction(1, 1000)
         stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
         for i in range(60):
@@ -472,7 +472,7 @@ def test_films_keep_their_times_and_stand_upright(tmp_path):
     assert data.dt == pytest.approx(0.033)
     wide = BYTES[:60].repeat(2, axis=2)  # as it is shown; read is its middle
     error = abs(np.concatenate(data.clips).astype(int) - wide[:, :, 8:24])
-    assert error.mean() < 10
+    assert error.mean() < 3
 
 
 @each("turns", (1, 2, 3))
@@ -480,9 +480,9 @@ def test_films_of_a_turned_camera_stand_upright(turns, tmp_path):
     """A player turns what is stored by the matrix in the film's header, here clockwise."""
     av = pytest.importorskip("av")
     with av.open(tmp_path / "x.mp4", "w") as film:
-        stream = film.add_stream("mpeg4", rate=25, options={"qscale": "1"})
+        stream = film.add_stream("png", rate=25)
         stream.width = stream.height = 16
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = "rgb24"
         for x in BYTES[:24]:
             stored = np.ascontiguousarray(np.rot90(x, turns))  # counterclockwise
             film.mux(stream.encode(av.VideoFrame.from_ndarray(stored)))
@@ -495,9 +495,7 @@ def test_films_of_a_turned_camera_stand_upright(turns, tmp_path):
     before, header, after = (tmp_path / "x.mp4").read_bytes().partition(b"tkhd")
     assert unturned in after
     (tmp_path / "x.mp4").write_bytes(before + header + after.replace(unturned, turned, 1))
-    read = np.concatenate(Recordings(tmp_path / "x.mp4").clips).astype(int)
-    errors = [abs(np.rot90(read, k, (1, 2)) - BYTES[:24]).mean() for k in range(4)]
-    assert errors[0] < min(errors[1:]) / 2
+    assert (np.concatenate(Recordings(tmp_path / "x.mp4").clips) == BYTES[:24]).all()
 
 
 NAMES_IN_ORDER = {
