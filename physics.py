@@ -357,7 +357,7 @@ def render(system, q, size=32):
         dx = (line - x).square().unsqueeze(-2)
         dy = (line + y).square().unsqueeze(-1)  # as y is upward
         distance = (dx + dy).sqrt_()  # (n, bodies, size, size)
-        share = (system.radius * pixels + 0.5 - distance).clamp_(0, 1)
+        share = distance.neg_().add_(system.radius * pixels + 0.5).clamp_(0, 1)
         out.copy_(background)
         for disc, colour in zip(share.split(1, 1), colours, strict=True):
             out.addcmul_(disc, colour)
