@@ -11,6 +11,7 @@ its reproduction (Balsells Rodas et al. 2021); the other systems are our own.
 
 import math
 import re
+import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -36,11 +37,10 @@ def unchanged(x):
 
 @dataclass(frozen=True)
 class System:
-    """A physical system, H(q, p) = p M^-1 p / 2 + V(q), where M may depend on q, and how it looks.
+    """A physical system, H(q, p) = K(q, p) + V(q), and how it looks.
 
     States q and p have shape (..., bodies, dims). Units are the paper's, in which 0.125 passes from
-    frame to frame.
-    Raises: ValueError unless exactly one of `force` and `motion` is given.
+    frame to frame. Without `force`, the equations of motion are the gradients of H by autograd.
     """
 
     colours: tuple  # RGB that each body adds to the background, in [0, 1]
@@ -48,32 +48,49 @@ class System:
     half_width: float  # the picture shows [-half_width, half_width] squared, in world units
     initial: Callable  # (n, uniform) -> q, p, where uniform(low, high, *shape) draws numbers
     potential: Callable  # V(q): (..., bodies, dims) -> (...)
-    force: Callable = None  # -dV/dq, of the shape of q; written out, as the simulator's hot loop
-    motion: Callable = None  # (q, p) -> dq/dt, dp/dt, in place of force where M depends on q
-    inertia: float = 0.5  # M with a force: the mass m, or m l^2 for an angle
+    force: Callable = None  # -dV/dq, of the shape of q, where p^2 / (2 inertia) is K; it is faster
+    kinetic: Callable = None  # K(q, p): two states (..., bodies, dims) -> (...), if it is another
+    inertia: float = 0.5  # without `kinetic`: the mass m, or m l^2 for an angle
     noise: float = 0.1  # sigma of the paper's observation noise on every coordinate of q
     position: Callable = unchanged  # q -> centres of the discs, (..., bodies, 2), y upward
     locate: Callable = unchanged  # the inverse of position
     periodic: bool = False  # whether q are angles
     friction: float = 0.0  # gamma of dp/dt = -dH/dq - gamma p
 
-    def __post_init__(self):
-        if (self.force is None) == (self.motion is None):
-            raise ValueError("a System needs force(q) or, where M depends on q, motion(q, p)")
+    def energy(self, q, p):
+        """H of states (..., bodies, dims), (...)."""
+        if self.kinetic:
+            return self.kinetic(q, p) + self.potential(q)
+        return (p * (p / self.inertia)).sum((-2, -1)) / 2 + self.potential(q)
+
+    @torch.enable_grad()
+    def hamiltons_equations(self, q, p):
+        """dH/dp and -dH/dq of states (..., bodies, dims), by autograd."""
+        q = q.detach().requires_grad_()
+        p = p.detach().requires_grad_()
+        H = self.energy(q, p).sum()
+        slope, velocity = torch.autograd.grad(H, (q, p), materialize_grads=True)
+        return velocity, -slope
 
     def derivatives(self, q, p):
         """dq/dt and dp/dt of states (..., bodies, dims)."""
-        if self.motion:
-            velocity, force = self.motion(q, p)
-        else:
+        if self.force:
             velocity = p / self.inertia
             force = self.force(q)
+        else:
+            velocity, force = self.hamiltons_equations(q, p)
         return velocity, force - self.friction * p
 
-    def energy(self, q, p):
-        """H of states (..., bodies, dims), (...)."""
-        velocity, _ = self.derivatives(q, p)
-        return (p * velocity).sum((-2, -1)) / 2 + self.potential(q)
+    def check_force(self, q, p):
+        """Raises: ValueError where `force` and `inertia` are not the gradients of H."""
+        expected = torch.stack(self.hamiltons_equations(q, p))
+        written = torch.stack((p / self.inertia, self.force(q)))
+        error = (written - expected).abs()
+        if (error > SLOPE_TOLERANCE * (1 + expected.abs())).any():
+            raise ValueError(
+                "force(q) of a System must be minus the gradient of its potential(q), and its "
+                "kinetic(q, p) p^2 / (2 inertia): correct one of them, or leave force out"
+            )
 
 
 # mass_spring: m = 0.5, k = 2. q is the displacement along x.
@@ -167,25 +184,22 @@ def two_angles(n, uniform):
 
 
 def double_potential(q):
-    return (q.new_tensor((3.0, 1.5)) * (1 - q[..., 0].cos())).sum(-1)
+    first, second = q.squeeze(-1).cos().unbind(-1)
+    return 4.5 - 3 * first - 1.5 * second
 
 
-def double_motion(q, p):
-    """By Hamilton's equations with M = ((1, c / 2), (c / 2, 1 / 2)), where c = cos(q2 - q1)."""
-    q1, q2 = q.unbind(-2)
-    p1, p2 = p.unbind(-2)
-    s = (q2 - q1).sin()
+def double_kinetic(q, p):
+    """p M^-1 p / 2 with M = ((1, c / 2), (c / 2, 1 / 2)), where c = cos(q2 - q1)."""
+    q1, q2 = q.squeeze(-1).unbind(-1)
+    p1, p2 = p.squeeze(-1).unbind(-1)
     c = (q2 - q1).cos()
-    v1 = 2 * (p1 - c * p2) / (1 + s * s)
-    v2 = 2 * (2 * p2 - c * p1) / (1 + s * s)
-    twist = 0.5 * s * (v1 * v2)
-    force = (twist - 3 * q1.sin(), -twist - 1.5 * q2.sin())
-    return torch.stack((v1, v2), -2), torch.stack(force, -2)
+    return (p1 * (p1 - 2 * c * p2) + 2 * p2 * p2) / (2 - c * c)
 
 
 # A new system is one more entry here. It must give `colours` (one for each body), `radius`,
-# `half_width`, `initial` and `potential`; `force` and `inertia`, or `motion` where M depends on q;
-# `position` and `locate`, unless q is where the discs are; and `periodic`, if q are angles.
+# `half_width`, `initial` and `potential`; `inertia`, or `kinetic` where K is not p^2 / (2 inertia);
+# `position` and `locate`, unless q is where the discs are; and `periodic`, if q are angles. `force`
+# makes the simulation two to four times as fast.
 SYSTEMS = {
     "mass_spring": System(
         colours=(YELLOW,), radius=0.5, half_width=2.0, initial=partial(polar_state, 0.1, 1.0),
@@ -207,7 +221,7 @@ SYSTEMS = {
     ),
     "double_pendulum": System(
         colours=(YELLOW, RED), radius=0.4, half_width=2.5, initial=two_angles,
-        potential=double_potential, motion=double_motion, position=rod_ends, locate=rod_angles,
+        potential=double_potential, kinetic=double_kinetic, position=rod_ends, locate=rod_angles,
         periodic=True,
     ),
 }  # fmt: skip
@@ -219,8 +233,13 @@ SYSTEMS["damped_pendulum"] = replace(SYSTEMS["pendulum"], friction=0.1)
 
 FRAME_TIME = 0.125  # the paper's time between frames, and the longest step of the simulator
 TOLERANCE = 1e-9  # relative change of the energy above which a motion is computed in more parts
-MOST_PARTS = 256  # of a step; what these do not resolve, a very close meeting, is left as it is
+MOST_PARTS = 256  # of a step; where these do not resolve a very close meeting, there is a warning
+SLOPE_TOLERANCE = 1e-6  # relative difference of a written force from the gradient of the potential
 CONVERGED = 1e-13  # change of the derivatives at which the stages of a step count as solved
+UNRESOLVED = (
+    "a simulated motion is wrong: its energy is not kept, or it is not finite, however small the "
+    "steps, as where bodies all but collide; start from other states, or leave such clips out"
+)
 
 
 def initial_states(system, n, generator=None, device=None):
@@ -244,11 +263,14 @@ def simulate(system, q, p, frames, dt=FRAME_TIME):
 
     q, p: initial states (B, bodies, dims). frames: how many, with the initial one. dt: from frame
     to frame; negative runs backward. Returns: q, p, (B, frames, bodies, dims) each.
-    Raises: ValueError if frames < 1.
+    Raises: ValueError if frames < 1, and if `force` is not minus the gradient of `potential`.
+    Warns: where a motion cannot be computed.
     """
     if frames < 1:
         raise ValueError(f"frames must be at least 1, not {frames}")
     path = [torch.stack((q, p)).double()]  # (2, B, bodies, dims)
+    if system.force:
+        system.check_force(*path[0][:, :8])  # some of the states tell
     for _ in range(frames - 1):
         path.append(advance(system, path[-1], dt))
     q, p = torch.stack(path, 2)
@@ -265,8 +287,11 @@ def advance(system, start, dt, refined=1):
         energy = energy - lost
     error = (system.energy(*state) - energy).abs()
     bad = ~(error <= TOLERANCE * (1 + energy.abs()))  # NaN is bad as well
-    if refined < MOST_PARTS and bad.any():
-        state[:, bad] = advance(system, start[:, bad], dt, 4 * refined)
+    if bad.any():
+        if refined < MOST_PARTS:
+            state[:, bad] = advance(system, start[:, bad], dt, 4 * refined)
+        else:
+            warnings.warn(UNRESOLVED, stacklevel=2)  # of equal text, which Python shows once
     return state
 
 
@@ -310,6 +335,10 @@ def gauss_legendre_step(system, state, h, iterations=16):
 # --------------------------------------------------------------------------------------- rendering
 
 
+CPU_BLOCK = 256  # frames painted at once on a CPU, which stay in its cache
+GPU_PIXELS = 2**25  # painted at once on a GPU, for each body
+
+
 def render(system, q, size=32):
     """Paint states q (B, T, bodies, dims): pictures (B, T, 3, size, size), float32 in [0, 1].
 
@@ -321,14 +350,13 @@ def render(system, q, size=32):
     frames = torch.empty(len(centres), 3, size, size, device=q.device)
     colours = torch.tensor((BACKGROUND, *system.colours)).to(q.device, non_blocking=True)
     background, *colours = colours[:, :, None, None]  # (3, 1, 1) each
-    line = torch.arange(size, device=q.device, dtype=torch.float32) - (size - 1) / 2
-    on_cpu = q.device.type == "cpu"
-    block = 256 if on_cpu else 2**25 // size**2  # of frames: those of a CPU stay in its cache
+    line = torch.arange(size, device=q.device) - (size - 1) / 2  # of pixels, from left or top
+    block = CPU_BLOCK if q.device.type == "cpu" else GPU_PIXELS // size**2
     for part, out in zip(centres.split(block), frames.split(block), strict=True):
-        x, y = part.split(1, -1)
-        dx = (line - x).square()  # (n, bodies, size)
-        dy = (-line - y).square()  # row 0 is the top
-        distance = (dy.unsqueeze(-1) + dx.unsqueeze(-2)).sqrt_()  # (n, bodies, size, size)
+        x, y = part.split(1, -1)  # (n, bodies, 1) each
+        dx = (line - x).square().unsqueeze(-2)
+        dy = (line + y).square().unsqueeze(-1)  # as y is upward
+        distance = (dx + dy).sqrt_()  # (n, bodies, size, size)
         share = distance.neg_().add_(system.radius * pixels + 0.5).clamp_(0, 1)
         out.copy_(background)
         for disc, colour in zip(share.split(1, 1), colours, strict=True):
@@ -402,20 +430,10 @@ def infer_q(system, frames):
 
 # ------------------------------------------------------------------------------- the user's files
 
-ARRAYS = (".npy", ".npz")
+ARRAYS = (".npy", ".npz", ".csv")
 FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".3gp", ".mts",
          ".ts", ".ogv", ".flv")  # fmt: skip
 PICTURES = (".gif", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
-# What the axes of an array may be: N clips, T frames, H rows, W columns, and C channels, which are
-# 1 or 3; and where N, T, H, W and C are in it once axes of size 1 are appended to make it five.
-LAYOUTS = {
-    "THW": (3, 0, 1, 2, 4),
-    "THWC": (4, 0, 1, 2, 3),
-    "TCHW": (4, 0, 2, 3, 1),
-    "NTHW": (0, 1, 2, 3, 4),
-    "NTHWC": (0, 1, 2, 3, 4),
-    "NTCHW": (0, 1, 3, 4, 2),
-}
 SMALLEST_SIDE = 8  # of pictures in an array: an axis that is shorter is another one, such as RGBA
 # The value of white by the kind of number; of all other kinds, which are integers, it is 255.
 WHITE = {
@@ -424,6 +442,7 @@ WHITE = {
 DARK = 0.1  # recordings in which nothing is brighter are taken to be of the wrong scale
 PAUSE = 5  # steps: where a frame lasts longer, the recording is cut after one step of it
 ROUNDING = 0.0101  # seconds to which a GIF rounds the durations of its frames
+DYING = 0.25  # held-out clips that move less than this share of the others are warned of
 NAMED = 3  # how many of the files that were passed over are named, so that the line stays short
 
 
@@ -438,11 +457,24 @@ def reading(path):
         raise ValueError(f"{path} cannot be read: {why}. Mend or restore it") from error
 
 
+def read_csv(path):
+    """Numbers (N, D) separated by commas, below one line of names or none. Raises: ValueError."""
+    # Spreadsheets begin a file with a mark, which this encoding drops. Words are read as NaN.
+    table = np.genfromtxt(path, delimiter=",", ndmin=2, encoding="utf-8-sig")
+    if np.isnan(table[:1]).all():
+        table = table[1:]
+    if np.isnan(table).any():
+        raise ValueError("below its first line, not all that stands between commas is a number")
+    return table
+
+
 def read_array(path):
-    """The array in an .npy file, left on disk; of an .npz file the clips, else the points."""
+    """The array in an .npy or .csv file; of an .npz file the clips, else the points."""
     with reading(path):
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        arrays = [loaded] if path.suffix.lower() == ".npy" else list(loaded.values())
+        if path.suffix.lower() == ".csv":
+            return read_csv(path)
+        arrays = np.load(path, mmap_mode="r", allow_pickle=False)  # an .npy file stays on disk
+        arrays = [arrays] if isinstance(arrays, np.ndarray) else list(arrays.values())
         clips = [x for x in arrays if x.ndim > 2]
         arrays = clips or [x for x in arrays if x.ndim == 2]
         if len(arrays) != 1 or arrays[0].dtype.kind not in "buif":
@@ -459,33 +491,47 @@ def read_points(path):
     return array.astype("float64") if array.ndim == 2 else None
 
 
-def name_axes(shape):
-    """The first of LAYOUTS that fits an array of this shape. Raises: ValueError."""
-    for axes in LAYOUTS:
-        if len(axes) != len(shape):
-            continue
-        sizes = dict(zip(axes, shape, strict=True))
-        side = min(sizes["H"], sizes["W"])
-        if side >= SMALLEST_SIDE and sizes.get("C", 1) in (1, 3) and 0 not in shape:
-            return axes
-    raise ValueError(
-        "clips are (N, T, H, W), one film is (T, H, W), with channels C, 1 or 3, after W or T, and "
-        f"H and W at least {SMALLEST_SIDE}; points are (N, D); its shape is {shape}"
-    )
+@dataclass
+class Part:
+    """Frames (T, size, size, C) in a row, at even steps, of a recording that may have paused."""
+
+    film: int  # the number of the recording
+    frames: np.ndarray
+    seconds: float = 0.0  # from frame to frame; 0 is unknown
 
 
 def as_films(array):
-    """Films (N, T, H, W, C) of an array whose axes `name_axes` names. Raises: ValueError."""
-    names = name_axes(array.shape)
-    *_, time, rows, columns = array.shape
-    if "C" not in names and time == rows != columns:
+    """Films (N, T, H, W, C) of an array of clips or of one film. Raises: ValueError."""
+    shape = array.shape
+    time_last = False
+    if array.ndim < 4 or not {1, 3} & {shape[-1], shape[-3]}:  # without channels
+        time_last = shape[-3:-2] == shape[-2:-1] != shape[-1:]
+        array = array[..., None]
+    if array.shape[-1] not in (1, 3):
+        array = np.moveaxis(array, -3, -1)
+    if array.ndim == 4:
+        array = array[None]
+    if array.ndim != 5 or min(array.shape[2:4]) < SMALLEST_SIDE or 0 in shape or time_last:
         raise ValueError(
-            f"its shape {array.shape} may have time last: np.moveaxis(x, -1, -3) puts time before "
-            f"rows and columns; if it is {names}, save x[..., None], with an axis for channels"
+            "clips are (N, T, H, W), one film is (T, H, W), with channels C, 1 or 3, after W or T, "
+            f"and H and W at least {SMALLEST_SIDE}; points are (N, D); its shape is {shape}; if "
+            "time is last, as in (H, W, T), save np.moveaxis(x, -1, -3), else x[..., None]"
         )
-    axes = LAYOUTS[names]
-    missing = [None] * (5 - array.ndim)
-    return array[(..., *missing)].transpose(axes)
+    return array
+
+
+def parts_of_array(path, size):
+    """A Part of every clip in an array file, and a list of what to say about them."""
+    array = read_array(path)
+    parts = []
+    with reading(path):
+        for i, frames in enumerate(as_films(array)):
+            if size is None:
+                size = usual_size(frames[0])
+            if frames.shape[1:3] != (size, size):
+                frames = np.stack([square(frame, size) for frame in frames])
+            parts.append(Part(i, frames))
+    return parts, [f"numbers {array.dtype.name}, white is {WHITE.get(array.dtype.name, 255)}"]
 
 
 def film_frames(path):
@@ -522,26 +568,44 @@ def picture_frames(path):
                 break
 
 
-def even_steps(frames, times):
-    """Films (T, ...) of even steps, made of frames (n, ...) that begin at times (n,); the step.
+def read_frames(path, size):
+    """Frames (n, size, size, 3) of a film or picture, and the second each begins at, (n,)."""
+    frames = []
+    times = []
+    with reading(path):
+        decode = picture_frames if path.suffix.lower() in PICTURES else film_frames
+        for frame, seconds in decode(path):
+            if size is None:
+                size = usual_size(frame)
+            frames.append(square(frame, size))
+            times.append(seconds)
+        if not frames:
+            raise ValueError("it holds no frames")
+    if None in times:  # some films have none
+        times = [0.0] * len(times)
+    return np.stack(frames), np.array(times)
 
-    The step is the median of the frames' durations, averaged over those that differ by rounding. A
-    film shows what was shown in the middle of each step. A step of 0 means that times are unknown.
+
+def even_steps(times):
+    """The frames to show at even steps, of those that begin at times (n,), and the step.
+
+    The step is the median of the frames' durations, averaged over those that differ by rounding; 0
+    where times are unknown. Shown is what was there in the middle of each step. The frames are
+    numbers, in one array for each part between two pauses.
     """
     durations = np.diff(times)
-    median = np.median(durations)
+    median = np.median(durations) if len(durations) else 0
     if median <= 0:
-        return [frames], 0.0
+        return [np.arange(len(times))], 0.0
     off = abs(durations - median)
     rounding = max(0.2 * median, ROUNDING, off.min())
     step = durations[off <= rounding].mean().item()
-    films = []
-    for part in np.split(np.arange(len(frames)), 1 + np.flatnonzero(durations > PAUSE * step)):
-        begin, end = times[part[[0, -1]]]
-        middles = begin + step * (0.5 + np.arange(1 + round((end - begin) / step)))
-        shown = np.searchsorted(times[part], middles, side="right") - 1
-        films.append(frames[part[shown]])
-    return films, step
+    shown = []
+    for part in np.split(times, 1 + np.flatnonzero(durations > PAUSE * step)):
+        steps = round((part[-1] - part[0]) / step)
+        middles = part[0] + step * (0.5 + np.arange(1 + steps))
+        shown.append(np.searchsorted(times, middles, side="right") - 1)
+    return shown, step
 
 
 def unit_range(x):
@@ -551,6 +615,12 @@ def unit_range(x):
     if not 0 <= x.min() <= x.max() <= 1:  # nor is NaN
         raise ValueError(f"its values are not from 0, which is black, to {white}, white")
     return x
+
+
+def usual_size(frame):
+    """The size of squared pictures like (H, W, C) where none is asked for."""
+    side = min(frame.shape[:2])
+    return side if side in range(16, 129, 8) else 32
 
 
 def square(frame, size):
@@ -564,10 +634,22 @@ def square(frame, size):
     return np.rint(255 * np.dstack(channels)).astype("uint8")
 
 
-def by_number(path):
+def numbers_in(path, number=r"(\d+(?:\.\d+)?)"):
     """A key that sorts names as people do: frame10 after frame9, and t0.05 before t0.1."""
-    parts = re.split(r"(\d+(?:\.\d+)?)", path.name)
+    parts = re.split(number, path.name)
     return [float(part) if part[:1].isdecimal() else part for part in parts]
+
+
+def in_order(paths):
+    """Paths in the order of the numbers in their names.
+
+    A point is decimal unless two names would have one number then, as cam1.1 and cam1.10.
+    """
+    paths = sorted(paths)
+    decimals = {tuple(numbers_in(path)) for path in paths}
+    if len(decimals) < len(paths):
+        return sorted(paths, key=partial(numbers_in, number=r"(\d+)"))
+    return sorted(paths, key=numbers_in)
 
 
 def is_known(path):
@@ -575,14 +657,84 @@ def is_known(path):
     return path.is_file() and path.suffix.lower() in FILMS + PICTURES and path.name[0] != "."
 
 
-def list_folders(path):
-    """What a folder holds, and what each folder in it holds; a file stands for a folder of one."""
+def list_files(path):
+    """The films and pictures in a folder and in the folders in it, and the names of all else."""
     if path.is_file():
-        return [[path]]
+        return [path], []
     with reading(path):
-        top = sorted(path.iterdir(), key=by_number)
-    folders = [x for x in top if x.is_dir() and x.name[0] != "."]
-    return [top] + [sorted(x.iterdir(), key=by_number) for x in folders]
+        top = in_order(path.iterdir())
+        folders = [x for x in top if x.is_dir() and x.name[0] != "."]
+        inside = [x for folder in folders for x in in_order(folder.iterdir())]
+    files = [x for x in top + inside if is_known(x)]
+    passed_over = [x.name for x in top + inside if x not in files + folders]
+    return files, passed_over
+
+
+def parts_of_files(path, size):
+    """The Parts of all films, and a list of what to say about them.
+
+    A film is what a file holds; the single pictures in a folder are another one.
+    """
+    files, passed_over = list_files(path)
+    names = ", ".join(passed_over[:NAMED])
+    notes = [f"passed over: {len(passed_over)} file(s) or folder(s) {names}"]
+    films = {}  # by the file or folder: lists of frames, and of their times
+    for file in files:
+        frames, times = read_frames(file, size)
+        size = frames.shape[1]  # the first picture decides it
+        name = file if len(frames) > 1 else file.parent
+        film = films.setdefault(name, ([], []))
+        film[0].append(frames)
+        film[1].append(times)
+    parts = []
+    for i, (name, film) in enumerate(films.items()):
+        frames, times = map(np.concatenate, film)
+        shown, step = even_steps(times)
+        parts += [Part(i, frames[numbers], step) for numbers in shown]
+        if step > 0 and np.ptp(np.diff(times)) > max(0.25 * step, ROUNDING):
+            notes.append(f"{name.name}: uneven times brought to steps of {step:.3g} s")
+    return parts, notes[: 1 + NAMED]
+
+
+def cut(part, clip):
+    """A Part as clips of `clip` to almost twice as many frames, or as many as there are."""
+    ends = range(clip, len(part.frames) - clip + 1, clip)
+    return [replace(part, frames=x) for x in np.split(part.frames, ends)]
+
+
+def hold_out(films, seed):
+    """Which of some clips to train on, and which to hold out: those of a tenth of the films.
+
+    films: the film that each clip is of. Of a single film the last tenth of the clips is held out.
+    """
+    films = torch.tensor(films)
+    order = films.unique()
+    if len(order) == 1:
+        films = torch.arange(len(films))
+        order = films.flip(0)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        order = order[torch.randperm(len(order), generator=generator)]
+    held_out = torch.isin(films, order[: max(1, len(order) // 10)])
+    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+
+
+def motion(clip):
+    """The mean squared change of the pixels of a clip (T, H, W, C) from frame to frame."""
+    return np.square(np.diff(unit_range(clip), axis=0)).mean()
+
+
+def frame_time(path, parts, dt, fps):
+    """Seconds between frames, as asked for or as the files say. Raises: ValueError."""
+    if dt:
+        return dt
+    if fps:
+        return 1 / fps
+    recorded = [part.seconds for part in parts]
+    if max(recorded) > 1.1 * min(recorded):
+        cure = "convert them, or set all by --fps"
+        raise ValueError(f"{path} has films of unlike rates: {cure}")
+    return recorded[0] or FRAME_TIME
 
 
 class Recordings:
@@ -604,171 +756,55 @@ class Recordings:
     """
 
     def __init__(self, path, size=None, clip=60, stride=1, dt=None, fps=None, seed=0, least=6):
-        self.path = Path(path)
-        self.size = size
-        self.passed_over = []
-        self.kind = ""  # of an array: its axes and its white
-        self.still = 0  # clips in which nothing moves
-        self.uneven = []  # what to say about films of uneven times
-        is_array = self.path.suffix.lower() in ARRAYS
-        films = self.films_of_array() if is_array else self.films_of_files()
-        recordings = []  # lists of the parts of a film that are long enough
-        frame_times = []
-        for parts, seconds in films:
-            long = [part[::stride] for part in parts if len(part[::stride]) >= least]
-            if long:
-                recordings.append(long)
-                frame_times.append(seconds)
-        self.check(recordings, least)
-        self.dt = stride * self.frame_time(frame_times, dt, fps)
-        self.channels = recordings[0][0].shape[3]
-        self.split(recordings, clip, least, seed)
+        path = Path(path)
+        read = parts_of_array if path.suffix.lower() in ARRAYS else parts_of_files
+        parts, notes = read(path, size)
+        parts = [replace(part, frames=part.frames[::stride]) for part in parts]
+        long = [part for part in parts if len(part.frames) >= least]
+        clip = max(clip, least)
+        if len(long) == 1:
+            clip = min(clip, len(long[0].frames) // 2)  # one half is held out
+        if not long or clip < least:
+            raise ValueError(
+                f"{path} must hold one recording of {2 * least} frames or several of {least}: "
+                f"films, pictures or a .npy file; {notes[0]}"
+            )
+        clips = [x for part in long for x in cut(part, clip)]
+        moving = [x for x in clips if (x.frames != x.frames[0]).any()]
+        if len(moving) < 2:
+            raise ValueError(f"nothing moves in most of {path}: cut out what stands still")
+        self.dt = stride * frame_time(path, long, dt, fps)
+        self.clips = [x.frames for x in moving]
+        if all((x == x[..., :1]).all() for x in self.clips):  # all are grey
+            self.clips = [x[..., :1] for x in self.clips]
+        self.size, self.channels = self.clips[0].shape[2:]
         self.lengths = torch.tensor([len(x) for x in self.clips])
+        self.train, self.held_out = hold_out([x.film for x in moving], seed)
         crc = 0
         for x in self.clips:
             crc = zlib.crc32(x.tobytes(), crc)
         self.digest = f"{self.lengths.sum()} frames, CRC {crc:x}"
-        self.summary = self.summarise(len(films), len(recordings))
+        too_short = len(parts) - len(long)
+        still = len(clips) - len(moving)
+        found = (
+            f"{path}: recordings {len({x.film for x in moving})}, clips {len(moving)}, frames "
+            f"{self.lengths.sum()} of {self.size} x {self.size}, {1 / self.dt:.4g} a second"
+        )
+        left_out = f"left out: {too_short} too short, {still} in which nothing moves"
+        self.summary = "; ".join((found, left_out, *notes)) + self.warning(path)
 
-    def films_of_array(self):
-        """Films of an array, each as one part (T, size, size, C), and 0, for unknown seconds."""
-        array = read_array(self.path)
-        films = []
-        with reading(self.path):
-            white = WHITE.get(array.dtype.name, 255)
-            self.kind = f" ({name_axes(array.shape)} of {array.dtype.name}, white is {white})"
-            for film in as_films(array):
-                self.choose_size(film.shape[1], film.shape[2])
-                if film.shape[1:3] != (self.size, self.size):
-                    film = np.stack([square(frame, self.size) for frame in film])
-                elif film.dtype != "uint8":
-                    for frame in film:
-                        unit_range(frame)  # refuses values beyond
-                films.append(([film], 0.0))
-        return films
+    def warning(self, path):
+        """What makes errors on the held-out clips say little, as text to append; else no text.
 
-    def films_of_files(self):
-        """The parts of every film, and the seconds between frames, of a file or of folders."""
-        films = []
-        for folder in list_folders(self.path):
-            stills = []  # which make up one film
-            for path in folder:
-                if is_known(path) or (path == self.path and path.is_file()):
-                    frames, times = self.frames_of_file(path)
-                    if len(frames) == 1:
-                        stills.append(frames)
-                        continue
-                    parts, seconds = even_steps(frames, times)
-                    films.append((parts, seconds))
-                    self.note_times(path.name, np.diff(times), len(parts), seconds)
-                elif not path.is_dir():
-                    self.passed_over.append(path.name)
-            if stills:
-                films.append(([np.concatenate(stills)], 0.0))
-        every = [part for parts, _ in films for part in parts]
-        if all((part == part[..., :1]).all() for part in every):  # all are grey
-            films = [([part[..., :1] for part in parts], seconds) for parts, seconds in films]
-        return films
-
-    def note_times(self, name, durations, parts, step):
-        """Remember to say that a film was brought to even steps, where its own are not."""
-        shortest = durations.min()
-        longest = durations.max()
-        if step > 0 and longest - shortest > max(0.25 * step, ROUNDING):
-            own = f"{shortest:.3g} to {longest:.3g} s"
-            self.uneven.append(f"{name}: frames of {own} brought to {step:.3g} s, parts {parts}")
-
-    def frames_of_file(self, path):
-        """Frames (n, size, size, 3) of a film or picture, and the second each begins at, (n,)."""
-        frames = []
-        times = []
-        with reading(path):
-            decode = picture_frames if path.suffix.lower() in PICTURES else film_frames
-            for frame, seconds in decode(path):
-                self.choose_size(frame.shape[0], frame.shape[1])
-                frames.append(square(frame, self.size))
-                times.append(seconds)
-            if not frames:
-                raise ValueError("it holds no frames")
-        if None in times:  # some films have none
-            times = [0.0] * len(frames)
-        return np.stack(frames), np.array(times)
-
-    def choose_size(self, height, width):
-        """Note the recorded size. The first picture decides the size where none is asked for."""
-        self.recorded_size = f"{width} x {height}"
-        if self.size is None:
-            side = min(height, width)
-            self.size = side if side in range(16, 129, 8) else 32
-
-    def check(self, recordings, least):
-        """Raises: ValueError for too few frames and where all pictures are almost black."""
-        parts = [part for film in recordings for part in film]
-        if sum(len(part) // least for part in parts) < 2:  # one clip is held out
-            raise ValueError(
-                f"{self.path} must hold one recording of {2 * least} frames or several of {least}: "
-                f"films, pictures or a .npy file. Passed over: {self.passed_over[:NAMED]}"
-            )
-        samples = (part[:: 1 + len(part) // 64] for part in parts)
-        if not any(unit_range(sample).max() > DARK for sample in samples):
-            raise ValueError(f"{self.path} is dark: scale it; of 16-bit integers 65535 is white")
-
-    def frame_time(self, recorded, dt, fps):
-        """Seconds between frames, as asked for or as the files say. Raises: ValueError."""
-        if dt:
-            return dt
-        if fps:
-            return 1 / fps
-        if max(recorded) > 1.1 * min(recorded):
-            cure = "convert them, or set all by --fps"
-            raise ValueError(f"{self.path} has films of unlike rates: {cure}")
-        return recorded[0] or FRAME_TIME
-
-    def split(self, recordings, clip, least, seed):
-        """Cut recordings, lists of parts, into clips, and choose those that are held out.
-
-        A clip has from `clip` to almost twice as many frames, or as many as there are.
+        Raises: ValueError for pixels beyond white and where all clips are almost black.
         """
-        clip = max(clip, least)
-        if len(recordings) == len(recordings[0]) == 1:
-            clip = min(clip, len(recordings[0][0]) // 2)
-        groups = []
-        for film in recordings:
-            pieces = []
-            for part in film:
-                pieces += np.split(part, range(clip, len(part) - clip + 1, clip))
-            moving = [piece for piece in pieces if (piece != piece[0]).any()]
-            groups.append(moving)
-            self.still += len(pieces) - len(moving)
-        groups = [group for group in groups if group]  # without clips in which nothing moves
-        if sum(len(group) for group in groups) < 2:
-            raise ValueError(f"nothing moves in most of {self.path}: cut out what stands still")
-        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
-        if len(groups) == 1:
-            groups = [[x] for x in groups[0]]
-            order = torch.arange(len(groups)).flip(0)  # the last first
-        tenth = order[: max(1, len(order) // 10)]
-        self.clips = [x for group in groups for x in group]
-        group_of_clip = [i for i, group in enumerate(groups) for _ in group]
-        held_out = torch.isin(torch.tensor(group_of_clip), tenth)
-        self.held_out = held_out.nonzero().flatten()
-        self.train = (~held_out).nonzero().flatten()
-
-    def summarise(self, found, long):
-        """A line that says what was read."""
-        shortest = self.lengths.min()
-        longest = self.lengths.max()
-        names = ", ".join(self.passed_over[:NAMED])
-        facts = [
-            f"recordings {found}, of which too short {found - long}",
-            f"clips {len(self.lengths)}, of {shortest} to {longest} frames and of "
-            f"{self.lengths.sum()} in all, without {self.still} in which nothing moves",
-            f"pictures {self.recorded_size} -> {self.size} x {self.size}",
-            f"{1 / self.dt:.4g} a second",
-            f"passed over: {len(self.passed_over)} file(s) {names}",
-            *self.uneven[:NAMED],
-        ]
-        return f"{self.path}{self.kind}: {'; '.join(facts)}"
+        with reading(path):
+            motions = torch.tensor([motion(clip) for clip in self.clips])
+        if not any(unit_range(clip).max() > DARK for clip in self.clips):
+            raise ValueError(f"{path} is dark: scale it; of 16-bit integers 65535 is white")
+        if motions[self.held_out].mean() > DYING * motions[self.train].mean():
+            return ""
+        return "; the clips held out hardly move: record again, or several times"
 
     def frames(self, clips, times):
         """Frames (B, n, C, size, size) in [0, 1] of clips (B,) at times (B, n)."""

@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import warnings
@@ -302,6 +303,38 @@ def test_friction_is_that_of_the_damped_oscillator():
     close(path, exact, rtol=0, atol=1e-11)
 
 
+@each("name", ("pendulum", "two_body"))
+def test_a_system_without_a_force_moves_by_the_gradient_of_its_potential(name):
+    system = SYSTEMS[name]
+    q, p = initial_states(system, 8, seeded())
+    path = simulate(replace(system, force=None, friction=0.1), q, p, 10)
+    close(path, simulate(replace(system, friction=0.1), q, p, 10), rtol=0, atol=1e-10)
+
+
+def test_a_force_that_is_not_of_the_potential_is_refused():
+    spring = SYSTEMS["mass_spring"]
+    q, p = initial_states(spring, 8, seeded())
+    wrong = {
+        "force": SYSTEMS["pendulum"].force,
+        "kinetic": lambda q, p: p.square().sum((-2, -1)) / 2,
+    }
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match="force.*potential"):
+            simulate(replace(spring, **{name: value}), q, p, 10)
+
+
+def test_motions_that_cannot_be_computed_come_with_a_warning():
+    """Bodies that fall into each other from rest, and states that are no numbers."""
+    system = SYSTEMS["two_body"]
+    q = torch.tensor([[[0.5, 0.0], [-0.5, 0.0]]], dtype=torch.float64)
+    for start in (q, math.nan * q):
+        with pytest.warns(UserWarning, match="energy is not kept"):
+            simulate(system, start, torch.zeros_like(q), 30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        simulate(system, *initial_states(system, 100, seeded()), 30)
+
+
 # ------------------------------------------------------------------------------ recordings of users
 
 FILM = clips(SYSTEMS["pendulum"], 1, 130, size=16, generator=seeded())[0][0]  # (130, 3, 16, 16)
@@ -322,7 +355,7 @@ def test_arrays_of_every_kind_read_the_same(kind, tmp_path):
     np.save(tmp_path / "x.npy", KINDS[kind])
     data = Recordings(tmp_path / "x.npy")
     white = {"uint16": 65535, "big-endian floats": 1}.get(kind, 255)
-    assert f"white is {white})" in data.summary
+    assert data.summary.endswith(f"white is {white}")
     frames = data.frames(torch.tensor([3]), torch.tensor([[4, 0]]))[0]
     close(frames, FILM[[64, 60], : data.channels], rtol=0, atol=0.5 / 255)
     assert data.size == 16
@@ -422,7 +455,7 @@ def test_what_stands_still_is_left_out(tmp_path):
     np.save(tmp_path / "x.npy", np.concatenate((BYTES[:60], BYTES[[60] * 30])))
     data = Recordings(tmp_path / "x.npy", clip=30)
     assert shown_in(data) == [*range(60)]
-    assert "without 1 in which nothing moves" in data.summary
+    assert "left out: 0 too short, 1 in which nothing moves" in data.summary
     np.save(tmp_path / "still.npy", BYTES[[60] * 90])
     with pytest.raises(ValueError, match="nothing moves"):
         Recordings(tmp_path / "still.npy", clip=30)
@@ -432,9 +465,9 @@ def test_films_keep_their_times_and_stand_upright(tmp_path):
     """Frames of a film have times of their own, and pixels that need not be square."""
     av = pytest.importorskip("av")
     with av.open(tmp_path / "x.mp4", "w") as film:
-        stream = film.add_stream("mpeg4", options={"qscale": "1"})
+        stream = film.add_stream("png")
         stream.width = stream.height = 16
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = "rgb24"
         stream.codec_context.time_base = Fraction(1, 1000)
         stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
         for i in range(60):
@@ -448,13 +481,65 @@ def test_films_keep_their_times_and_stand_upright(tmp_path):
         data = Recordings(tmp_path / name, size=16)
         assert data.lengths.tolist() == [30, 30]
     assert data.dt == pytest.approx(0.033)
-    assert "pictures 32 x 16" in data.summary
+    wide = BYTES[:60].repeat(2, axis=2)  # as it is shown; read is its middle
+    error = abs(np.concatenate(data.clips).astype(int) - wide[:, :, 8:24])
+    assert error.mean() < 3
 
 
-def test_names_with_decimals_are_in_the_order_of_their_numbers(tmp_path):
-    for i in range(12):
-        Image.fromarray(BYTES[i]).save(tmp_path / f"t{0.05 * i:.3g}.png")
+@each("turns", (1, 2, 3))
+def test_films_of_a_turned_camera_stand_upright(turns, tmp_path):
+    """A player turns what is stored by the matrix in the film's header, here clockwise."""
+    av = pytest.importorskip("av")
+    with av.open(tmp_path / "x.mp4", "w") as film:
+        stream = film.add_stream("png", rate=25)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "rgb24"
+        for x in BYTES[:24]:
+            stored = np.ascontiguousarray(np.rot90(x, turns))  # counterclockwise
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(stored)))
+        film.mux(stream.encode())
+    # A point (x, y) of the stored picture, y downward, is shown at (a x + c y, b x + d y).
+    a, b, c, d = ((0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0))[turns - 1]
+    one = 1 << 16
+    unturned = struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
+    before, header, after = (tmp_path / "x.mp4").read_bytes().partition(b"tkhd")
+    assert unturned in after
+    (tmp_path / "x.mp4").write_bytes(before + header + after.replace(unturned, turned, 1))
+    assert (np.concatenate(Recordings(tmp_path / "x.mp4").clips) == BYTES[:24]).all()
+
+
+NAMES_IN_ORDER = {
+    "decimals": [f"t{0.05 * i:.3g}.png" for i in range(12)],
+    "counters after a point": [f"2024.05.01_cam1.{i}.png" for i in range(12)],
+    "capitals": [f"IMG_{i}.PNG" for i in range(12)],
+}
+
+
+@each("kind", NAMES_IN_ORDER)
+def test_pictures_are_in_the_order_of_the_numbers_in_their_names(kind, tmp_path):
+    for i, name in enumerate(NAMES_IN_ORDER[kind]):
+        Image.fromarray(BYTES[i]).save(tmp_path / name)
     assert shown_in(Recordings(tmp_path)) == [*range(12)]
+
+
+def test_folders_in_folders_in_folders_are_named_as_passed_over(tmp_path):
+    (tmp_path / "day/deep").mkdir(parents=True)
+    for i in range(12):
+        Image.fromarray(BYTES[i]).save(tmp_path / f"day/{i}.png")
+        Image.fromarray(BYTES[i]).save(tmp_path / f"day/deep/{i}.png")
+    data = Recordings(tmp_path)
+    assert shown_in(data) == [*range(12)]
+    assert "passed over: 1 file(s) or folder(s) deep" in data.summary
+
+
+def test_a_motion_that_has_died_out_where_it_is_held_out_is_told(tmp_path):
+    for friction in (0.0, 0.2):
+        system = replace(SYSTEMS["pendulum"], friction=friction)
+        film = clips(system, 1, 200, size=16, generator=seeded())[0][0]
+        np.save(tmp_path / "x.npy", film.movedim(1, 3))
+        summary = Recordings(tmp_path / "x.npy", clip=20).summary
+        assert ("hardly move" in summary) == (friction > 0)
 
 
 @each("kind", ("int32", "int16"))
@@ -486,7 +571,7 @@ def test_pictures_of_every_mode_in_the_order_of_their_numbers(mode, tmp_path):
     data = Recordings(tmp_path, size=16)
     first, eleventh = data.frames(torch.tensor([0, 1]), torch.tensor([[0], [4]]))[:, 0]
     assert data.channels == 1
-    assert "passed over: 1 file(s) .DS_Store" in data.summary
+    assert "passed over: 1 file(s) or folder(s) .DS_Store" in data.summary
     assert (first == 1).all() == transparent  # what is transparent is white
     close(eleventh, FILM[10, :1], rtol=0, atol=0.003)
 
@@ -541,6 +626,29 @@ def test_points_are_told_from_clips(tmp_path):
     np.save(tmp_path / "points.npy", np.ones((5, 2), ">f4"))
     assert read_points(tmp_path / "points.npy").dtype == float
     assert read_points(tmp_path) is None
+    with pytest.raises(ValueError, match="points are"):
+        Recordings(tmp_path / "points.npy")
+
+
+CSV = {
+    "numbers": "1,2\n3,4e0\n",
+    "a line of names": "x1,x2\n1,2\n3,4\n",
+    "of a spreadsheet": '\ufeff"x 1","x 2"\r\n1,2\r\n3,4\r\n',
+    "ragged": "1,2\n3,4,5\n",
+    "words": "1,2\n3,four\n",
+    "a gap": "1,2\n3,\n",
+    "semicolons": "1;2\n3;4\n",
+}
+
+
+@each("kind", CSV)
+def test_points_of_a_table(kind, tmp_path):
+    (tmp_path / "x.csv").write_bytes(CSV[kind].encode())
+    if kind in ("ragged", "words", "a gap", "semicolons"):
+        with pytest.raises(ValueError, match="x.csv cannot be read[^\n]*$"):
+            read_points(tmp_path / "x.csv")
+    else:
+        assert read_points(tmp_path / "x.csv").tolist() == [[1, 2], [3, 4]]
 
 
 # ----------------------------------------------------------------------- hgn.py: the dynamics
