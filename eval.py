@@ -1,14 +1,19 @@
 """Look at a trained model and measure it: movies, charts and figures, written into its folder.
 
-python eval.py --reverse --speed 2      # the newest run; --system NAME or --checkpoint PATH: others
+python eval.py --reverse --speed 2                         # the newest run
+python eval.py --system three_body                         # the newest run of this system
+python eval.py --checkpoint mine.pt --system two_body      # a model of your own, on this test data
 
 The parts, from top to bottom: what train.py shares with this file; checkpoints (`find_run`,
-`load`); test data (`test_set`); measures (`measure`, `measure_physics`, `measure_flow`, where a new
-figure is one more entry of the result); movies; charts; the command.
+`load`); test data (`test_set`); measures (`measure`, where a new figure is a function of its own
+in QUICK or OF_SYSTEMS, and `measure_flow`); movies; charts; the command.
 """
 
 import argparse
 import ctypes
+import difflib
+import importlib.util
+import io
 import json
 import math
 import os
@@ -23,11 +28,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch.func import jacrev, vmap
+from tqdm import tqdm
 
 from hgn import FRAME_TIME, HGN, read_checkpoint, write_file
 from nhf import DENSITIES, NHF, TEST_SEED, Points, RealNVPFlow, seeded
@@ -47,6 +54,9 @@ from physics import (
 MODELS = {"hgn": HGN, "hnn": HGN, "nhf": NHF, "realnvp": RealNVPFlow}
 FLOWS = ("nhf", "realnvp")  # the models that learn from points
 WINDOW = 30  # frames of the paper's test clips
+FRAMES = 90  # of a rollout
+CLIPS = 64  # to measure on
+FEW = 32  # clips for the measures that take long
 BLOCK = 32  # clips that are decoded and compared at a time
 
 
@@ -66,19 +76,26 @@ def parse_options(description, groups, words=None):
     """Return the options given in the command line (or in `words`), and no others, as a dict.
 
     groups: by title, what argparse is told of the options of each group, by their names. Those of a
-    group whose title begins with "one of" exclude each other.
+    group whose title begins with "one of" exclude each other. A mistyped option is answered with
+    the one that looks most like it.
     """
     # Without a usage text a mistake is answered with one line; --help says more.
     parser = argparse.ArgumentParser(
         description=description, usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS
     )
+    names = []
     for title, options in groups.items():
         group = parser.add_argument_group(title)
         if title.startswith("one of"):
             group = group.add_mutually_exclusive_group()
         for name, how in options.items():
             group.add_argument(name, **how)
-    return vars(parser.parse_args(words))
+            names.append(name)
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], names, 1)
+        parser.error(f"there is no option {unknown[0]}: see {' '.join(near) or '--help'}")
+    return vars(given)
 
 
 def number(low, high, kind=int, word=None):
@@ -142,54 +159,75 @@ def keep_freed_memory():
 
 
 # ------------------------------------------------------------------ checkpoints
-def find_run(where=None, system=None, density=None):
+def find_run(where=None, name=None):
     """Return the path of a checkpoint.
 
     where: a checkpoint or the folder of a run; by default the newest run below runs/, of the system
-    or density if one is named, or else the model that comes with the code. Raises: ValueError.
+    or density called `name` if one is, or else the model that comes with the code.
+    Raises: ValueError.
     """
     if where is not None:
         path = Path(where)
         return path / "checkpoint.pt" if path.is_dir() else path
-    name = system or density
     runs = Path("runs").glob("*/checkpoint.pt")
     for path in sorted(runs, key=os.path.getmtime, reverse=True):
         try:
-            _, run = read_run(path)
+            options = read_run(path)["options"]
         except ValueError as error:
             print(f"passed over: {error}")
             continue
-        if name in (None, run["options"]["system"], run["options"]["density"]):
+        if name in (None, options["system"], options["density"]):
             return path
     path = Path(__file__).parent / "checkpoints" / f"{name or 'mass_spring'}.pt"
     if not path.is_file():
-        option = "--system" if system else "--density"
-        raise ValueError(f"there is no run of {name}: python train.py {option} {name}")
+        raise ValueError(f"there is no run of {name}: train one by train.py first")
     return path
 
 
-def read_run(path):
-    """Return the class of the model in a checkpoint, and what train.py saved beside the model.
+# The options of a model that no run of train.py saved, beside the arguments it was made with.
+OPTIONS_OF_OTHERS = {
+    "system": None, "density": None, "data": None, "digest": None, "noise": 0.0, "clip": 60,
+    "stride": 1, "fps": None, "seed": 0,
+}  # fmt: skip
+OF_EVERY_RUN = {"model", "system", "density", "data", "digest"}  # options that a run must have
+OWN_ARGUMENT = {"hgn": "arch", "nhf": "hamiltonians", "realnvp": "layers"}  # tells models apart
 
-    The latter is a dict of the run's "options", "command", "versions", "step" and "seconds".
-    Raises: ValueError.
+
+def options_of(model, config, **data):
+    """Return the options of a model with this config where it is measured on other data."""
+    return {**OPTIONS_OF_OTHERS, **config, "model": model, **data}
+
+
+def read_run(path):
+    """Return what train.py saved beside a model, a dict of its run.
+
+    It has "options", "command", "versions", "step" and "seconds"; of a model that was saved by its
+    method `save` alone it has "options" only. Raises: ValueError.
     """
     checkpoint = read_checkpoint(path)
     try:
-        run = checkpoint["run"]
-        return MODELS[run["options"]["model"]], run
-    except (KeyError, TypeError):
-        raise ValueError(f"{path} is no run of this version: python train.py makes one") from None
+        config = checkpoint["config"]
+        if "run" in checkpoint:
+            run = checkpoint["run"]
+        else:
+            model = next(name for name, argument in OWN_ARGUMENT.items() if argument in config)
+            run = {"options": options_of(model, config)}
+        if run["options"].keys() >= OF_EVERY_RUN:
+            return run
+    except (KeyError, TypeError, IndexError, StopIteration):
+        pass
+    raise ValueError(f"{path} is no model of this version: python train.py makes one")
 
 
 def load(path, device="cpu"):
-    """Return the model of a run, in evaluation mode, and the run itself (see `read_run`).
+    """Return a model, in evaluation mode, and its run (see `read_run`).
 
-    path: a checkpoint, or the folder of a run. Raises: ValueError.
+    path: a file that train.py or the model's method `save` wrote, or the folder of a run.
+    Raises: ValueError.
     """
     path = find_run(path)
-    kind, run = read_run(path)
-    return kind.load(path, device), run
+    run = read_run(path)
+    return MODELS[run["options"]["model"]].load(path, device), run
 
 
 # ------------------------------------------------------------------ test data
@@ -217,9 +255,16 @@ class TestClips:
         self.q = q[:, 0]
         self.p = p[:, 0]
 
-    def truth(self, frames, speed=1.0):
-        """Yield clean frames (BLOCK, frames, 3, size, size), from frame 0 on; speed < 0: back."""
-        path, _ = simulate(self.system, self.q, self.p, frames, speed * self.dt)
+    def path(self, frames, speed=1.0, n=None):
+        """Return the true q and p of the first n clips, (n, frames, bodies, dims) each."""
+        return simulate(self.system, self.q[:n], self.p[:n], frames, speed * self.dt)
+
+    def truth(self, frames, speed=1.0, n=None):
+        """Yield clean frames (BLOCK, frames, 3, size, size) of the first n clips.
+
+        They start at frame 0. A negative speed runs backward.
+        """
+        path, _ = self.path(frames, speed, n)
         for q in path.split(BLOCK):
             yield render(self.system, q, self.size)
 
@@ -249,11 +294,11 @@ class HeldOut:
         self.clips = data.held_out[lengths >= self.length][:n]
         self.observed = torch.cat(list(self.truth(options["context"])))
 
-    def truth(self, frames, speed=1.0):
+    def truth(self, frames, speed=1.0, n=None):
         """Yield frames (BLOCK, T, C, size, size) at `speed`; T < frames where clips have ended."""
         times = (speed * torch.arange(frames)).long()
         times = times[times < self.length]
-        for part in self.clips.split(BLOCK):
+        for part in self.clips[:n].split(BLOCK):
             yield self.data.frames(part, times.expand(len(part), -1)).to(self.device)
 
 
@@ -263,59 +308,46 @@ def test_set(options, n, device="cpu"):
     Raises: ValueError where the files are not those that the run learnt from.
     """
     path = options["data"]
-    if options["system"]:
-        test = TestClips(options, n, device)
-    elif options["density"]:
+    learns_points = options["model"] in FLOWS
+    test = None
+    if learns_points and options["density"]:
         test = Points(options["density"])
-    elif options["model"] in FLOWS:
+    elif learns_points and path:
         points = read_points(path)
-        test = None if points is None else Points(points, options["seed"], path)
-    else:
+        if points is not None:
+            test = Points(points, options["seed"], path)
+    elif options["system"] and not learns_points:
+        test = TestClips(options, n, device)
+    elif path and not learns_points:
         test = HeldOut(options, n, device)
-    if test is None or options["digest"] not in (None, test.digest):
+    if test is None:
+        raise ValueError(
+            "a model of pictures needs --system or recordings, a flow needs --density or points"
+        )
+    if options["digest"] not in (None, test.digest):
         raise ValueError(f"{path} is not what the run learnt from: put that back")
     return test
 
 
 # ------------------------------------------------------------------ measures of models of pictures
-@torch.no_grad()
-def measure(model, test, frames=90, steps=90):
-    """Return the figures that are cheap enough for the end of a training run, a dict.
+# A measure is a function of the model, the test clips, the states (q, p) that were inferred at
+# frame 0, and how many frames to follow. It returns figures by name, or the reason why it has none.
+# Pixels are in [0, 1], and errors but mse_noisy are against the clean truth.
 
-    Pixel errors but mse_noisy are against the clean truth; the model sees the first `context`
-    frames only. H is followed along `steps` frames. A new figure is one more entry here, or in
-    `measure_physics` if it needs the true system; the printed table and metrics.json show what
-    these return.
-    """
-    frames = min(frames, test.length)
-    start = model.infer(test.observed)
+
+def picture_errors(model, test, start, frames):
+    """Return the mean squared errors of all frames, of windows of 30, and of a blank prediction."""
     per_frame = errors(model, test, start, frames).mean(0)
-    return {
+    figures = {
         "frames": frames,
         "clips": len(test.observed),
         "mse_per_frame": per_frame.tolist(),
         "blank_mse": blank_error(test, frames).item(),
-        **window_figures(per_frame),
-        **speed_figures(model, test, start),
-        **noise_figures(model, test, start),
-        **energy_figures(model, start, steps),
-        **friction_figures(model),
     }
-
-
-@torch.no_grad()
-def measure_physics(model, test, frames=300):
-    """Return the figures for which the true system is needed, a dict; `test` must be TestClips.
-
-    They are valid prediction times, forward and backward, SyMetric and the quality of samples.
-    """
-    start = model.infer(test.observed)
-    return {
-        "strict_vpt_forward": valid_time(model, test, start, frames, 1.0),
-        "strict_vpt_backward": valid_time(model, test, start, frames, -1.0),
-        **symetric_figures(model, test, start),
-        **sample_figures(model, test),
-    }
+    for first in range(0, frames, WINDOW):  # the first window is that of training
+        part = per_frame[first : first + WINDOW]
+        figures[f"mse_{first}_{first + len(part) - 1}"] = part.mean().item()
+    return figures
 
 
 def errors(model, test, start, frames, speed=1.0):
@@ -350,55 +382,23 @@ def blank_error(test, frames):
     return (squares / n - (total / n).square()).mean()
 
 
-def window_figures(per_frame):
-    """Return the mean errors of windows of 30 frames, of which the first is that of training."""
-    figures = {}
-    for start in range(0, len(per_frame), WINDOW):
-        part = per_frame[start : start + WINDOW]
-        figures[f"mse_{start}_{start + len(part) - 1}"] = part.mean().item()
-    return figures
-
-
-def speed_figures(model, test, start):
-    """Return the errors of rollouts backward in time and at other speeds, if the truth is known."""
+def errors_at_other_speeds(model, test, start, frames):
+    """Return the errors of 30 frames backward in time and at other speeds."""
     figures = {}
     speeds = {"backward": -1.0, "double_speed": 2.0, "half_speed": 0.5}
     for name, speed in speeds.items():
-        if test.system:
-            figures[f"mse_{name}"] = errors(model, test, start, WINDOW, speed).mean().item()
+        figures[f"mse_{name}"] = errors(model, test, start, WINDOW, speed).mean().item()
     return figures
 
 
-def noise_figures(model, test, start):
-    """Return the error against noisy pictures, and its floor, if what is observed is noisy."""
+def errors_under_noise(model, test, start, frames):
+    """Return the error of 30 frames against noisy pictures, and its floor."""
     if not test.noise:
         return {}
     path, _ = model.rollout(*start, WINDOW - 1)
     noisy = pixel_mse(paint(model, path), test.observed[:, :WINDOW]).mean()
     how = {"noise": test.noise, "size": test.size, "generator": seeded(TEST_SEED + 1)}
     return {"mse_noisy": noisy.item(), "noise_floor": noise_floor(test.system, **how)}
-
-
-def energies(model, q, p):
-    """Return H along paths q and p (B, T, ...): (B, T)."""
-    return torch.stack([model.energy(q[:, t], p[:, t]) for t in range(q.shape[1])], 1)
-
-
-def energy_figures(model, start, steps):
-    """Return how much H varies along rollouts: to its spread across clips, and as a variance."""
-    H = energies(model, *model.rollout(*start, steps - 1))
-    figures = {}
-    if len(H) > 1:  # one clip has no spread
-        figures["energy_std_ratio"] = (H.std(1).median() / H[:, 0].std()).item()
-    figures["energy_variance"] = H.var(1).mean().item()
-    return figures
-
-
-def friction_figures(model):
-    """Return the friction gamma of p -> exp(-gamma t) p, if the model learns one."""
-    if getattr(model, "gamma", None) is None:
-        return {}
-    return {"friction": model.gamma.item() * FRAME_TIME / model.dt}
 
 
 def noise_floor(system, noise="paper", size=32, n=2000, draws=32, generator=None):
@@ -414,35 +414,95 @@ def noise_floor(system, noise="paper", size=32, n=2000, draws=32, generator=None
     return frames.var(1).mean().item()
 
 
-def valid_time(model, test, start, frames, speed):
-    """Return how many frames are valid: the error is at most a tenth of a blank prediction's.
+def learnt_friction(model, test, start, frames):
+    """Return the friction gamma of p -> exp(-gamma t) p, if the model learns one."""
+    if getattr(model, "gamma", None) is None:
+        return {}
+    return {"friction": model.gamma.item() * FRAME_TIME / model.dt}
 
-    It is a median over clips, and stricter than the VPT of Higgins et al. (2021).
+
+def energies(energy, q, p):
+    """Return the energy along paths q and p (B, T, ...): (B, T)."""
+    return torch.stack([energy(q[:, t], p[:, t]) for t in range(q.shape[1])], 1)
+
+
+def kept_energy(model, test, start, frames, steps=1000):
+    """Return how much H varies along long rollouts, in units of its spread and as a variance."""
+    q, p = start
+    H = energies(model.energy, *model.rollout(q[:FEW], p[:FEW], steps - 1))
+    figures = {"energy_variance": H.var(1).mean().item()}
+    if len(H) > 1:  # one clip has no spread
+        figures["energy_std_ratio"] = (H.std(1).median() / H[:, 0].std()).item()
+    return figures
+
+
+def valid_frames(model, test, start, frames, windows=10):
+    """Return for how many frames rollouts forward and backward are valid, medians over clips.
+
+    A frame is valid until the first whose error exceeds a tenth of a blank prediction's, which is
+    stricter than the VPT of Higgins et al. (2021). It ends early where most clips have failed.
     """
-    valid = errors(model, test, start, frames, speed) <= 0.1 * blank_error(test, WINDOW)
-    valid_frames = valid.cumprod(1).sum(1).float()  # until the first that is not, as NaN is not
-    return valid_frames.median().item()
+    limit = 0.1 * blank_error(test, WINDOW)
+    figures = {}
+    for name, dt in (("forward", model.dt), ("backward", -model.dt)):
+        state = [x[:FEW] for x in start]
+        true = [test.q[:FEW], test.p[:FEW]]
+        valid = 1.0
+        count = 0
+        for _ in range(windows):
+            path = model.rollout(*state, WINDOW, dt)
+            true_path = simulate(test.system, *true, WINDOW + 1, dt)
+            truth = render(test.system, true_path[0], test.size)
+            error = pixel_mse(paint(model, path[0]), truth)[:, :-1]
+            good = valid * (error <= limit).cumprod(1)  # NaN is not valid
+            count = count + good.sum(1)
+            valid = good[:, -1:]
+            if valid.mean() < 0.5:  # the median is known
+                break
+            state = [x[:, -1] for x in path]
+            true = [x[:, -1] for x in true_path]
+        figures[f"strict_vpt_{name}"] = count.median().item()
+    return figures
 
 
-def symetric_figures(model, test, start):
+def symplecticity(model, test, start, frames):
     """Return SyMetric between the model's states and the true ones, along the test clips."""
     q, _ = start
     if q.shape[1] > len(q) / 8:  # a linear map of so many numbers fits anything
-        return {}
-    true_path = simulate(test.system, test.q, test.p, WINDOW, test.dt)
-    true = state_rows(true_path, test.system.periodic)
+        return {"symetric": f"left out: {q.shape[1]} numbers in q need {8 * q.shape[1]} --clips"}
+    true = state_rows(test.path(WINDOW), test.system.periodic)
     latent = state_rows(model.rollout(*start, WINDOW - 1), model.config["periodic"])
     return symetric(latent, true)
 
 
-def sample_figures(model, test):
-    """Return which shares of samples show the system and move as it does, if there is a prior."""
+def quality_of_samples(model, test, start, frames):
+    """Return which shares of samples show the system and move as it does."""
     if model.deterministic:
-        return {}
-    count = min(256, 2 * len(test.observed))
+        return {"samples_valid": "left out: a deterministic model has no prior to draw from"}
+    count = min(2 * FEW, 2 * len(test.observed))
     samples = model.sample(count, WINDOW - 1, generator=seeded(TEST_SEED + 4))
     valid, obey = judge(test.system, samples, test.dt)
     return {"samples_valid": valid, "samples_obey": obey}
+
+
+QUICK = (picture_errors, errors_under_noise, learnt_friction)
+OF_SYSTEMS = (errors_at_other_speeds, valid_frames, symplecticity, quality_of_samples)
+
+
+@torch.no_grad()
+def measure(model, test, frames=FRAMES, measures=QUICK):
+    """Return the figures of all the measures, a dict, under a bar that names each of them.
+
+    The model sees the first `context` frames of the test clips only.
+    """
+    frames = min(frames, test.length)
+    start = model.infer(test.observed)
+    figures = {}
+    with tqdm(measures, "measuring") as bar:
+        for function in bar:
+            bar.set_postfix_str(function.__name__.replace("_", " "))
+            figures |= function(model, test, start, frames)
+    return figures
 
 
 def wrap(angle):
@@ -582,21 +642,29 @@ def measure_flow(model, points, n=10_000, samples=(16, 256)):
 # ------------------------------------------------------------------ the printed table
 NOTES = {
     "blank_mse": "of a blank prediction, the mean picture",
-    "energy_std_ratio": "std of H along a rollout over that across clips: 0 where H is kept",
+    "mse_noisy": "against noisy pictures, frames 0 to 29",
+    "noise_floor": "the least mse_noisy that any model can reach",
+    "friction": "gamma of p -> exp(-gamma t) p, one over the unit of --dt",
+    "energy_std_ratio": "std of H along 1,000 frames over that across clips: 0 where H is kept",
     "strict_vpt_forward": "frames until the error exceeds a tenth of blank_mse, median",
     "symetric_r2": "R^2 of the map from latent to true states; SyMetric passes above 0.9",
     "symetric": "how far that map is from symplectic; SyMetric passes below 0.05",
     "samples_valid": "share of samples that are pictures of the system",
-    "samples_obey": "share of samples that move as the system does",
-    "gap": "of -log p to the entropy: 0 is the best, but for the standard error",
+    "samples_obey": "share of samples that move as the system does, to 0.15 of its units",
+    "elbo": "lower bound of log p(x) by one draw, nats",
+    "gap": "of -log p to the entropy, nats: 0 is the best, but for standard_error",
 }  # on figures of metrics.json
 
 
 def print_table(options, result):
-    """Print the figures that `measure` (and `measure_physics`) or `measure_flow` returned."""
+    """Print the figures that `measure` or `measure_flow` returned, or why there are none."""
     print(f"\n{options['system'] or options['density'] or options['data']}, test data:")
+    if "blank_mse" in result:
+        print("  mse_A_B: mean squared error of frames A to B, of pixels in [0, 1]")
     for name, value in result.items():
-        if isinstance(value, float):
+        if isinstance(value, str):
+            print(f"  {name:<22}{value}")
+        elif isinstance(value, float):
             print(f"  {name:<22}{value:<12.4g}{NOTES.get(name, '')}")
 
 
@@ -609,18 +677,20 @@ CAPTION_WIDTH = 440  # screen pixels that the longest caption needs
 
 @torch.no_grad()
 def save_movies(
-    model, test, folder, frames=90, show=4, reverse=False, speed=(), sample=0, seed=0, scale=8
+    model, test, folder, frames=None, show=4, reverse=False, speed=(), sample=0, seed=0, scale=8
 ):
     """Write rollout.png, rollout.gif and the movies asked for.
 
-    frames: to roll out. show: clips beside each other. reverse: reverse.gif, from the last state
-    back. speed: speed_X.gif of each of these. sample: samples.gif of so many rollouts from the
-    prior, by the seed. scale: screen pixels of a pixel. Raises: ValueError for samples of a model
-    that has no prior.
+    frames: to roll out, by default 90 or as many as the truth has. show: clips beside each other.
+    reverse: reverse.gif, from the last state back. speed: speed_X.gif of each of these. sample:
+    samples.gif of so many rollouts from the prior, by the seed. scale: screen pixels of a pixel.
+    Raises: ValueError for samples of a model that has no prior.
     """
+    if frames is None:
+        frames = min(FRAMES, test.length)
 
     def truth(speed=1.0):
-        return next(test.truth(frames, speed))[:show]
+        return next(test.truth(frames, speed, show))
 
     def rollout(q, p, speed=1.0):
         path, _ = model.rollout(q, p, frames - 1, speed * model.dt)
@@ -655,16 +725,22 @@ def two_rows(truth, model):
 
 
 def save_movie(path, movie, dt, scale, context=0):
-    """Write a movie (rows, clips, T, C, H, W) as a GIF, whose first frames are the context."""
+    """Write a movie (rows, clips, T, C, H, W) as a GIF, whose first frames are the context.
+
+    Where PyAV is installed an .mp4 of all frames comes with it.
+    """
     title = "truth above model" if len(movie) == 2 else "drawn from the prior"
-    times, delays = movie_times(movie.shape[2], dt)
     pictures = []
-    for t in times:
+    for t in range(movie.shape[2]):
         caption = f"{path.stem}: {title}, frame {t}"
         if t < context:
             caption += ", context"
         pictures.append(draw_frames(movie[:, :, t], caption, scale))
-    save_pictures(path, pictures, duration=delays, loop=0)
+    times, delays = movie_times(len(pictures), dt)
+    save_pictures(path, [pictures[t] for t in times], duration=delays, loop=0)
+    if importlib.util.find_spec("av"):
+        how = {"extension": ".mp4", "plugin": "pyav", "codec": "libx264", "fps": 1 / dt}
+        write(path.with_suffix(".mp4"), iio.imwrite("<bytes>", pictures, **how))
 
 
 def movie_times(frames, dt):
@@ -704,24 +780,27 @@ def save_pictures(path, pictures, **options):
 CELLS = 64  # of a histogram of many points, along each axis
 GRID = 128  # points at which an energy is drawn, along each axis
 STEP_DELAY = 400  # ms that flow.gif shows a leapfrog step
+MOST_PLANES = 6  # of q and p that phase.png shows
 
 
 def charts(rows, columns):
     """Return a figure without a window, and its charts, an array (rows, columns)."""
-    figure = Figure((3.9 * columns, 3.3 * rows), dpi=180, layout="constrained")
+    figure = Figure((3.9 * columns, 3.3 * rows), dpi=150, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def finish(ax, image, title, labels=("x1", "x2"), unit="relative units"):
-    """Give a chart its title, the labels of its axes and its colour bar."""
-    ax.figure.colorbar(image, ax=ax, label=unit)
+def finish(ax, title, labels, image=None, unit="relative units"):
+    """Give a chart its title, the labels of its axes and, if it shows an image, a colour bar."""
     ax.set(title=title, xlabel=labels[0], ylabel=labels[1])
+    if image is not None:
+        ax.figure.colorbar(image, ax=ax, label=unit)
 
 
-def pixels(figure):
-    """Return a figure as a picture (h, w, 3) of bytes."""
-    FigureCanvasAgg(figure).draw()
-    return np.array(figure.canvas.buffer_rgba())[..., :3]
+def save_chart(path, figure):
+    """Write a figure in the format that the ending of its path names."""
+    file = io.BytesIO()
+    figure.savefig(file, format=path.suffix[1:])
+    write(path, file.getvalue())
 
 
 def robust_limits(x, least=1e-6):
@@ -735,42 +814,70 @@ def robust_limits(x, least=1e-6):
 
 
 @torch.no_grad()
-def save_phase(model, test, folder, frames=90, n=24):
-    """Write phase.png: p over q coloured by H, and H over time, of n rollouts.
+def save_phase(model, test, folder, frames=FRAMES, form="png", n=24):
+    """Write phase.png, the planes (q, p) of n rollouts, and energy.png, their V and H.
 
-    Of q and p the coordinate is shown whose q moves most. Below, the same of the true system.
+    Every orbit has the colour of its energy. Below are the same of the true system.
     """
     q, p = model.rollout(*model.infer(test.observed[:n]), frames - 1)
-    figure, axes = charts(2 if test.system else 1, 2)
-    draw_phase(axes[0], "learnt, relative units", q, p, energies(model, q, p), test.dt)
+    rows = [("learnt", q, p, model.energy)]
     if test.system:
-        q, p = simulate(test.system, test.q[:n], test.p[:n], frames, test.dt)
-        draw_phase(axes[1], "true", q, p, test.system.energy(q, p), test.dt)
-    save_pictures(folder / "phase.png", pixels(figure))
+        rows.append(("true", *test.path(frames, n=n), test.system.energy))
+    columns = max(len(moving_coordinates(row[1])) for row in rows)
+    phase, planes = charts(len(rows), columns)
+    energy, energy_axes = charts(len(rows), 2)
+    for i, row in enumerate(rows):
+        draw_orbits(planes[i], energy_axes[i], *row, test.dt)
+    title = f"{len(q)} test clips, {frames} frames; the colour of an orbit is its energy"
+    for name, figure in (("phase", phase), ("energy", energy)):
+        figure.suptitle(title)
+        save_chart(folder / f"{name}.{form}", figure)
 
 
-def draw_phase(axes, name, q, p, H, dt):
-    """Draw p over q, and H over time, of paths q and p (B, T, ...) and their H (B, T)."""
-    q = q.flatten(2)
-    i = q.var((0, 1)).argmax()
-    draw_dots(axes[0], q[..., i], p.flatten(2)[..., i], H, f"{name}: p over q", "qp")
-    time = dt * torch.arange(H.shape[1]).expand_as(H)
-    draw_dots(axes[1], time, H, H, f"{name}: H over time", ("time", "H"))
+def moving_coordinates(q):
+    """Return the numbers of the coordinates of q (B, T, ...) that move, at most MOST_PLANES."""
+    spread = q.flatten(2).std((0, 1))
+    order = spread.argsort(descending=True)[:MOST_PLANES].tolist()
+    return sorted(i for i in order if spread[i] > 0.1 * spread.max())
 
 
-def draw_dots(ax, x, y, H, title, labels):
-    """Draw y over x, (B, T) each, coloured by H."""
-    y = y.cpu()
-    dots = ax.scatter(x.cpu(), y, c=H.cpu(), s=3)
-    ax.set_ylim(robust_limits(y[y.isfinite()], 0.05))
-    finish(ax, dots, title, labels, "H")
+def draw_orbits(planes, energy_axes, name, q, p, energy, dt):
+    """Draw paths q and p (B, T, ...) in their planes, V = H(q, 0), and H over time."""
+    H = energies(energy, q, p).cpu()
+    V = energies(energy, q, torch.zeros_like(p)).cpu()
+    x = q.flatten(2).cpu()
+    y = p.flatten(2).cpu()
+    moving = moving_coordinates(x)
+    colours = ScalarMappable(Normalize(*robust_limits(H[:, 0])))
+    for ax in (*planes, *energy_axes):
+        ax.set_prop_cycle(color=colours.to_rgba(H[:, 0]))
+    for ax, i in zip(planes, moving, strict=False):
+        ax.plot(x[..., i].T, y[..., i].T, linewidth=1)
+        finish(ax, f"{name}: p{i + 1} over q{i + 1}", (f"q{i + 1}", f"p{i + 1}"))
+    for ax in planes[len(moving) :]:
+        ax.set_axis_off()
+    potential, conserved = energy_axes
+    if x.shape[2] == len(moving) == 2:
+
+        def V_of(x):  # (..., 2) -> (...)
+            state = x.to(q).reshape(-1, *q.shape[2:])
+            return energy(state, torch.zeros_like(state)).view(x.shape[:-1]).cpu()
+
+        draw_energy(potential, V_of, x.flatten(0, 1), f"{name}: V = H(q, 0)", ("q1", "q2"))
+    else:
+        i = x.std((0, 1)).argmax()
+        potential.plot(x[..., i].T, V.T, linewidth=1)
+        finish(potential, f"{name}: V = H(q, 0) on the orbits", (f"q{i + 1}", "V"))
+    conserved.plot(dt * torch.arange(H.shape[1]), H.T)
+    conserved.set_ylim(robust_limits(H[H.isfinite()], 0.05))
+    finish(conserved, f"{name}: H over time", ("time", "H"), colours, "H at frame 0")
 
 
 @torch.no_grad()
-def save_density(model, points, folder, seed=0, n=20_000):
+def save_density(model, points, folder, seed=0, form="png", n=20_000):
     """Write density.png, histograms of data and samples, and flow.gif.
 
-    Of two columns density.png shows the learnt density too and, of NHF, V and K; flow.gif shows
+    Of two columns density.png shows the learnt density too and, of NHF, each V; flow.gif shows
     points that move on V step by step. Of more columns there are the pairs of the first three; of
     one there is no picture.
     """
@@ -785,15 +892,17 @@ def save_density(model, points, folder, seed=0, n=20_000):
             draw_histograms(axes[:, column], data, samples, pair)
     else:
         hamiltonians = getattr(model, "H", [])  # RealNVP has none
-        figure, axes = charts(1 + len(hamiltonians), 3)
-        norm = draw_histograms(axes[0], data, samples, (0, 1))
+        figure, ((data_axis, samples_axis, density, *potentials),) = charts(
+            1, 3 + len(hamiltonians)
+        )
+        norm = draw_histograms((data_axis, samples_axis), data, samples, (0, 1))
         x, y, grid = grid_of(data)
         learnt = model.log_prob(grid, 32, seeded(seed)).exp()
-        image = axes[0, 2].pcolormesh(x, y, learnt, norm=norm)
-        finish(axes[0, 2], image, "learnt density", unit="density")
-        for i in range(len(hamiltonians)):
-            movie += draw_hamiltonian(axes[1 + i], model, i, data, seed)
-    save_pictures(folder / "density.png", pixels(figure))
+        image = density.pcolormesh(x, y, learnt, norm=norm)
+        finish(density, "learnt density", XY, image, "density")
+        for i, ax in enumerate(potentials):
+            movie += draw_hamiltonian(ax, model, i, data, seed)
+    save_chart(folder / f"density.{form}", figure)
     if movie:
         save_pictures(folder / "flow.gif", movie, duration=STEP_DELAY, loop=0)
 
@@ -810,7 +919,7 @@ def draw_histograms(axes, data, samples, pair):
     for ax, title, points in ((axes[0], "data", data), (axes[1], "samples", samples)):
         x, y = points[:, pair].T
         *_, image = ax.hist2d(x, y, cells, range=limits, density=True, norm=norm)
-        finish(ax, image, title, labels, "density")
+        finish(ax, title, labels, image, "density")
     return norm
 
 
@@ -820,7 +929,10 @@ def grid_of(points):
     return x, y, torch.from_numpy(np.stack(np.meshgrid(x, y), 2))
 
 
-def draw_energy(ax, energy, points, title="", labels=("x1", "x2")):
+XY = ("x1", "x2")  # columns of points
+
+
+def draw_energy(ax, energy, points, title="", labels=XY):
     """Draw an energy with contour lines where `points` (n, 2) lie, above its minimum there."""
     x, y, grid = grid_of(points)
     values = energy(grid.float())
@@ -829,46 +941,50 @@ def draw_energy(ax, energy, points, title="", labels=("x1", "x2")):
     levels = MaxNLocator(12).tick_values(0, 2 * highest)  # points take half of the colours
     image = ax.contourf(x, y, values - lowest, levels, extend="max")
     ax.contour(x, y, values - lowest, levels, colors="white", linewidths=0.5)
-    finish(ax, image, title, labels)
+    finish(ax, title, labels, image)
     ax.autoscale(False)  # points beyond it shall not widen the chart
 
 
-def draw_hamiltonian(axes, model, i, data, seed):
-    """Draw V with the data's contour, K, and V with paths. Returns pictures of points on V."""
-    H = model.H[i]
+def draw_hamiltonian(chart, model, i, data, seed):
+    """Draw V of the flow's Hamiltonian i with a contour of the data.
+
+    Returns pictures of points that move on it, step by step.
+    """
     steps = model.config["steps"]
-    name = f"H{i + 1}"
+    name = f"V of H{i + 1}"
 
     def V(x):
-        return H.V(model.standardise(x)[0])
+        return model.H[i].V(model.standardise(x)[0])
 
-    noise = model.noise(2, 2000, 2, generator=seeded(seed))
-    q, p = model.flow(*noise)[:, :, i * steps :]
-    path = model.unstandardise(q[:, : steps + 1]).permute(2, 1, 0)  # (2, steps + 1, n)
-    draw_energy(axes[0], V, data, f"{name}: V(q), red: contour of the data")
+    draw_energy(chart, V, data, f"{name}, red: contour of the data")
     limits = robust_limits(data)
     density, _, _ = np.histogram2d(*data.T, 32, limits)
     where = {"origin": "lower", "extent": limits.flatten()}
-    axes[0].contour(density.T, [0.1 * density.max()], colors="red", **where)
-    draw_energy(axes[1], H.K, p[:, 0], f"{name}: K(p)", ("p1", "p2"))
-    draw_energy(axes[2], V, data, f"{name}: paths on V, red: ends")
-    axes[2].plot(*path[..., :24], ".-", color="white", linewidth=1, markersize=3)
-    axes[2].plot(*path[:, -1, :24], ".", color="red")
+    chart.contour(density.T, [0.1 * density.max()], colors="red", **where)
     figure, ((ax,),) = charts(1, 1)
     draw_energy(ax, V, data)
     (dots,) = ax.plot([], [], ".", color="white", markersize=2)
+    noise = model.noise(2, 2000, 2, generator=seeded(seed))
+    q, _ = model.flow(*noise)
+    path = model.unstandardise(q[:, i * steps :]).permute(1, 2, 0)  # (steps + 1, 2, n) and more
     pictures = []
     for step in range(steps + 1):
-        dots.set_data(*path[:, step])
-        ax.set_title(f"{name}: points on V, step {step} of {steps}")
+        dots.set_data(*path[step])
+        ax.set_title(f"points on {name}, step {step} of {steps}")
         pictures.append(pixels(figure))
     return pictures
+
+
+def pixels(figure):
+    """Return a figure as a picture (h, w, 3) of bytes."""
+    FigureCanvasAgg(figure).draw()
+    return np.array(figure.canvas.buffer_rgba())[..., :3]
 
 
 CURVES = {"loss": "loss", "mse": "pixel error (MSE)", "kl": "KL (nats)"}
 
 
-def save_curves(folder):
+def save_curves(folder, form="png"):
     """Write curves.png, the loss, error and KL of metrics.jsonl, if there is one."""
     log = folder / "metrics.jsonl"
     lines = log.read_text().splitlines() if log.is_file() else []
@@ -877,94 +993,125 @@ def save_curves(folder):
         return
     names = [name for name in CURVES if name in logged[0]]
     figure, axes = charts(1, len(names))
-    for i, name in enumerate(names):
-        ax = axes[0, i]
+    for ax, name in zip(axes[0], names, strict=True):
         values = [line[name] for line in logged]
         ax.plot([line["step"] for line in logged], values, ".-")
-        ax.set(title=CURVES[name], xlabel="training step")
+        finish(ax, CURVES[name], ("training step", name))
         if max(values) > 10 * min(values) > 0:
             ax.set_yscale("log")
-    save_pictures(folder / "curves.png", pixels(figure))
+    save_chart(folder / f"curves.{form}", figure)
 
 
 # ------------------------------------------------------------------ the command
 OPTIONS = {
-    "one of these runs (default: the newest)": {
-        "--checkpoint": {"metavar": "PATH", "help": "a checkpoint or the folder of a run"},
-        "--system": {"choices": SYSTEMS, "metavar": "NAME", "help": ", ".join(SYSTEMS)},
-        "--density": {"choices": DENSITIES, "metavar": "NAME", "help": ", ".join(DENSITIES)},
+    "one of these: the newest run of it or, of the model given, the data to measure it on": {
+        "--system": {"choices": SYSTEMS, "metavar": "NAME",
+                     "help": f"A system: {', '.join(SYSTEMS)}."},
+        "--density": {"choices": DENSITIES, "metavar": "NAME",
+                      "help": f"A density of points: {', '.join(DENSITIES)}."},
+        "--data": {"metavar": "PATH", "help": "Recordings or points of your own."},
     },
     "of all models": {
-        "--seed": {"type": number(0, 2**63 - 1), "help": "of samples (default: 0)"},
-        "--device": {"help": "cpu, cuda, cuda:1 (default: a GPU if any; points: cpu)"},
+        "--checkpoint": {"metavar": "PATH", "help": "A checkpoint or the folder of a run "
+                                                    "(default: the newest run)."},
+        "--seed": {"type": number(0, 2**63 - 1), "help": "Of samples (default: 0)."},
+        "--device": {"help": "cpu, cuda, cuda:1 (default: a GPU if there is one; points: cpu)."},
+        "--format": {"choices": ("png", "pdf", "svg"), "help": "Of charts (default: png)."},
+        "--quick": {"action": "store_true", "help": "Pictures and their errors alone."},
+        "--export": {"action": "store_true",
+                     "help": "states.npz: q, p and H of the clips shown, and the true ones."},
     },
     "of pictures, not of points": {
-        "--frames": {"type": number(2, 10_000), "help": "to roll out (default: 90)"},
-        "--clips": {"type": number(2, 10_000), "help": "to measure on (default: 256)"},
-        "--reverse": {"action": "store_true", "help": "reverse.gif: from the last state back"},
+        "--frames": {"type": number(2, 10_000),
+                     "help": "Frames to roll out (default: 90, of recordings at most their own)."},
+        "--clips": {"type": number(2, 10_000), "help": f"To measure on (default: {CLIPS})."},
+        "--reverse": {"action": "store_true", "help": "reverse.gif: from the last state back."},
         "--speed": {"type": number(1e-3, 1e3, float), "action": "append",
-                    "help": "speed_X.gif: X times as fast; may be repeated"},
-        "--sample": {"type": number(0, 16), "help": "samples.gif: so many from the prior"},
-        "--show": {"type": number(1, 16), "help": "clips in a movie (default: 4)"},
-        "--scale": {"type": number(1, 16), "help": "screen pixels of a pixel (default: 8)"},
+                    "help": "speed_X.gif: X times as fast; may be repeated."},
+        "--sample": {"type": number(0, 16), "help": "samples.gif: so many drawn from the prior."},
+        "--show": {"type": number(1, 16), "help": "Clips beside each other (default: 4)."},
+        "--scale": {"type": number(1, 16), "help": "Screen pixels of a pixel (default: 8)."},
     },
-    # All options of pictures but --clips are arguments of save_movies.
 }  # fmt: skip
+OF_MOVIES = ("frames", "show", "reverse", "speed", "sample", "scale")  # for save_movies
 
 
 def look(given):
-    """Show and measure the run that the options name; what is found goes into its folder."""
+    """Show and measure the model that the options name; what is found goes into its folder."""
+    where = given.pop("checkpoint", None)
+    data = {name: given.pop(name) for name in ("system", "density", "data") if name in given}
+    on_other_data = data and (where or "data" in data)
+    path = find_run(where) if on_other_data else find_run(where, *data.values())
     device = pick_device(given.pop("device", None))
-    seed = given.pop("seed", 0)
-    which = [given.pop(name, None) for name in ("checkpoint", "system", "density")]
-    path = find_run(*which)
     model, run = load(path)
     options = run["options"]
-    folder = path.parent
-    if folder.name == "checkpoints":  # the models that come with the code share it
-        folder = Path("runs") / f"{path.stem}-shipped"
-    print(f"{path}: looking ...")
-    if options["model"] in FLOWS:
-        result = look_at_flow(model, options, folder, seed, given)
-    else:
-        result = look_at_pictures(model, device, options, folder, seed, given)
-    save_curves(folder)
+    if on_other_data:
+        options = options_of(options["model"], model.config, **data)
+    folder = Path("runs") / f"{path.stem}-look"  # of a file that lies in no folder of a run
+    if path.name == "checkpoint.pt":
+        folder = path.parent
+    print(f"{path}: looking; pictures and figures go to {folder}")
+    look_at = look_at_flow if options["model"] in FLOWS else look_at_pictures
+    result = look_at(model.to(device), options, folder, given)
+    save_curves(folder, given.get("format", "png"))
     report = {
         **provenance(),
-        "seed": seed,
+        "seed": given.get("seed", 0),
         "test_seed": TEST_SEED,
         "checkpoint": str(path),
         "config": options,
-        "training": {key: run[key] for key in ("command", "versions", "step", "seconds")},
+        "training": {key: run.get(key) for key in ("command", "versions", "step", "seconds")},
         "metrics": result,
     }
     write(folder / "metrics.json", json.dumps(report, indent=1).encode())
     print_table(options, result)
 
 
-def look_at_pictures(model, device, options, folder, seed, given):
-    """Write movies and charts of a model of pictures. Returns: the figures."""
-    model.to(device)
-    count = given.pop("clips", 256)
-    frames = given.get("frames", 90)
-    test = test_set(options, count, device)
+def look_at_pictures(model, options, folder, given):
+    """Write movies and charts of a model of pictures, then measure it. Returns: the figures."""
+    device = next(model.parameters()).device
+    test = test_set(options, given.get("clips", CLIPS), device)
     print(test.summary)
-    save_movies(model, test, folder, seed=seed, **given)
-    save_phase(model, test, folder, frames)
-    result = measure(model, test, frames, steps=1000)
+    frames = given.get("frames", min(FRAMES, test.length))
+    seed = given.get("seed", 0)
+    movies = {name: given[name] for name in OF_MOVIES if name in given}
+    save_movies(model, test, folder, seed=seed, **movies)
+    save_phase(model, test, folder, frames, given.get("format", "png"))
+    if given.get("export"):
+        export(model, test, folder, frames, given.get("show", 4))
+    measures = QUICK
+    if not given.get("quick"):
+        measures += (kept_energy,)
+        if test.system:
+            measures += OF_SYSTEMS
+    return measure(model, test, frames, measures)
+
+
+@torch.no_grad()
+def export(model, test, folder, frames, n):
+    """Write states.npz: q and p (n, frames, ...), H (n, frames) and times of n clips.
+
+    Where the system is known, true_q, true_p and true_H are those of the truth.
+    """
+    q, p = model.rollout(*model.infer(test.observed[:n]), frames - 1)
+    states = {"times": test.dt * torch.arange(frames), "q": q, "p": p}
+    states["H"] = energies(model.energy, q, p)
     if test.system:
-        few = test_set(options, min(count, 128), device)  # reading the states of samples takes long
-        result |= measure_physics(model, few)
-    return result
+        q, p = test.path(frames, n=n)
+        states |= {"true_q": q, "true_p": p, "true_H": test.system.energy(q, p)}
+    file = io.BytesIO()
+    np.savez(file, **{name: x.cpu().numpy() for name, x in states.items()})
+    write(folder / "states.npz", file.getvalue())
 
 
-def look_at_flow(model, options, folder, seed, given):
+def look_at_flow(model, options, folder, given):
     """Write charts of a flow. Returns: the figures. Raises: ValueError for options of pictures."""
-    if given:
-        raise ValueError(f"--{min(given)} is of no use with points: leave it out")
+    for name in given:
+        if f"--{name}" not in OPTIONS["of all models"] or name == "export":
+            raise ValueError(f"--{name} is of no use with points: leave it out")
     points = test_set(options, 0)
     print(points.summary)
-    save_density(model, points, folder, seed)
+    save_density(model, points, folder, given.get("seed", 0), given.get("format", "png"))
     return measure_flow(model, points)
 
 
