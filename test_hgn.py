@@ -2609,7 +2609,8 @@ MISTAKES = {
         --device cuda:77; --colour red; --density rings --latent 3; --hamiltonians 2; --fps 9;
         --arch paper --periodic; --no-f-psi; --model hnn --geco;
         --deterministic --geco 1e-3; --protocol paper --density rings; --protocol other;
-        --protocol paper --data nowhere.npy; --protocol paper --noise 0; --density rings --model realnvp --hamiltonians 2""",
+        --protocol paper --data nowhere.npy; --protocol paper --noise 0;
+        --density rings --model realnvp --hamiltonians 2""",
     "eval": """--density rings; --checkpoint nowhere.pt; --frames 0; --speed inf; --device tpu;
         --system pendulum --density rings""",
 }

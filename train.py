@@ -13,13 +13,13 @@ import json
 import math
 import os
 import signal
+import statistics
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from eval import (
@@ -208,8 +208,7 @@ def kind_of_run(given, points):
     """The recipe that the given options ask for, a key of RECIPES. Raises: ValueError."""
     model = given.get("model", "nhf" if points else "hgn")
     if points != (model in FLOWS):
-        data = "points" if points else "pictures"
-        raise ValueError(f"--model {model} does not learn from {data}: see --density and --data")
+        raise ValueError(f"--model {model} does not learn from such data: see --density and --data")
     return given.get("arch", "compact") if model == "hgn" else model
 
 
@@ -316,9 +315,8 @@ class SimulatedClips:
         options = self.options
         if self.pool != step // POOL:
             self.pool = step // POOL
-            generator_of_pool = generator_of(options.seed, self.pool, self.device)
-            n = options.batch_size * POOL
-            q, p = initial_states(self.system, n, generator_of_pool, self.device)
+            seeds = generator_of(options.seed, self.pool, self.device)
+            q, p = initial_states(self.system, options.batch_size * POOL, seeds, self.device)
             self.q, _ = simulate(self.system, q, p, options.window, options.dt)
         q = self.q.chunk(POOL)[step % POOL]  # (B, window, bodies, dims)
         q = q.take_along_dim(times[..., None, None], 1)
@@ -463,7 +461,6 @@ class PictureRecipe(Recipe):
         """Figures of the trained model; its movie goes to the folder."""
         print("painting a movie ...")
         save_movies(model, self.test, folder)
-        print(f"measuring on {TEST_CLIPS} test clips ...")
         result = measure(model, self.test)
         window = result["mse_per_frame"][: self.options.window]
         if not sum(window) / len(window) < 0.5 * result["blank_mse"]:  # NaN is not
@@ -1010,8 +1007,7 @@ def train(run):
                 bad_logs = 0 if math.isfinite(numbers["loss"]) else bad_logs + 1
             if bad_logs == MOST_BAD_LOGS:
                 raise ValueError(f"the loss is not finite at step {run.step}: lower --lr")
-            unfinished = run.step < options.steps
-            if unfinished and bad_logs == 0 and run.step % options.save_every == 0:
+            if bad_logs == 0 and run.step % options.save_every == 0 and run.step < options.steps:
                 run.save()
     if run.step == options.steps:
         recipe.finish(run.model)
@@ -1027,25 +1023,26 @@ def train(run):
 # --------------------------------------------------------------------------------------- the speed
 
 
-def timed(what, n, function, *arguments, **options):
+LEAST_SECONDS = 2  # that a median is taken over
+
+
+def timed(what, n, function, *arguments):
     """Time a call that does n things: the first call, which compiles, and the median after it."""
-
-    def call():
-        return function(*arguments, **options)
-
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    begin = time.time()
-    call()
-    if on_gpu:
-        torch.cuda.synchronize()
-    first = time.time() - begin
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    median = timer.blocked_autorange(min_run_time=2).median
-    print(f"{what:<42}{1e3 * median:9.4g} ms{n / median:10.4g}/s, first {first:.3g} s")
+    times = []
+    while len(times) < 4 or sum(times[1:]) < LEAST_SECONDS:
+        begin = time.perf_counter()
+        function(*arguments)
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    first, *others = times
+    s = statistics.median(others)
+    print(f"{what:<42}{1e3 * s:9.4g} ms{n / s:10.4g}/s, first {first:.3g} s")
     peak = torch.cuda.max_memory_allocated()  # 0 without a GPU
-    return {"what": what, "first_s": first, "s": median, "per_s": n / median, "peak_bytes": peak}
+    return {"what": what, "first_s": first, "s": s, "per_s": n / s, "peak_bytes": peak}
 
 
 def bench(recipe):
@@ -1090,8 +1087,7 @@ def conclude(run):
 
 def run_command(given):
     """Train what the given options ask for, measure it, and say where it is."""
-    command = [given.pop(name, None) for name in COMMAND]
-    device, compile, where, name, only_speed = command
+    device, compile, where, name, only_speed = [given.pop(name, None) for name in COMMAND]
     if where is None:
         options = settle(given)
         torch.manual_seed(options.seed)
