@@ -2208,6 +2208,72 @@ def test_a_stopped_run_resumes_to_the_uninterrupted_one(trained, command, on_los
     assert_is_the_uninterrupted_run("cut", trained)
 
 
+def test_going_on_to_a_step_that_is_passed_changes_nothing(trained, command):
+    shutil.copytree(trained / "runs", "runs")
+    files = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    assert "at step 24 already" in command("train", "--resume --steps 23", status=2)
+    assert files == {path: path.read_bytes() for path in files}
+
+
+def test_a_name_in_use_is_refused_with_a_cure(command):
+    Path("runs/mine").mkdir(parents=True)
+    words = f"{TINY} --name mine"
+    assert "--resume runs/mine" in command("train", words, status=2)
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "train.py"])
+    Path("runs/mine/pid").write_text(str(other.pid))
+    message = command("train", words, status=2)
+    other.kill()
+    other.wait()
+    assert f"process {other.pid} trains" in message
+    assert "--resume" not in message
+    assert "another --name" in message
+
+
+def test_a_run_learns_with_few_iterations_and_is_measured_with_all(command, monkeypatch):
+    """New and resumed, of the implicit equations of the compact model."""
+    seen = []
+
+    def spied(name):
+        function = getattr(train, name)
+
+        def spy(model, *arguments):
+            seen.append((name, model.H.iterations))
+            return function(model, *arguments)
+
+        monkeypatch.setattr(train, name, spy)
+
+    spied("charted_loss")
+    spied("measure")
+    command("train", f"{TINY} --size 16 --steps 2")
+    command("train", "--resume --steps 3")
+    learning = ("charted_loss", 2)
+    measuring = ("measure", 6)
+    assert seen == [learning, learning, measuring, learning, measuring]
+
+
+def options_of(words):
+    """The options of a new run, all of them."""
+    return vars(train.settle(train.parse(words.split())))
+
+
+def test_the_protocol_of_the_paper():
+    """GECO's target is 1.06 times half the mean square between two noisy views of a state."""
+    system = SYSTEMS["pendulum"]
+    options = options_of("--protocol paper --system pendulum --size 16 --seed 3")
+    by_hand = options_of(
+        f"--arch paper --noise paper --context 30 --geco {options['geco']}"
+        " --system pendulum --size 16 --seed 3"
+    )
+    assert options == by_hand
+    q = clips(system, 1000, 12, size=16, generator=seeded(5))[1]
+    views = [render(system, q + system.noise * torch.randn_like(q), 16) for _ in range(2)]
+    floor = (views[0] - views[1]).square().mean() / 2
+    assert options["geco"] == pytest.approx(1.06 * floor.item(), rel=0.03)
+    assert options_of("--protocol paper --geco 0.5 --context 5")["geco"] == 0.5
+    assert options_of("--protocol paper --geco 0.5 --context 5")["context"] == 5
+    assert options_of("--protocol paper --deterministic")["geco"] is None
+
+
 @slow
 def test_a_killed_run_resumes_to_the_uninterrupted_one(trained, command):
     """Killed at any moment, twice."""
@@ -2502,7 +2568,7 @@ def test_a_flow_resumes_and_refuses_points_that_changed(command):
 def test_the_speed_is_measured(command):
     command("train", f"{TINY} --size 16 --bench")
     table = json.loads(Path("runs/bench.json").read_text())["table"]
-    assert [row["what"] for row in table][1:] == ["clips of mass_spring", "training step"]
+    assert [row["what"] for row in table][1:] == ["batch", "training step"]
     assert all(row["s"] > 0 for row in table)
 
 
@@ -2735,7 +2801,9 @@ MISTAKES = {
         --lr nan; --beta -1; --seed -1; --name taken; --name ../up; --resume nowhere.pt;
         --device cuda:77; --colour red; --density rings --latent 3; --hamiltonians 2; --fps 9;
         --arch paper --periodic; --no-f-psi; --model hnn --geco;
-        --deterministic --geco 1e-3; --density rings --model realnvp --hamiltonians 2""",
+        --deterministic --geco 1e-3; --protocol paper --density rings; --protocol other;
+        --protocol paper --data nowhere.npy; --protocol paper --noise 0;
+        --density rings --model realnvp --hamiltonians 2""",
     "eval": """--density rings; --checkpoint nowhere.pt; --frames 0; --speed inf; --device tpu;
         --system pendulum --density rings""",
 }

@@ -13,13 +13,13 @@ import json
 import math
 import os
 import signal
+import statistics
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from eval import (
@@ -28,6 +28,7 @@ from eval import (
     load,
     measure,
     measure_flow,
+    noise_floor,
     number,
     parse_options,
     pick_device,
@@ -39,8 +40,8 @@ from eval import (
     test_set,
 )
 from hgn import GECO, HGN, INTEGRATORS, charted_loss, hnn_loss, write_file
-from nhf import DENSITIES, NHF, RealNVPFlow
-from physics import SYSTEMS, clips, initial_states, jitter, read_points, render, simulate
+from nhf import DENSITIES, NHF, RealNVPFlow, seeded
+from physics import SYSTEMS, initial_states, jitter, read_points, render, simulate
 
 # ----------------------------------------------------------------------------------------- options
 # The options of a run are those of every run, of its source of data and of its kind. A given option
@@ -63,13 +64,11 @@ OF_KINDS = {
             "steps": 4000, "batch_size": 256, "lr": 1e-2},
     "realnvp": {"model": "realnvp", "steps": 10000, "batch_size": 512, "lr": 5e-3},
 }  # fmt: skip
-OF_THE_COMMAND = (
-    "device",
-    "compile",
-    "resume",
-    "name",
-    "bench",
-)  # these are not saved with the run
+# What --protocol paper stands for beside the target of GECO, where nothing else is given.
+PAPER_PROTOCOL = OF_A_SYSTEM | {"model": "hgn", "arch": "paper", "noise": "paper", "context": 30}
+ABOVE_FLOOR = 1.06  # GECO's target over the error of the noise, which no model can go below
+FLOOR_CLIPS = 500  # give the floor to within one per cent
+COMMAND = ("device", "compile", "resume", "name", "bench")  # options not saved with the run
 CHANGEABLE = ("steps", "window", "save_every")  # what --resume may change
 
 
@@ -87,59 +86,100 @@ flag = {"action": "store_true"}
 # What argparse is told of each option, in groups. Options of a group called "one of" exclude each
 # other.
 ARGUMENTS = {
-    "one of these data": {
-        "--system": {"choices": SYSTEMS, "metavar": "NAME", "help": ", ".join(SYSTEMS)},
-        "--density": {"choices": DENSITIES, "metavar": "NAME", "help": ", ".join(DENSITIES)},
-        "--data": {"type": os.path.abspath, "metavar": "PATH", "help": "your recordings or points"},
+    "one of these says what to learn from (default: --system mass_spring)": {
+        "--system": {"choices": SYSTEMS, "metavar": "NAME",
+                     "help": f"Simulate clips of this system: {', '.join(SYSTEMS)}."},
+        "--density": {"choices": DENSITIES, "metavar": "NAME",
+                      "help": f"Draw points from this density: {', '.join(DENSITIES)}."},
+        "--data": {"type": os.path.abspath, "metavar": "PATH",
+                   "help": "Read your own recordings (a film, a GIF, a folder, an array of clips) "
+                           "or your own points (an array, N x D)."},
     },
     "data: pictures": {
         "--size": {"type": int, "choices": range(16, 129, 8), "metavar": "N",
-                   "help": "pixels of a side (default: 32, or the recordings')"},
-        "--dt": {"type": positive, "help": "time between frames (default: 0.125, or the film's)"},
-        "--fps": {"type": positive, "help": "frames a second of recordings, instead of --dt"},
-        "--stride": {"type": count, "help": "take every k-th frame of recordings (default: 1)"},
-        "--clip": {"type": many, "help": "frames of a clip cut from recordings (default: 60)"},
-        "--noise": {"type": number(0, 1e3, float, "paper"), "help": "on positions, or 'paper'"},
-        "--window": {"type": count, "help": "frames of a clip to learn from (default: 30)"},
+                   "help": "Pictures have N x N pixels, N a multiple of 8 from 16 to 128 "
+                           "(default: 32; of recordings their own size, or else 32)."},
+        "--dt": {"type": positive,
+                 "help": "Time from frame to frame, of recordings in seconds before --stride "
+                         "(default: 0.125; of films their own)."},
+        "--fps": {"type": positive, "help": "Frames a second of recordings, in place of --dt."},
+        "--stride": {"type": count, "help": "Take every k-th frame of recordings (default: 1)."},
+        "--clip": {"type": many,
+                   "help": "Cut recordings into clips of so many frames (default: 60)."},
+        "--noise": {"type": number(0, 1e3, float, "paper"),
+                    "help": "Standard deviation of noise on the positions of simulated bodies, in "
+                            "units of the world, or 'paper' for the paper's (default: 0)."},
+        "--window": {"type": count,
+                     "help": "Learn from so many frames of a clip (default: 30)."},
     },
     "model": {
-        "--model": {"choices": ("hgn", "hnn", *FLOWS), "help": "default: hgn; nhf for points"},
+        "--model": {"choices": ("hgn", "hnn", *FLOWS),
+                    "help": "Learn pictures by hgn or by the baseline hnn, points by nhf or by the "
+                            "baseline realnvp (default: hgn; of points nhf)."},
     },
     "model: pictures": {
-        "--arch": {"choices": ("compact", "paper"), "help": "networks of hgn (default: compact)"},
-        "--context": {"type": count, "help": "first frames that the encoder sees (default: 5)"},
-        "--targets": {"type": count, "help": "frames painted for the loss (8; paper: all)"},
-        "--latent": {"type": number(1, 64), "help": "numbers in q; of the paper's, maps in q"},
-        "--integrator": {"choices": INTEGRATORS, "help": "default: that of --arch"},
-        "--substeps": {"type": count, "help": "integrator steps from frame to frame (default: 1)"},
+        "--protocol": {"choices": ("paper",),
+                       "help": "Train as the paper does: stands for --arch paper --noise paper "
+                               "--context 30 and for --geco with 1.06 times the error that the "
+                               "noise alone makes. It needs a named system. Options that are given "
+                               "beside it overrule it; with --deterministic there is no GECO."},
+        "--arch": {"choices": ("compact", "paper"),
+                   "help": "Networks of hgn: small ones, or the published ones "
+                           "(default: compact)."},
+        "--context": {"type": count, "help": "The encoder sees so many first frames (default: 5)."},
+        "--targets": {"type": count,
+                      "help": "Paint so many random frames of a clip in a step (default: 8; with "
+                              "--arch paper all)."},
+        "--latent": {"type": number(1, 64),
+                     "help": "Numbers in q (default: the system's coordinates, at least 2 unless "
+                             "they are angles; of recordings 6). With the paper's networks: maps "
+                             "in q (default: 16)."},
+        "--integrator": {"choices": INTEGRATORS,
+                         "help": "Method that follows H (default: implicit_leapfrog; with the "
+                                 "paper's networks leapfrog)."},
+        "--substeps": {"type": count,
+                       "help": "Steps of the integrator from frame to frame (default: 1)."},
         "--periodic": {"action": argparse.BooleanOptionalAction,
-                       "help": "q are angles (default: the first half of them)"},
-        "--friction": flag | {"help": "learn how fast motion dies out"},
-        "--no-f-psi": {"dest": "f_psi", "action": "store_false", "help": "ablation (paper)"},
-        "--deterministic": flag | {"help": "ablation without sampling of z and without KL"},
-        "--beta": {"type": number(0, 1e6, float), "help": "weight of the KL (default: 0.001)"},
+                       "help": "All of q are angles, or none (default: as the system's are; of "
+                               "recordings the first half of q)."},
+        "--friction": flag | {"help": "Learn how fast motion dies out."},
+        "--no-f-psi": {"dest": "f_psi", "action": "store_false",
+                       "help": "Ablation of the paper's networks: z is the state itself."},
+        "--deterministic": flag | {"help": "Ablation of hgn: no sampling of z and no KL."},
+        "--beta": {"type": number(0, 1e6, float),
+                   "help": "Weight of the KL; with --geco its first value (default: 0.001)."},
         "--geco": {"type": positive, "nargs": "?", "const": 2e-4, "metavar": "ERROR",
-                   "help": "let GECO find beta, for an error of at most this (0.0002)"},
+                   "help": "Let GECO change beta for an MSE of pixels in [0, 1] of at most ERROR "
+                           "(without a number: 0.0002)."},
     },
     "model: points": {
-        "--hamiltonians": {"type": count, "help": "of a flow, in a row (default: 1)"},
-        "--leapfrog-steps": {"type": count, "help": "of each of them (default: 6)"},
-        "--kinetic": {"choices": ("quadratic", "mlp"), "help": "K(p) (default: quadratic)"},
+        "--hamiltonians": {"type": count, "help": "Hamiltonians of a flow in a row (default: 1)."},
+        "--leapfrog-steps": {"type": count, "help": "Steps on each of them (default: 6)."},
+        "--kinetic": {"choices": ("quadratic", "mlp"),
+                      "help": "Kinetic energy K(p) (default: quadratic)."},
     },
     "run": {
-        "--steps": {"type": number(1, MOST_STEPS), "help": f"default: {defaults_of('steps')}"},
-        "--batch-size": {"type": many, "help": f"default: {defaults_of('batch_size')}"},
-        "--lr": {"type": positive, "help": f"learning rate (default: {defaults_of('lr')})"},
-        "--seed": {"type": number(0, 2**20 - 1), "help": "of all random numbers (default: 0)"},
-        "--save-every": {"type": many, "help": "steps between checkpoints (default: 250)"},
-        "--device": {"help": "cpu, cuda, cuda:1 (default: a GPU if any); points: always cpu"},
-        "--compile": flag | {"help": "fuse the step by torch.compile, minutes at first"},
+        "--steps": {"type": number(1, MOST_STEPS),
+                    "help": f"Training steps in all (default: {defaults_of('steps')})."},
+        "--batch-size": {"type": many,
+                         "help": "Clips or points of a step, of all processes together "
+                                 f"(default: {defaults_of('batch_size')})."},
+        "--lr": {"type": positive, "help": f"Learning rate (default: {defaults_of('lr')})."},
+        "--seed": {"type": number(0, 2**20 - 1), "help": "Of all random numbers (default: 0)."},
+        "--save-every": {"type": many, "help": "Steps between checkpoints (default: 250)."},
+        "--device": {"help": "cpu, cuda or cuda:1 (default: a GPU if there is one; flows always "
+                             "run on the CPU)."},
+        "--compile": flag | {"help": "Fuse the training step by torch.compile, which takes minutes "
+                                     "at first."},
     },
-    "one of these": {
-        "--name": {"help": "folder below runs/ (default: the name of the data)"},
+    "one of these at most": {
+        "--name": {"help": "Write into the new folder runs/NAME (default: the name of the data)."},
         "--resume": {"nargs": "?", "const": "", "metavar": "PATH",
-                     "help": "go on with a run (default: the newest)"},
-        "--bench": flag | {"help": "only measure the speed of this run here"},
+                     "help": "Go on with the run at PATH, a folder or its checkpoint.pt (without "
+                             "PATH: the newest run). Only --steps, --window, --save-every, "
+                             "--device and --compile may be given beside it."},
+        "--bench": flag | {"help": "Measure the speed of the run that the other options describe, "
+                                   "and train nothing."},
     },
 }  # fmt: skip
 
@@ -149,17 +189,33 @@ def parse(words=None):
     return parse_options("Train a model and save it below runs/.", ARGUMENTS, words)
 
 
+def follow_protocol(given):
+    """The given options, and those that --protocol stands for. Raises: ValueError."""
+    options = PAPER_PROTOCOL | given
+    del options["protocol"]
+    elsewhere = "data" in given or "density" in given or options["model"] != "hgn"
+    if elsewhere or options["noise"] == 0:
+        raise ValueError("--protocol is of hgn and a named system with noise: leave it out")
+    if "geco" in given or "deterministic" in given:
+        return options
+    system = SYSTEMS[options["system"]]
+    noise = options["noise"]
+    floor = noise_floor(system, noise, options["size"], FLOOR_CLIPS, generator=seeded(0))
+    return options | {"geco": ABOVE_FLOOR * floor}
+
+
 def kind_of_run(given, points):
     """The recipe that the given options ask for, a key of RECIPES. Raises: ValueError."""
     model = given.get("model", "nhf" if points else "hgn")
     if points != (model in FLOWS):
-        data = "points" if points else "pictures"
-        raise ValueError(f"--model {model} does not learn from {data}: see --density and --data")
+        raise ValueError(f"--model {model} does not learn from such data: see --density and --data")
     return given.get("arch", "compact") if model == "hgn" else model
 
 
 def settle(given):
     """All options of a new run, from those given. Raises: ValueError where these do not fit."""
+    if "protocol" in given:
+        given = follow_protocol(given)
     path = given.get("data")
     points = "density" in given or (path is not None and read_points(path) is not None)
     source = OF_RECORDINGS if path else OF_A_SYSTEM
@@ -177,12 +233,19 @@ def settle(given):
     return options
 
 
-def resumed(given, options):
-    """The options of a run that goes on. Raises: ValueError where the given ones differ."""
+def resumed(given, saved):
+    """The options of a run that goes on, from its checkpoint and those given. Raises: ValueError.
+
+    saved: what the run saved beside the model.
+    """
+    options = saved["options"]
     for name, value in given.items():
         if name not in CHANGEABLE and options.get(name) != value:
             raise ValueError(f"--{dashed(name)} cannot change in a run that is resumed")
-    return argparse.Namespace(**options | given)
+    options = argparse.Namespace(**options | given)
+    if options.steps < saved["step"]:
+        raise ValueError(f"this run is at step {saved['step']} already: --steps must be more")
+    return options
 
 
 def dashed(name):
@@ -200,8 +263,7 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 def join_processes(options, model):
     """Make all processes start from the same weights; returns this one's part of a batch."""
     if PROCESSES > 1:
-        on_gpu = next(model.parameters()).is_cuda
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        dist.init_process_group()  # gloo on the CPU, nccl on GPUs
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
     size = options.batch_size // PROCESSES
@@ -244,6 +306,7 @@ class SimulatedClips:
         self.system = SYSTEMS[options.system]
         self.device = device
         self.lengths = torch.tensor([options.window], device=device)
+        self.reach = self.lengths  # a clip's first frame may be so far from its end
         self.train_clips = torch.zeros_like(self.lengths)  # all clips of a batch have this length
         self.pool = None
 
@@ -252,9 +315,8 @@ class SimulatedClips:
         options = self.options
         if self.pool != step // POOL:
             self.pool = step // POOL
-            generator_of_pool = generator_of(options.seed, self.pool, self.device)
-            n = options.batch_size * POOL
-            q, p = initial_states(self.system, n, generator_of_pool, self.device)
+            seeds = generator_of(options.seed, self.pool, self.device)
+            q, p = initial_states(self.system, options.batch_size * POOL, seeds, self.device)
             self.q, _ = simulate(self.system, q, p, options.window, options.dt)
         q = self.q.chunk(POOL)[step % POOL]  # (B, window, bodies, dims)
         q = q.take_along_dim(times[..., None, None], 1)
@@ -270,6 +332,7 @@ class RecordedClips:
         self.target = device
         self.device = torch.device("cpu")
         self.lengths = recordings.lengths
+        self.reach = self.lengths // 2  # they are long, and start anywhere in their first half
         self.train_clips = recordings.train
 
     def frames(self, step, clips, times, generator, part):
@@ -278,43 +341,67 @@ class RecordedClips:
 
 
 # -------------------------------------------------------------------------- the five kinds of run
-# A recipe is what one kind of run does: it completes the options, builds the model, prepares it,
-# gives batch `step` (the same whenever it is asked for), computes the losses, finishes the model
-# after the last step and reports its figures. A new kind is a recipe with its names in RECIPES, in
+# A recipe is what one kind of run does. A new kind is a recipe with its names in RECIPES, in
 # OF_KINDS and, for a new class of model, in --model and eval.MODELS.
 
 HGN_ARGUMENTS = ("arch", "context", "latent", "integrator", "substeps", "periodic", "f_psi",
                  "deterministic", "friction")  # fmt: skip
+TRAINING_ITERATIONS = 2  # of the implicit equations; with one H would learn the error of it
 TEST_CLIPS = 100  # that a run is measured on at its end; eval.py takes more
 MOST_PIXELS = 5e8  # of a batch: more would take gigabytes
 FIRST_BATCH = 2**19  # numbers of generators: batches start here, pools of trajectories at zero
 
 
-class PictureRecipe:
-    """What the three kinds of run on pictures share.
+class Recipe:
+    """What all kinds of run share.
 
-    Each adds `frames_in_a_row`, the frames that a clip must have; `batch(step)`; and `terms`, the
-    loss, the pixel error and the KL of a batch.
+    Each adds `build()`, a new model; `batch(step)`, the same whenever it is asked for;
+    `losses(model, *batch)`, scalars by their names, of which "loss" goes down; `legend`, what
+    these are; and `report(model, folder)`, the figures of the trained model.
     """
 
     lr_scales = ()
     muon = False
+    geco = None
+    geco_state = ()  # the tensors of it that change from step to step
     part = slice(None)  # of each batch, which this process takes
 
-    def __init__(self, options, test, device, one_shape=False):
+    def __init__(self, options, test, device, compile=False):
         self.options = options
         self.test = test
         self.device = device
-        self.one_shape = one_shape  # compiled steps and CUDA graphs take batches of one shape
+        self.compile = compile
+        self.one_shape = compile or device.type == "cuda"  # graphs are of one shape
+
+    @staticmethod
+    def complete(options):
+        """Fill in options that depend on others."""
+
+    def prepare(self, model):
+        """Set what training a new or a loaded model needs."""
+
+    def finish(self, model):
+        """What there is to do after the last step."""
+
+
+class PictureRecipe(Recipe):
+    """What the three kinds of run on pictures share.
+
+    Each adds `row`, the frames that a clip must have, at most `longest`; `batch(step)`; and
+    `terms`, the loss, the pixel error and the KL of a batch.
+    """
+
+    def __init__(self, options, test, device, compile=False):
+        super().__init__(options, test, device, compile)
         if test.data:
             self.source = RecordedClips(test.data, device)
         else:
             self.source = SimulatedClips(options, device)
         self.beta = torch.tensor(options.beta, device=device)
-        self.geco = None
         if options.geco:
             self.geco = GECO(options.geco, beta=options.beta, device=device)
             self.beta = self.geco.beta
+            self.geco_state = [self.geco.beta, self.geco.mse]
         lengths = self.source.lengths[self.source.train_clips]
         self.longest = min(options.window, int(lengths.max()))
         self.row = self.frames_in_a_row()
@@ -326,35 +413,39 @@ class PictureRecipe:
         # Long clips are drawn more often, so that every frame is as likely as any other.
         self.clips = self.source.train_clips.repeat_interleave(lengths * (lengths >= self.row))
 
-    @staticmethod
-    def complete(options):
-        """Fill in options that depend on others."""
-
     def build(self):
-        """The model for data like those of the test set."""
+        """A new model, in which what needs no learning is set from batches after the last one."""
         options = vars(self.options)
         arguments = {name: options[name] for name in HGN_ARGUMENTS if name in options}
-        return HGN(self.test.size, self.test.channels, dt=self.test.dt, **arguments)
-
-    def prepare(self, model):
-        """Set what needs no learning, from batches after the last one."""
+        model = HGN(self.test.size, self.test.channels, dt=self.test.dt, **arguments)
+        model.to(self.device)
         batches = [self.batch(self.options.steps + i)[0] for i in range(5)]
         model.init_from_data(torch.cat(batches).flatten(0, 1)[:1024])
+        return model
 
     def draw(self, step):
-        """Clips of batch `step`, (B, 1), and functions: random integers, and frames at times."""
-        device = self.source.device
-        generator = generator_of(self.options.seed, FIRST_BATCH + step, device)
-        size = self.options.batch_size
+        """What batch `step` is made of, for its recipe to put together.
 
-        def below(limit, n=1):  # random integers from 0 to limit - 1, (B, n)
-            return (torch.rand(size, n, generator=generator, device=device) * limit).long()
+        Returns: the times (B, row) of frames in a row, other times (B, targets) counted from the
+        first of the row, and a function of times (B, n) that gives the frames of this process.
+        """
+        source = self.source
+        generator = generator_of(self.options.seed, FIRST_BATCH + step, source.device)
 
-        def frames(times):  # (B, n, C, size, size) at times (B, n)
-            return self.source.frames(step, clips, times, generator, self.part)
+        def below(limits, n=1):  # random integers from 0 to limit - 1, (B, n)
+            shape = (self.options.batch_size, n)
+            return (torch.rand(shape, generator=generator, device=source.device) * limits).long()
+
+        def frames(times):  # (B, n) -> (B, n, C, size, size)
+            return source.frames(step, clips, times, generator, self.part)
 
         clips = self.clips[below(len(self.clips))]
-        return clips, below, frames
+        length = source.lengths[clips]
+        horizon = self.horizon(step)
+        ahead = source.reach[clips].clamp(max=horizon)
+        first = below(length - ahead.clamp(min=self.row - 1))
+        times = below((length - first).clamp(max=horizon + 1), self.options.targets or 0)
+        return first + torch.arange(self.row, device=source.device), times, frames
 
     def noise(self, model):
         """Noise for z, (B, ...), of which each process takes its part."""
@@ -366,11 +457,9 @@ class PictureRecipe:
         loss, mse, kl = self.terms(model, *batch)
         return {"loss": loss, "mse": mse, "kl": kl, "beta": self.beta}
 
-    def finish(self, model):
-        """Nothing to do after the last step."""
-
     def report(self, model, folder):
         """Figures of the trained model; its movie goes to the folder."""
+        print("painting a movie ...")
         save_movies(model, self.test, folder)
         result = measure(model, self.test)
         window = result["mse_per_frame"][: self.options.window]
@@ -382,26 +471,30 @@ class PictureRecipe:
 class PaperRecipe(PictureRecipe):
     """The published networks; the loss is the ELBO of frames in a row."""
 
+    legend = "loss: mse + beta kl / numbers in a picture; mse: of pixels in [0, 1]; kl: nats"
+
     def frames_in_a_row(self):
         return self.longest
 
-    def batch(self, step):
-        """Frames (B, row, C, size, size) from anywhere in a clip, and the times (B, targets) of
-        those to paint, or None where all are painted."""
-        clips, below, frames = self.draw(step)
-        first = below(self.source.lengths[clips] - self.row + 1)
-        times = None
-        if self.options.targets:
-            times = below(self.row, self.options.targets)[self.part].to(self.device)
-        return frames(first + torch.arange(self.row, device=first.device)), times
+    def horizon(self, step):
+        return self.row - 1
 
-    def terms(self, model, frames, times):
+    def batch(self, step):
+        """Frames (B, row, C, size, size) from anywhere in a clip and, unless all are painted, the
+        times (B, targets) of those to paint."""
+        row, times, frames = self.draw(step)
+        if not self.options.targets:
+            return (frames(row),)
+        return frames(row), times[self.part].to(self.device)
+
+    def terms(self, model, frames, times=None):
         return model.loss(frames, self.beta, self.noise(model), times)
 
 
 class HNNRecipe(PaperRecipe):
     """Hamiltonian Neural Networks on the published networks, see `hgn.hnn_loss`."""
 
+    legend = "loss: mse + error of the dynamics; mse: of pixels in [0, 1]"
     fixed = {"arch": "paper", "context": 2, "deterministic": True, "geco": None, "beta": 0.0}
 
     @classmethod
@@ -418,6 +511,7 @@ class HNNRecipe(PaperRecipe):
 class CompactRecipe(PictureRecipe):
     """The compact model and `charted_loss`."""
 
+    legend = "loss: relative to the variance of the pixels; mse: of pixels in [0, 1]; kl: nats"
     # Parameters whose name starts like this learn at so many times --lr; the first that fits.
     lr_scales = (("decoder.picture", 0.3), ("decoder", 3.0), ("encoder.filters", 0.1))
     muon = True
@@ -437,6 +531,9 @@ class CompactRecipe(PictureRecipe):
         if options.periodic is None:
             options.periodic = system.periodic
 
+    def prepare(self, model):
+        model.H.iterations = TRAINING_ITERATIONS
+
     def frames_in_a_row(self):
         return max(3, self.options.context)
 
@@ -446,25 +543,19 @@ class CompactRecipe(PictureRecipe):
         return min(self.longest - 1, grown)
 
     def batch(self, step):
-        """Frames to encode (B, context, C, S, S), to paint (B, targets, C, S, S), the times of
-        these (B, targets), counted from the first to encode, and how far to roll out."""
-        context = self.options.context
-        horizon = self.horizon(step)
-        clips, below, frames = self.draw(step)
-        length = self.source.lengths[clips]
-        ahead = length.clamp(max=horizon)
-        if self.test.data:  # recordings are long, and start anywhere in their first half
-            ahead = (length // 2).clamp(max=horizon)
-        first = below(length - ahead.clamp(min=context - 1))
-        times = below((length - first).clamp(max=horizon + 1), self.options.targets)
-        seen = first + torch.arange(context, device=first.device)
-        both = frames(torch.cat((seen, first + times), 1))
-        seen, targets = both.split([context, self.options.targets], 1)
-        rolled_out = self.longest - 1 if self.one_shape else horizon
-        return seen, targets, times[self.part].to(self.device), rolled_out
+        """Frames to encode (B, row, C, S, S), to paint (B, targets, C, S, S), and the times of
+        these (B, targets), counted from the first to encode."""
+        row, times, frames = self.draw(step)
+        both = frames(torch.cat((row, row[:, :1] + times), 1))
+        seen, targets = both.split([self.row, self.options.targets], 1)
+        return seen, targets, times[self.part].to(self.device)
 
-    def terms(self, model, *batch):
-        return charted_loss(model, *batch, self.beta, self.noise(model), average)
+    def terms(self, model, seen, targets, times):
+        horizon = self.longest - 1
+        if not self.one_shape:
+            horizon = times.max().item()
+        noise = self.noise(model)
+        return charted_loss(model, seen, targets, times, horizon, self.beta, noise, average)
 
     def finish(self, model):
         """Fit the prior to the states of many clips, from batches after the last one."""
@@ -478,39 +569,25 @@ class CompactRecipe(PictureRecipe):
         n = min(self.frames_of_prior // options.context, 64 * rounds) // options.batch_size
         states = []
         with torch.no_grad():
-            for i in range(max(1, n)):
+            for i in tqdm(range(max(1, n)), "encoding clips for the prior", disable=RANK > 0):
                 frames = recipe.batch(options.steps + i)[0]
                 states.append(torch.stack(model.encode(frames)))
         mean, logvar = torch.cat(states, 1)
         fit_prior(model.prior, mean, logvar, rounds, options.seed)
 
 
-class FlowRecipe:
+class FlowRecipe(Recipe):
     """A Neural Hamiltonian Flow, on points."""
 
-    lr_scales = ()
+    legend = "loss: of -log p(x), in nats"
     muon = True
-    geco = None
-    part = slice(None)  # of each batch, which this process takes
     draws = 4  # of p for each point
-
-    def __init__(self, options, test, device, one_shape=False):
-        self.options = options
-        self.test = test
-
-    @staticmethod
-    def complete(options):
-        """Nothing depends on other options."""
 
     def build(self):
         options = self.options
         points = self.test
-        sizes = {"hamiltonians": options.hamiltonians, "steps": options.leapfrog_steps}
-        units = {"shift": points.shift, "scale": points.scale}
-        return NHF(points.dim, kinetic=options.kinetic, **sizes, **units)
-
-    def prepare(self, model):
-        """Nothing to do before the first step."""
+        sizes = (points.dim, options.hamiltonians, options.leapfrog_steps)
+        return NHF(*sizes, kinetic=options.kinetic, shift=points.shift, scale=points.scale)
 
     def batch(self, step):
         """Points x (B, D) and noise for the momenta of each, (draws, B, D)."""
@@ -527,11 +604,9 @@ class FlowRecipe:
         iwae = weights.logsumexp(0).mean() - math.log(len(weights))
         return {"loss": -(elbo + iwae) / 2}
 
-    def finish(self, model):
-        """Nothing to do after the last step."""
-
     def report(self, model, folder):
         """Figures of the trained model, on fewer points than eval.py takes."""
+        print("measuring on held-out points ...")
         return measure_flow(model, self.test, 2000, (64,))
 
 
@@ -539,8 +614,8 @@ class RealNVPRecipe(FlowRecipe):
     """The paper's baseline, with as many parameters as the default NHF."""
 
     def build(self):
-        units = {"shift": self.test.shift, "scale": self.test.scale}
-        return RealNVPFlow.like(NHF(self.test.dim, **units))
+        points = self.test
+        return RealNVPFlow.like(NHF(points.dim, shift=points.shift, scale=points.scale))
 
 
 RECIPES = {
@@ -552,14 +627,29 @@ RECIPES = {
 }
 
 
-def recipe_of(options, device, compile=False):
-    """The recipe of a run with these options, with its data."""
+def recipe_of(options, device=None, compile=False):
+    """The recipe of a run with these options, with its data, on the device of this name."""
     if options.batch_size % PROCESSES:
         raise ValueError(f"--batch-size must be a multiple of the {PROCESSES} processes")
     kind = options.arch if options.model == "hgn" else options.model
+    device = device_of(options, device)
     test = test_set(vars(options), TEST_CLIPS, device)
     options.digest = test.digest
-    return RECIPES[kind](options, test, device, compile or device.type == "cuda")
+    return RECIPES[kind](options, test, device, compile)
+
+
+def device_of(options, name):
+    """The device called `name`, or the best there is; flows, which are small, run on the CPU."""
+    if options.model in FLOWS:
+        if name not in (None, "cpu"):
+            raise ValueError("flows are small and run on the CPU: leave --device out")
+        return torch.device("cpu")
+    if PROCESSES > 1 and name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of new streams and graphs
+    return device
 
 
 # -------------------------------------------------------------------------------------- optimisers
@@ -582,15 +672,16 @@ def make_optimisers(model, lr, lr_scales=(), muon=False):
         else:
             by_scale.setdefault(scale, []).append(weight)
     device = next(model.parameters()).device
+
+    def group(weights, scale):
+        return {"params": weights, "lr": torch.tensor(lr, device=device), "lr_scale": scale}
+
+    groups = [group(weights, scale) for scale, weights in by_scale.items()]
     on_gpu = device.type == "cuda"
-    groups = []
-    for scale, weights in by_scale.items():
-        rate = torch.tensor(lr, device=device)
-        groups.append({"params": weights, "lr": rate, "lr_scale": scale})
     how = {"betas": (0.9, 0.99), "eps": 1e-12, "fused": on_gpu, "capturable": on_gpu}
     optimisers = [torch.optim.Adam(groups, lr, **how)]
     if matrices:
-        optimisers.append(Muon(matrices, {"lr": torch.tensor(lr, device=device), "lr_scale": 1.0}))
+        optimisers.append(Muon([group(matrices, 1.0)], {}))
     return optimisers
 
 
@@ -668,8 +759,8 @@ def stepper(model, losses, optimisers, geco=None, largest_norm=1.0):
 class Graphed:
     """A training step on a GPU: three times as it is, then one CUDA graph that replays it.
 
-    It runs on a stream of its own, which the caller's stream waits for, and returns scalars by
-    name. Raises: ValueError for tensors of other shapes, or other numbers, than in the first call.
+    It takes tensors and returns scalars by name. It runs on a stream of its own, which the caller's
+    stream waits for. Raises: ValueError for tensors of other shapes than the graph was made for.
     """
 
     warm_up = 3  # calls before the graph is captured, as torch asks for
@@ -681,43 +772,41 @@ class Graphed:
 
     def __call__(self, *batch):
         self.calls += 1
-        shapes = [x.shape if torch.is_tensor(x) else x for x in batch]
-        if self.calls == 1:
-            self.shapes = shapes
-            self.batch = [x.clone() if torch.is_tensor(x) else x for x in batch]
-        if shapes != self.shapes:
-            raise ValueError(f"this step was captured for a batch of {self.shapes}, not {shapes}")
         callers_stream = torch.cuda.current_stream()
         self.stream.wait_stream(callers_stream)
         with torch.cuda.stream(self.stream):
-            for mine, new in zip(self.batch, batch, strict=True):
-                if torch.is_tensor(new):
-                    mine.copy_(new)
-            values = self.run()
+            values = self.run(batch)
         callers_stream.wait_stream(self.stream)
         return values
 
-    def run(self):
-        """Take the step on `self.batch`, in the way that this call has."""
+    def run(self, batch):
+        """Take the step on the batch, in the way that this call has."""
         if self.calls <= self.warm_up:
-            return self.step(*self.batch)
+            return self.step(*batch)
         if self.calls == self.warm_up + 1:
-            self.graph = torch.cuda.CUDAGraph()
-            # In this mode other threads may use the GPU meanwhile, as those of nccl do.
-            how = {"stream": self.stream, "capture_error_mode": "thread_local"}
-            with torch.cuda.graph(self.graph, **how):
-                self.values = self.step(*self.batch)
+            self.capture(batch)
+        for mine, new in zip(self.batch, batch, strict=True):
+            if mine.shape != new.shape:
+                raise ValueError(f"this step was captured for {mine.shape}, not {new.shape}")
+            mine.copy_(new)
         self.graph.replay()
         return {name: value.clone() for name, value in self.values.items()}
 
+    def capture(self, batch):
+        """Record what the step launches, without running it, on a copy of the batch."""
+        self.batch = [x.clone() for x in batch]
+        self.graph = torch.cuda.CUDAGraph()
+        # In this mode other threads may use the GPU meanwhile, as those of nccl do.
+        how = {"stream": self.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self.graph, **how):
+            self.values = self.step(*self.batch)
 
-def step_of(recipe, model, optimisers, compile=False):
+
+def step_of(recipe, model, optimisers):
     """The training step of a recipe."""
-
-    def losses(*batch):
-        return recipe.losses(model, *batch)
-
-    if compile:
+    recipe.prepare(model)
+    losses = partial(recipe.losses, model)
+    if recipe.compile:
         losses = compiled(losses)
     return stepper(model, losses, optimisers, recipe.geco)
 
@@ -739,7 +828,7 @@ def fit_prior(prior, mean, logvar, rounds=4000, seed=0, lr=5e-3):
         return {"loss": prior.kl(z, mean, logvar).mean()}
 
     step = stepper(prior, losses, optimisers)
-    for i in range(rounds):
+    for i in tqdm(range(rounds), "fitting the prior", disable=RANK > 0):
         set_rate(optimisers, lr, i, rounds)
         some = torch.randint(len(mean), (min(512, rounds),), device=mean.device)
         z = prior.draw(mean[some], logvar[some])
@@ -764,12 +853,9 @@ class Run:
         self.step = 0
         self.logged = 0  # bytes of metrics.jsonl
         self.began = time.time()
-        self.lock()
-
-    def geco_state(self):
-        """The tensors of GECO that change from step to step."""
-        geco = self.recipe.geco
-        return [geco.beta, geco.mse] if geco else []
+        if RANK == 0:
+            refuse_trained(folder)
+            (folder / "pid").write_text(str(os.getpid()))
 
     def save(self):
         """Write the checkpoint, in one piece. `HGN.load` and `NHF.load` read the model in it."""
@@ -781,7 +867,7 @@ class Run:
             "seconds": time.time() - self.began,
             "logged": self.logged,
             "optimisers": [optimiser.state_dict()["state"] for optimiser in self.optimisers],
-            "geco": [x.item() for x in self.geco_state()],
+            "geco": [x.item() for x in self.recipe.geco_state],
             **provenance(),
         }
         self.model.save(self.folder / "checkpoint.pt", run=run)
@@ -794,7 +880,7 @@ class Run:
         for optimiser, state in zip(self.optimisers, run["optimisers"], strict=True):
             # The learning rates stay the tensors that they are.
             optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-        for tensor, value in zip(self.geco_state(), run["geco"], strict=True):
+        for tensor, value in zip(self.recipe.geco_state, run["geco"], strict=True):
             tensor.fill_(value)
         if RANK == 0:
             with open(self.folder / "metrics.jsonl", "a") as log:
@@ -810,18 +896,17 @@ class Run:
             log.write(line + "\n")
             self.logged = log.tell()
 
-    def lock(self):
-        """Refuse to train in a folder in which another run does. Raises: ValueError."""
-        if RANK > 0:
-            return
-        pid = self.folder / "pid"
-        if pid.exists():
-            other = pid.read_text()
-            command = Path("/proc", other, "cmdline")
-            # Numbers of processes come back, then for other commands.
-            if other != str(os.getpid()) and command.exists() and "train" in command.read_text():
-                raise ValueError(f"process {other} trains {self.folder}: wait, or delete {pid}")
-        pid.write_text(str(os.getpid()))
+
+def refuse_trained(folder):
+    """Raises: ValueError where another process trains in the folder."""
+    pid = folder / "pid"
+    if not pid.exists():
+        return
+    other = pid.read_text()
+    command = Path("/proc", other, "cmdline")
+    # Numbers of processes come back, then for other commands.
+    if other != str(os.getpid()) and command.exists() and "train" in command.read_text():
+        raise ValueError(f"process {other} trains {folder}: wait, or choose another --name")
 
 
 def new_folder(options, name):
@@ -831,7 +916,8 @@ def new_folder(options, name):
     if folder.name != stem:
         raise ValueError(f"--name {stem} is not the name of a folder")
     if name and folder.exists():
-        raise ValueError(f"{folder} exists: --resume {folder} goes on with it")
+        refuse_trained(folder)
+        raise ValueError(f"{folder} exists: --resume {folder} goes on, or choose another --name")
     number = 2
     while folder.exists():
         folder = Path("runs", f"{stem}-{number}")
@@ -840,7 +926,34 @@ def new_folder(options, name):
     return folder
 
 
+def start(recipe, name):
+    """A new run in a folder of its own."""
+    model = recipe.build()
+    folder = new_folder(recipe.options, name) if RANK == 0 else None
+    run = Run(folder, recipe, model)
+    run.log(config=vars(recipe.options), processes=PROCESSES, **provenance())
+    run.save()
+    return run
+
+
+def resume(where, given, device, compile):
+    """The run whose folder or checkpoint is at `where`, as it stopped. Raises: ValueError."""
+    if PROCESSES > 1 and not where:
+        raise ValueError("which run is the newest may change meanwhile: --resume runs/NAME")
+    path = find_run(where or None)
+    model, saved = load(path)
+    if path.name != "checkpoint.pt" or not saved.get("optimisers"):
+        raise ValueError(f"{path} is not the checkpoint.pt of a run that can go on: train anew")
+    recipe = recipe_of(resumed(given, saved), device, compile)
+    run = Run(path.parent, recipe, model.to(recipe.device))
+    run.restore(saved)
+    return run
+
+
 # ---------------------------------------------------------------------------------------- the loop
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
@@ -851,34 +964,34 @@ class Interruption:
 
     def __init__(self):
         self.signal = 0
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, self.on_signal) for number in signals}
+        for caught in SIGNALS:
+            signal.signal(caught, self.on_signal)
 
     def end(self):
-        """Let signals do again what they did before."""
-        for caught, handler in self.before.items():
-            signal.signal(caught, handler)
+        """Let signals end the process at once."""
+        for caught in SIGNALS:
+            signal.signal(caught, signal.SIG_DFL)
 
     def on_signal(self, number, frame):
         self.signal = number
         if PROCESSES == 1:
-            signal.signal(number, signal.SIG_DFL)
+            self.end()
 
 
 LOG_EVERY = 20  # steps
 MOST_BAD_LOGS = 5  # lines of the log whose loss is not finite: it does not come back
 
 
-def train(run, compile=False):
+def train(run):
     """Train to the last step or to a signal, with a log and checkpoints on the way."""
     options = run.options
     recipe = run.recipe
     recipe.part = join_processes(options, run.model)
-    take_step = step_of(recipe, run.model, run.optimisers, compile)
+    take_step = step_of(recipe, run.model, run.optimisers)
     interruption = Interruption()
     bad_logs = 0
     stop = 0
-    with tqdm(initial=run.step, total=options.steps, unit="step", disable=RANK > 0) as bar:
+    with tqdm(desc="training", total=options.steps, initial=run.step, disable=RANK > 0) as bar:
         while run.step < options.steps and not stop:
             # The noise of z is drawn from here: a resumed run draws what it would have drawn.
             torch.manual_seed((options.seed << 20) + run.step)
@@ -886,21 +999,22 @@ def train(run, compile=False):
             values = take_step(*recipe.batch(run.step))
             run.step += 1
             bar.update()
-            if run.step == options.steps:
-                recipe.finish(run.model)
             stop = average(torch.tensor(float(interruption.signal))).item()
-            last = run.step == options.steps or stop
-            if run.step % LOG_EVERY == 0 or last:
+            if run.step % LOG_EVERY == 0 or run.step == options.steps or stop:
                 numbers = {name: value.item() for name, value in values.items()}
-                bar.set_postfix({name: f"{value:.3g}" for name, value in numbers.items()})
+                bar.set_postfix(numbers)
                 run.log(**numbers)
                 bad_logs = 0 if math.isfinite(numbers["loss"]) else bad_logs + 1
             if bad_logs == MOST_BAD_LOGS:
                 raise ValueError(f"the loss is not finite at step {run.step}: lower --lr")
-            if bad_logs == 0 and (run.step % options.save_every == 0 or last):
+            if bad_logs == 0 and run.step % options.save_every == 0 and run.step < options.steps:
                 run.save()
+    if run.step == options.steps:
+        recipe.finish(run.model)
+    if bad_logs == 0:
+        run.save()
     interruption.end()
-    if stop:
+    if stop or interruption.signal:
         if RANK == 0:
             print(f"stopped: python train.py --resume {run.folder} goes on")
         raise SystemExit(128 + (interruption.signal or signal.SIGTERM))
@@ -909,46 +1023,48 @@ def train(run, compile=False):
 # --------------------------------------------------------------------------------------- the speed
 
 
-def timed(what, n, call):
+LEAST_SECONDS = 2  # that a median is taken over
+
+
+def timed(what, n, function, *arguments):
     """Time a call that does n things: the first call, which compiles, and the median after it."""
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    begin = time.time()
-    call()
-    if on_gpu:
-        torch.cuda.synchronize()
-    first = time.time() - begin
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    median = timer.blocked_autorange(min_run_time=2).median
-    print(f"{what:<42}{1e3 * median:9.4g} ms{n / median:10.4g}/s, first {first:.3g} s")
-    row = {"what": what, "first_s": first, "s": median, "per_s": n / median}
-    if on_gpu:
-        row["peak_bytes"] = torch.cuda.max_memory_allocated()
-    return row
+    times = []
+    while len(times) < 4 or sum(times[1:]) < LEAST_SECONDS:
+        begin = time.perf_counter()
+        function(*arguments)
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    first, *others = times
+    s = statistics.median(others)
+    print(f"{what:<42}{1e3 * s:9.4g} ms{n / s:10.4g}/s, first {first:.3g} s")
+    peak = torch.cuda.max_memory_allocated()  # 0 without a GPU
+    return {"what": what, "first_s": first, "s": s, "per_s": n / s, "peak_bytes": peak}
 
 
-def bench(recipe, device, compile):
-    """Time a matmul, the simulation of clips and the training step of a recipe.
+def bench(recipe):
+    """Time a matmul, the drawing of a batch and the training step of a recipe.
 
     On a GPU the step is timed kernel by kernel, and then as a graph. The table goes to a file too.
     """
+    if PROCESSES > 1:
+        raise ValueError("--bench measures one process: start it without torchrun")
     options = recipe.options
-    model = recipe.build().to(device)
-    step = step_of(recipe, model, optimisers_of(recipe, model), compile)
+    model = recipe.build()
+    step = step_of(recipe, model, optimisers_of(recipe, model))
     batch = recipe.batch(options.steps)  # with the farthest horizon
-    a = torch.randn(4096, 4096, device=device)
-    rows = [timed("matmul of 4096, TFLOP", 2 * 4096**3 / 1e12, partial(torch.matmul, a, a))]
-    if options.system:
-        n = 8192 if device.type == "cuda" else 1024
-        simulate_clips = partial(clips, SYSTEMS[options.system], n, device=device)
-        rows.append(timed(f"clips of {options.system}", n, simulate_clips))
+    a = torch.randn(4096, 4096, device=recipe.device)
+    table = [timed("matmul of 4096, TFLOP", 2 * 4096**3 / 1e12, torch.matmul, a, a)]
+    table.append(timed("batch", options.batch_size, recipe.batch, options.steps))
     if isinstance(step, Graphed):
-        eager = partial(step.step, *batch)
-        rows.append(timed("training step, kernel by kernel", options.batch_size, eager))
-    rows.append(timed("training step", options.batch_size, partial(step, *batch)))
-    report = {**provenance(), "threads": torch.get_num_threads(), "config": vars(options)}
-    report["table"] = rows
+        what = "training step, kernel by kernel"
+        table.append(timed(what, options.batch_size, step.step, *batch))
+    table.append(timed("training step", options.batch_size, step, *batch))
+    threads = torch.get_num_threads()
+    report = {**provenance(), "threads": threads, "config": vars(options), "table": table}
     Path("runs").mkdir(exist_ok=True)
     write_file("runs/bench.json", json.dumps(report, indent=1).encode())
     print("wrote runs/bench.json")
@@ -957,78 +1073,38 @@ def bench(recipe, device, compile):
 # ------------------------------------------------------------------------------------ the command
 
 
-def device_of(options, name):
-    """The device called `name`, or the best there is; flows, which are small, run on the CPU."""
-    if options.model in FLOWS:
-        if name not in (None, "cpu"):
-            raise ValueError("flows are small and run on the CPU: leave --device out")
-        name = "cpu"
-    elif PROCESSES > 1 and name in (None, "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = pick_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # of new streams and graphs
-    return device
-
-
-def start(recipe, name, device):
-    """A new run in a folder of its own."""
-    options = recipe.options
-    model = recipe.build().to(device)
-    recipe.prepare(model)
-    folder = new_folder(options, name) if RANK == 0 else None
-    run = Run(folder, recipe, model)
-    run.log(config=vars(options), processes=PROCESSES, **provenance())
-    run.save()
-    return run
-
-
-def resume(path, given, device_name, compile):
-    """The run whose checkpoint is at `path`, where it stopped. Raises: ValueError."""
-    model, saved = load(path)
-    if path.name != "checkpoint.pt" or not saved.get("optimisers"):
-        raise ValueError(f"{path} is not the checkpoint.pt of a run that can go on: train anew")
-    options = resumed(given, saved["options"])
-    device = device_of(options, device_name)
-    recipe = recipe_of(options, device, compile)
-    run = Run(path.parent, recipe, model.to(device))
-    run.restore(saved)
-    return run
-
-
-def run_command(given):
-    """Train what the given options ask for, measure it, and say where it is."""
-    command = {name: given.pop(name, None) for name in OF_THE_COMMAND}
-    compile = command["compile"]
-    if command["resume"] is None:
-        options = settle(given)
-        device = device_of(options, command["device"])
-        torch.manual_seed(options.seed)
-        recipe = recipe_of(options, device, compile)
-        if command["bench"]:
-            if PROCESSES > 1:
-                raise ValueError("--bench measures one process: start it without torchrun")
-            return bench(recipe, device, compile)
-        run = start(recipe, command["name"], device)
-    else:
-        if PROCESSES > 1 and not command["resume"]:
-            raise ValueError("which run is the newest may change meanwhile: --resume runs/NAME")
-        path = find_run(command["resume"] or None)
-        run = resume(path, given, command["device"], compile)
-    if RANK == 0:
-        print(run.recipe.test.summary)
-        print(f"{run.folder}: step {run.step} of {run.options.steps}")
-    run.model.train()
-    train(run, compile)
-    if RANK > 0:
-        return
-    run.model.eval()
-    result = run.recipe.report(run.model, run.folder)
+def conclude(run):
+    """Measure the model as it was saved, and say where it is."""
+    recipe = run.recipe
+    model, _ = load(run.folder, recipe.device)
+    result = recipe.report(model, run.folder)
     run.log(**{name: value for name, value in result.items() if isinstance(value, float)})
     save_curves(run.folder)
     print_table(vars(run.options), result)
     seconds = time.time() - run.began
     print(f"\n{seconds:.0f} s. Then: python eval.py --checkpoint {run.folder}")
+
+
+def run_command(given):
+    """Train what the given options ask for, measure it, and say where it is."""
+    device, compile, where, name, only_speed = [given.pop(name, None) for name in COMMAND]
+    if where is None:
+        options = settle(given)
+        torch.manual_seed(options.seed)
+        recipe = recipe_of(options, device, compile)
+        if only_speed:
+            return bench(recipe)
+        run = start(recipe, name)
+    else:
+        run = resume(where, given, device, compile)
+    if RANK == 0:
+        print(run.recipe.test.summary)
+        print(f"{run.folder}: step {run.step} of {run.options.steps}")
+        print(run.recipe.legend)
+    if run.step < run.options.steps:
+        train(run)
+    if RANK == 0:
+        conclude(run)
 
 
 def main():
