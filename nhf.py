@@ -36,9 +36,14 @@ def log_normal(x):
 class Flow(Saved):
     """What NHF and RealNVPFlow share: the user's units. Inside, x is scale^-1 (x - shift).
 
+    Beyond `tail` such units a coordinate counts by its logarithm, as a Gaussian base cannot reach
+    far. Densities are exact all the same.
+    Data are tensors, arrays or lists; densities and samples are float64, as data are inside units.
     shift: a number or (dim,). scale: a number above 0 or a lower triangular matrix (dim, dim).
     Raises: ValueError for other values.
     """
+
+    tail = 3.0
 
     def __init__(self, dim, shift=0.0, scale=1.0):
         super().__init__()
@@ -56,20 +61,30 @@ class Flow(Saved):
         self.scale = nn.Buffer(scale.clone())
         self.dim = dim
 
-    def standardise(self, x):
-        """Data (..., dim) -> standardised data, and log |det scale|, which densities lose.
+    def as_points(self, x):
+        """Data (..., dim) as a float64 tensor, as they may be far from zero.
 
         Raises: ValueError for data of another dimension.
         """
+        x = torch.as_tensor(x, dtype=torch.float64, device=self.shift.device)
         if x.shape[-1:] != (self.dim,):
             raise ValueError(f"points must be (..., {self.dim}), not {list(x.shape)}")
-        # In float64, as data may be far from zero; the model itself may be of float32.
-        x = (x.double() - self.shift) @ self.scale.double().inverse().mT
-        return x.to(next(self.parameters()).dtype), self.scale.diagonal().log().sum()
+        return x
+
+    def standardise(self, x):
+        """Data (..., dim) -> standardised data, and the log-density (...) that this costs."""
+        x = (self.as_points(x) - self.shift) @ self.scale.double().inverse().mT
+        beyond = (x.abs() / self.tail).clamp(min=1)
+        x = x / beyond * (1 + beyond.log())
+        log_volume = self.scale.diagonal().log().sum() + beyond.log().sum(-1)
+        return x.to(next(self.parameters()).dtype), log_volume
 
     def unstandardise(self, q):
         """Standardised data (..., dim) -> data, in float64."""
-        return q.double() @ self.scale.double().mT + self.shift
+        q = q.double()
+        log_beyond = (q.abs() / self.tail - 1).clamp(min=0)
+        x = q / (1 + log_beyond) * log_beyond.exp()
+        return x @ self.scale.double().mT + self.shift
 
     def noise(self, *shape, generator=None):
         """N(0, I) in the model's precision and on its device, drawn on the generator's."""
@@ -99,7 +114,7 @@ class Quadratic(nn.Module):
         return p @ self.L @ self.L.mT
 
 
-class SeparableHamiltonian(Hamiltonian):
+class FlowHamiltonian(Hamiltonian):
     """H(q, p) = K(p) + V(q), where K is a `Quadratic` or, with kinetic="mlp", like V an MLP."""
 
     def __init__(self, dim, width, kinetic="quadratic"):
@@ -147,7 +162,7 @@ class NHF(Flow):
         super().__init__(dim, **units)
         self.config = config
         self.H = nn.ModuleList(
-            SeparableHamiltonian(dim, width, kinetic) for _ in range(hamiltonians)
+            FlowHamiltonian(dim, width, kinetic) for _ in range(hamiltonians)
         )
         # At first all steps together take a quarter of the period of a unit mass in V's |q|^2 / 2.
         dt = torch.full((hamiltonians, steps), 1.6 / hamiltonians / steps)
@@ -190,6 +205,7 @@ class NHF(Flow):
 
         On average it is a lower bound, which is tighter for more samples.
         """
+        x = self.as_points(x)
         log_p = []
         block = max(1, 2048 // samples)  # points whose states fit into the cache of a CPU
         for part in x.reshape(-1, x.shape[-1]).split(block):
@@ -198,8 +214,9 @@ class NHF(Flow):
             log_p.append(log_mean)
         return torch.cat(log_p).view(x.shape[:-1])
 
+    @torch.no_grad()
     def sample(self, n, generator=None):
-        """n points (n, dim), in float64; gradients reach the weights."""
+        """n points (n, dim), in float64, without gradients: for these see `flow`."""
         q, p = self.noise(2, n, self.dim, generator=generator)
         path_q, _ = self.flow(q, p)
         return self.unstandardise(path_q[:, -1])
@@ -237,8 +254,9 @@ class RealNVPFlow(Flow):
         """The interface of NHF: one weight for each point, log p(x) itself, (1, B)."""
         return self.log_prob(x).unsqueeze(0)
 
+    @torch.no_grad()
     def sample(self, n, generator=None):
-        """n points (n, dim), in float64; gradients reach the weights."""
+        """n points (n, dim), in float64, without gradients: for these see `couplings`."""
         x, _ = self.couplings.inverse(self.noise(n, self.dim, generator=generator))
         return self.unstandardise(x)
 
@@ -355,7 +373,7 @@ class Points:
         held_out: points to test with, which `draw` never returns; of given points a tenth, chosen
             by `seed`.
         rows: the given points without those held out, or a sample of the density, float64.
-        shift: the mean of the rows, (dim,).
+        shift: the mean of the rows, of which far ones count as nearer, see `FAR`, (dim,).
         scale: the Cholesky factor of their covariance, (dim, dim).
         digest: of given points, a text that differs where they differ; else None.
         summary: a line about all this, in which given points are called `name`.
@@ -377,10 +395,15 @@ class Points:
             self.digest = f"points {tuple(rows.shape)}, CRC {zlib.crc32(rows.numpy()):x}"
             self.held_out, self.rows = rows.tensor_split([max(1, len(rows) // 10)])
         self.dim = self.rows.shape[1]
-        self.shift = self.rows.mean(0)
-        self.scale = covariance_factor(self.rows, name)
+        near, far = drawn_in(self.rows)
+        self.shift = near.mean(0)
+        self.scale = covariance_factor(near, name)
         self.summary = f"{name}: {self.digest or 'fresh points'}, {len(self.held_out)} held out"
-        self.summary += warning(self.rows)
+        if far:
+            self.summary += f"; {far} rows lie far from the rest, and do not set the scale"
+        distinct = min(len(column.unique()) for column in self.rows.T)
+        if distinct < len(self.rows) / 2:
+            self.summary += f"; a column has only {distinct} values, no density: add noise"
 
     def draw(self, n, generator=None):
         """n points to learn from, (n, dim): fresh ones of a density, else some of the rows."""
@@ -403,20 +426,20 @@ def valid_points(source, name):
     return points
 
 
-FAR = 100  # times the median distance from the median: farther rows set the scale for all others
+FAR = 4  # times the distance from the median that nine of ten rows keep, in each column
 
 
-def warning(rows):
-    """What makes the likelihood of points (N, D) say little, as text to append; else no text."""
-    text = ""
-    away = (rows - rows.median(0).values).abs()
-    far = (away > FAR * away.median(0).values).any(1).sum().item()
-    distinct = min(len(column.unique()) for column in rows.T)
-    if distinct < len(rows) / 2:
-        text = f"; a column has only {distinct} values: their density has no bound, add noise"
-    elif far:
-        text = f"; {far} of the rows lie very far from the rest, which suffers: leave them out"
-    return text
+def drawn_in(rows):
+    """Rows (N, D) with each coordinate farther than `FAR` drawn in to there, and how many had one.
+
+    A single row cannot then set the scale of all others. Of Gaussian rows none is that far.
+    """
+    median = rows.median(0).values
+    away = (rows - median).abs()
+    largest = FAR * away.kthvalue(len(rows) - len(rows) // 10, 0).values
+    near = rows.clamp(median - largest, median + largest)
+    far = (near != rows).any(1).sum().item()
+    return near, far
 
 
 def covariance_factor(rows, name):
