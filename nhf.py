@@ -87,10 +87,8 @@ class Flow(Saved):
         return x @ self.scale.double().mT + self.shift
 
     def noise(self, *shape, generator=None):
-        """N(0, I) in the model's precision and on its device, drawn on the generator's."""
-        weight = next(self.parameters())
-        device = weight.device if generator is None else generator.device
-        return torch.randn(shape, generator=generator, device=device).to(weight)
+        """N(0, I) in the model's precision and on its device, drawn on the CPU."""
+        return torch.randn(shape, generator=generator).to(next(self.parameters()))
 
     def elbo(self, x, generator=None):
         """The evidence lower bound of log p(x), by one draw of p: x (..., dim) -> (...)."""
@@ -325,8 +323,7 @@ def sample_pinwheel(n, generator=None):
     radius = 0.3 * x + 1
     arm = torch.randint(5, (n,), generator=generator)  # a quarter of a turn apart: two coincide
     angle = pi / 2 * arm + 0.25 * radius.exp()
-    across = 0.1 * y
-    return 2 * (polar(radius, angle) + xy(-across * angle.sin(), across * angle.cos()))
+    return 2 * (polar(radius, angle) + polar(0.1 * y, angle + pi / 2))
 
 
 def sample_spirals(n, generator=None):
@@ -400,7 +397,7 @@ class Points:
         self.scale = covariance_factor(near, name)
         self.summary = f"{name}: {self.digest or 'fresh points'}, {len(self.held_out)} held out"
         if far:
-            self.summary += f"; {far} rows lie far from the rest, and do not set the scale"
+            self.summary += f"; {far} of the rows lie far from the rest, and do not set the scale"
         distinct = min(len(column.unique()) for column in self.rows.T)
         if distinct < len(self.rows) / 2:
             self.summary += f"; a column has only {distinct} values, no density: add noise"
@@ -418,7 +415,7 @@ def valid_points(source, name):
     Raises: ValueError for other shapes, NaN and infinity.
     """
     points = torch.as_tensor(source, dtype=torch.float64, device="cpu")
-    if points.dim() != 2 or len(points) < 2 or points.shape[1] == 0:
+    if points.dim() != 2 or points[1:].numel() == 0:
         raise ValueError(f"{name} must be points (N, D), N > 1, not {list(points.shape)}")
     bad = (~points.isfinite()).nonzero()
     if len(bad):
@@ -447,15 +444,14 @@ def covariance_factor(rows, name):
 
     Raises: ValueError where a column is a constant or a sum of others.
     """
-    centred = rows - rows.mean(0)
-    covariance = centred.mT @ centred / len(rows)
-    scale, failed_at = torch.linalg.cholesky_ex(covariance)
-    # The diagonal holds what each column adds to those before it, which must exceed rounding.
-    rounding = 1e-6 * covariance.diagonal().sqrt() + 1e-12 * rows.abs().amax(0)
-    bad = (scale.diagonal() <= rounding).nonzero()
-    if failed_at or len(bad):
-        column = failed_at - 1 if failed_at else bad[0]
+    centred = (rows - rows.mean(0)) / len(rows) ** 0.5
+    _, R = torch.linalg.qr(centred, mode="r")  # centred^T centred = R^T R
+    new = R.diagonal()  # what each column adds to those before it, which must exceed rounding
+    rounding = 1e-6 * centred.norm(dim=0) + 1e-12 * rows.abs().amax(0)
+    bad = (new.abs() <= rounding[: len(new)]).nonzero()
+    if len(bad):
+        column = bad[0].item()
         raise ValueError(
-            f"{name}: column {int(column)} is a constant or a sum of others: drop it, or add rows"
+            f"{name}: column {column} is a constant or a sum of others: drop it, or add rows"
         )
-    return scale
+    return R.mT * new.sign()
