@@ -55,7 +55,7 @@ class Flow(Saved):
             raise ValueError(f"shift must be a number or ({dim},), scale one or ({dim}, {dim})")
         # A logarithm is finite only of a number above 0.
         numbers = shift + scale.diagonal().log()
-        if not numbers.isfinite().all() or not scale.equal(scale.tril()):
+        if not numbers.isfinite().all() or scale.triu(1).any():
             raise ValueError("shift must be finite, scale above 0 or a lower triangular matrix")
         self.shift = nn.Buffer(shift.expand(dim).clone())
         self.scale = nn.Buffer(scale.clone())
@@ -75,8 +75,9 @@ class Flow(Saved):
         """Data (..., dim) -> standardised data, and the log-density (...) that this costs."""
         x = (self.as_points(x) - self.shift) @ self.scale.double().inverse().mT
         beyond = (x.abs() / self.tail).clamp(min=1)
-        x = x / beyond * (1 + beyond.log())
-        log_volume = self.scale.diagonal().log().sum() + beyond.log().sum(-1)
+        log_beyond = beyond.log()
+        x = x / beyond * (1 + log_beyond)
+        log_volume = self.scale.diagonal().log().sum() + log_beyond.sum(-1)
         return x.to(next(self.parameters()).dtype), log_volume
 
     def unstandardise(self, q):
@@ -100,8 +101,8 @@ class Quadratic(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        # The masses start heavy: q drifts slowly, so that the wells of V can focus it.
-        self.L = nn.Parameter(0.3 * torch.eye(dim))
+        # The masses start heavy: in the last drift the spread of p blurs edges by its velocity.
+        self.L = nn.Parameter(0.15 * torch.eye(dim))
 
     def forward(self, p):
         """p (..., dim) -> K (...)."""
@@ -119,6 +120,10 @@ class FlowHamiltonian(Hamiltonian):
         super().__init__()
         self.K = Quadratic(dim) if kinetic == "quadratic" else PotentialMLP(dim, width)
         self.V = PotentialMLP(dim, width)
+        # The first units start from smooth to four times as steep, as densities have edges.
+        steepness = torch.logspace(0, 2, width, base=2)
+        self.V.first.weight.data *= steepness.unsqueeze(1)
+        self.V.first.bias.data *= 1.5 * steepness
 
     def forward(self, q, p):
         """q, p (..., dim) -> H (...)."""
@@ -151,7 +156,7 @@ class NHF(Flow):
     }  # fmt: skip
     couplings = 6  # of f(p|q)
 
-    def __init__(self, dim=2, hamiltonians=1, steps=6, width=64, kinetic="quadratic", **units):
+    def __init__(self, dim=2, hamiltonians=1, steps=2, width=96, kinetic="quadratic", **units):
         config = {
             "dim": dim, "hamiltonians": hamiltonians, "steps": steps, "width": width,
             "kinetic": kinetic,
@@ -159,11 +164,9 @@ class NHF(Flow):
         check_options(config, self.allowed)
         super().__init__(dim, **units)
         self.config = config
-        self.H = nn.ModuleList(
-            FlowHamiltonian(dim, width, kinetic) for _ in range(hamiltonians)
-        )
-        # At first all steps together take a quarter of the period of a unit mass in V's |q|^2 / 2.
-        dt = torch.full((hamiltonians, steps), 1.6 / hamiltonians / steps)
+        self.H = nn.ModuleList(FlowHamiltonian(dim, width, kinetic) for _ in range(hamiltonians))
+        # At first all steps together turn a state by half a radian about the middle of V.
+        dt = torch.full((hamiltonians, steps), 3.2 / hamiltonians / steps)
         self.log_dt = nn.Parameter(dt.log())
         hidden = max(width // 4, 2 * dim)
         self.encoder = RealNVP(dim, self.couplings, hidden)  # takes noise to p ~ f(p|q)
@@ -206,7 +209,7 @@ class NHF(Flow):
         x = self.as_points(x)
         log_p = []
         block = max(1, 2048 // samples)  # points whose states fit into the cache of a CPU
-        for part in x.reshape(-1, x.shape[-1]).split(block):
+        for part in x.reshape(-1, self.dim).split(block):
             noise = self.noise(samples, *part.shape, generator=generator)
             log_mean = self.log_weights(part, noise).logsumexp(0) - log(samples)
             log_p.append(log_mean)
@@ -223,24 +226,16 @@ class NHF(Flow):
 class RealNVPFlow(Flow):
     """The baseline that the paper compares with (Dinh et al. 2017), affine couplings of data.
 
-    Its log_prob is exact. Raises: ValueError in one dimension, where nothing is coupled.
+    With the default width it has as many parameters as NHF, in the plane. Its log_prob is exact.
+    Raises: ValueError in one dimension, where nothing is coupled.
     """
 
-    def __init__(self, dim=2, layers=8, width=128, **units):
+    def __init__(self, dim=2, layers=8, width=56, **units):
         config = {"dim": dim, "layers": layers, "width": width}
         check_options(config, {"dim": SIZES[1:], "layers": SIZES, "width": SIZES})
         super().__init__(dim, **units)
         self.config = config
         self.couplings = RealNVP(dim, layers, width)
-
-    @classmethod
-    def like(cls, flow, layers=8):
-        """The smallest RealNVPFlow with no fewer parameters than `flow`, on the same data."""
-        least = parameters(flow)
-        width = 8
-        while parameters(cls(flow.dim, layers, width)) < least:
-            width += 1
-        return cls(flow.dim, layers, width, shift=flow.shift, scale=flow.scale)
 
     def log_prob(self, x, samples=1, generator=None):
         """log p(x), x (..., dim) -> (...), in nats: exactly, whatever `samples` is."""
@@ -257,11 +252,6 @@ class RealNVPFlow(Flow):
         """n points (n, dim), in float64, without gradients: for these see `couplings`."""
         x, _ = self.couplings.inverse(self.noise(n, self.dim, generator=generator))
         return self.unstandardise(x)
-
-
-def parameters(model):
-    """The number of parameters."""
-    return sum(weight.numel() for weight in model.parameters())
 
 
 # -------------------------------------------------------------------------------------- densities
@@ -370,8 +360,8 @@ class Points:
         held_out: points to test with, which `draw` never returns; of given points a tenth, chosen
             by `seed`.
         rows: the given points without those held out, or a sample of the density, float64.
-        shift: the mean of the rows, of which far ones count as nearer, see `FAR`, (dim,).
-        scale: the Cholesky factor of their covariance, (dim, dim).
+        shift: their mean, (dim,). scale: the Cholesky factor of their covariance, (dim, dim). Far
+            rows count as nearer here, see `robust_units`.
         digest: of given points, a text that differs where they differ; else None.
         summary: a line about all this, in which given points are called `name`.
     Raises: ValueError for points that no flow can learn from.
@@ -392,9 +382,7 @@ class Points:
             self.digest = f"points {tuple(rows.shape)}, CRC {zlib.crc32(rows.numpy()):x}"
             self.held_out, self.rows = rows.tensor_split([max(1, len(rows) // 10)])
         self.dim = self.rows.shape[1]
-        near, far = drawn_in(self.rows)
-        self.shift = near.mean(0)
-        self.scale = covariance_factor(near, name)
+        self.shift, self.scale, far = robust_units(self.rows, name)
         self.summary = f"{name}: {self.digest or 'fresh points'}, {len(self.held_out)} held out"
         if far:
             self.summary += f"; {far} of the rows lie far from the rest, and do not set the scale"
@@ -426,32 +414,29 @@ def valid_points(source, name):
 FAR = 4  # times the distance from the median that nine of ten rows keep, in each column
 
 
-def drawn_in(rows):
-    """Rows (N, D) with each coordinate farther than `FAR` drawn in to there, and how many had one.
+def robust_units(rows, name):
+    """The mean (D,) of rows (N, D), the Cholesky factor (D, D) of their covariance, and how many
+    rows have a coordinate beyond `FAR`.
 
-    A single row cannot then set the scale of all others. Of Gaussian rows none is that far.
+    Such coordinates are drawn in to there, so that a single row cannot set the scale of all
+    others. Gaussian rows have none.
+    Raises: ValueError where a column is a constant or a sum of others.
     """
     median = rows.median(0).values
     away = (rows - median).abs()
     largest = FAR * away.kthvalue(len(rows) - len(rows) // 10, 0).values
+    far = (away > largest).any(1).sum().item()
     near = rows.clamp(median - largest, median + largest)
-    far = (near != rows).any(1).sum().item()
-    return near, far
-
-
-def covariance_factor(rows, name):
-    """The Cholesky factor (D, D) of the covariance of rows (N, D).
-
-    Raises: ValueError where a column is a constant or a sum of others.
-    """
-    centred = (rows - rows.mean(0)) / len(rows) ** 0.5
+    mean = near.mean(0)
+    centred = (near - mean) / len(rows) ** 0.5
     _, R = torch.linalg.qr(centred, mode="r")  # centred^T centred = R^T R
     new = R.diagonal()  # what each column adds to those before it, which must exceed rounding
-    rounding = 1e-6 * centred.norm(dim=0) + 1e-12 * rows.abs().amax(0)
+    rounding = 1e-6 * centred.norm(dim=0) + 1e-12 * near.abs().amax(0)
     bad = (new.abs() <= rounding[: len(new)]).nonzero()
     if len(bad):
-        column = bad[0].item()
         raise ValueError(
-            f"{name}: column {column} is a constant or a sum of others: drop it, or add rows"
+            f"{name}: column {bad[0].item()} is a constant or a sum of others, but for rows very "
+            "far out: drop it, or add rows"
         )
-    return R.mT * new.sign()
+    scale = R.mT * new.sign()
+    return mean, scale, far
