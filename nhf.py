@@ -36,9 +36,14 @@ def log_normal(x):
 class Flow(Saved):
     """What NHF and RealNVPFlow share: the user's units. Inside, x is scale^-1 (x - shift).
 
+    Beyond `tail` such units a coordinate counts by its logarithm, as a Gaussian base cannot reach
+    far. Densities are exact all the same.
+    Data are tensors, arrays or lists; densities and samples are float64, as data are inside units.
     shift: a number or (dim,). scale: a number above 0 or a lower triangular matrix (dim, dim).
     Raises: ValueError for other values.
     """
+
+    tail = 3.0
 
     def __init__(self, dim, shift=0.0, scale=1.0):
         super().__init__()
@@ -50,32 +55,41 @@ class Flow(Saved):
             raise ValueError(f"shift must be a number or ({dim},), scale one or ({dim}, {dim})")
         # A logarithm is finite only of a number above 0.
         numbers = shift + scale.diagonal().log()
-        if not numbers.isfinite().all() or not scale.equal(scale.tril()):
+        if not numbers.isfinite().all() or scale.triu(1).any():
             raise ValueError("shift must be finite, scale above 0 or a lower triangular matrix")
         self.shift = nn.Buffer(shift.expand(dim).clone())
         self.scale = nn.Buffer(scale.clone())
         self.dim = dim
 
-    def standardise(self, x):
-        """Data (..., dim) -> standardised data, and log |det scale|, which densities lose.
+    def as_points(self, x):
+        """Data (..., dim) as a float64 tensor, as they may be far from zero.
 
         Raises: ValueError for data of another dimension.
         """
+        x = torch.as_tensor(x, dtype=torch.float64, device=self.shift.device)
         if x.shape[-1:] != (self.dim,):
             raise ValueError(f"points must be (..., {self.dim}), not {list(x.shape)}")
-        # In float64, as data may be far from zero; the model itself may be of float32.
-        x = (x.double() - self.shift) @ self.scale.double().inverse().mT
-        return x.to(next(self.parameters()).dtype), self.scale.diagonal().log().sum()
+        return x
+
+    def standardise(self, x):
+        """Data (..., dim) -> standardised data, and the log-density (...) that this costs."""
+        x = (self.as_points(x) - self.shift) @ self.scale.double().inverse().mT
+        beyond = (x.abs() / self.tail).clamp(min=1)
+        log_beyond = beyond.log()
+        x = x / beyond * (1 + log_beyond)
+        log_volume = self.scale.diagonal().log().sum() + log_beyond.sum(-1)
+        return x.to(next(self.parameters()).dtype), log_volume
 
     def unstandardise(self, q):
         """Standardised data (..., dim) -> data, in float64."""
-        return q.double() @ self.scale.double().mT + self.shift
+        q = q.double()
+        log_beyond = (q.abs() / self.tail - 1).clamp(min=0)
+        x = q / (1 + log_beyond) * log_beyond.exp()
+        return x @ self.scale.double().mT + self.shift
 
     def noise(self, *shape, generator=None):
-        """N(0, I) in the model's precision and on its device, drawn on the generator's."""
-        weight = next(self.parameters())
-        device = weight.device if generator is None else generator.device
-        return torch.randn(shape, generator=generator, device=device).to(weight)
+        """N(0, I) in the model's precision and on its device, drawn on the CPU."""
+        return torch.randn(shape, generator=generator).to(next(self.parameters()))
 
     def elbo(self, x, generator=None):
         """The evidence lower bound of log p(x), by one draw of p: x (..., dim) -> (...)."""
@@ -87,8 +101,8 @@ class Quadratic(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        # The masses start heavy: q drifts slowly, so that the wells of V can focus it.
-        self.L = nn.Parameter(0.3 * torch.eye(dim))
+        # The masses start heavy: in the last drift the spread of p blurs edges by its velocity.
+        self.L = nn.Parameter(0.15 * torch.eye(dim))
 
     def forward(self, p):
         """p (..., dim) -> K (...)."""
@@ -99,13 +113,17 @@ class Quadratic(nn.Module):
         return p @ self.L @ self.L.mT
 
 
-class SeparableHamiltonian(Hamiltonian):
+class FlowHamiltonian(Hamiltonian):
     """H(q, p) = K(p) + V(q), where K is a `Quadratic` or, with kinetic="mlp", like V an MLP."""
 
     def __init__(self, dim, width, kinetic="quadratic"):
         super().__init__()
         self.K = Quadratic(dim) if kinetic == "quadratic" else PotentialMLP(dim, width)
         self.V = PotentialMLP(dim, width)
+        # The first units start from smooth to four times as steep, as densities have edges.
+        steepness = torch.logspace(0, 2, width, base=2)
+        self.V.first.weight.data *= steepness.unsqueeze(1)
+        self.V.first.bias.data *= 1.5 * steepness
 
     def forward(self, q, p):
         """q, p (..., dim) -> H (...)."""
@@ -138,7 +156,7 @@ class NHF(Flow):
     }  # fmt: skip
     couplings = 6  # of f(p|q)
 
-    def __init__(self, dim=2, hamiltonians=1, steps=6, width=64, kinetic="quadratic", **units):
+    def __init__(self, dim=2, hamiltonians=1, steps=2, width=96, kinetic="quadratic", **units):
         config = {
             "dim": dim, "hamiltonians": hamiltonians, "steps": steps, "width": width,
             "kinetic": kinetic,
@@ -146,11 +164,9 @@ class NHF(Flow):
         check_options(config, self.allowed)
         super().__init__(dim, **units)
         self.config = config
-        self.H = nn.ModuleList(
-            SeparableHamiltonian(dim, width, kinetic) for _ in range(hamiltonians)
-        )
-        # At first all steps together take a quarter of the period of a unit mass in V's |q|^2 / 2.
-        dt = torch.full((hamiltonians, steps), 1.6 / hamiltonians / steps)
+        self.H = nn.ModuleList(FlowHamiltonian(dim, width, kinetic) for _ in range(hamiltonians))
+        # At first all steps together turn a state by half a radian about the middle of V.
+        dt = torch.full((hamiltonians, steps), 3.2 / hamiltonians / steps)
         self.log_dt = nn.Parameter(dt.log())
         hidden = max(width // 4, 2 * dim)
         self.encoder = RealNVP(dim, self.couplings, hidden)  # takes noise to p ~ f(p|q)
@@ -190,16 +206,18 @@ class NHF(Flow):
 
         On average it is a lower bound, which is tighter for more samples.
         """
+        x = self.as_points(x)
         log_p = []
         block = max(1, 2048 // samples)  # points whose states fit into the cache of a CPU
-        for part in x.reshape(-1, x.shape[-1]).split(block):
+        for part in x.reshape(-1, self.dim).split(block):
             noise = self.noise(samples, *part.shape, generator=generator)
             log_mean = self.log_weights(part, noise).logsumexp(0) - log(samples)
             log_p.append(log_mean)
         return torch.cat(log_p).view(x.shape[:-1])
 
+    @torch.no_grad()
     def sample(self, n, generator=None):
-        """n points (n, dim), in float64; gradients reach the weights."""
+        """n points (n, dim), in float64, without gradients: for these see `flow`."""
         q, p = self.noise(2, n, self.dim, generator=generator)
         path_q, _ = self.flow(q, p)
         return self.unstandardise(path_q[:, -1])
@@ -208,24 +226,16 @@ class NHF(Flow):
 class RealNVPFlow(Flow):
     """The baseline that the paper compares with (Dinh et al. 2017), affine couplings of data.
 
-    Its log_prob is exact. Raises: ValueError in one dimension, where nothing is coupled.
+    With the default width it has as many parameters as NHF, in the plane. Its log_prob is exact.
+    Raises: ValueError in one dimension, where nothing is coupled.
     """
 
-    def __init__(self, dim=2, layers=8, width=128, **units):
+    def __init__(self, dim=2, layers=8, width=56, **units):
         config = {"dim": dim, "layers": layers, "width": width}
         check_options(config, {"dim": SIZES[1:], "layers": SIZES, "width": SIZES})
         super().__init__(dim, **units)
         self.config = config
         self.couplings = RealNVP(dim, layers, width)
-
-    @classmethod
-    def like(cls, flow, layers=8):
-        """The smallest RealNVPFlow with no fewer parameters than `flow`, on the same data."""
-        least = parameters(flow)
-        width = 8
-        while parameters(cls(flow.dim, layers, width)) < least:
-            width += 1
-        return cls(flow.dim, layers, width, shift=flow.shift, scale=flow.scale)
 
     def log_prob(self, x, samples=1, generator=None):
         """log p(x), x (..., dim) -> (...), in nats: exactly, whatever `samples` is."""
@@ -237,15 +247,11 @@ class RealNVPFlow(Flow):
         """The interface of NHF: one weight for each point, log p(x) itself, (1, B)."""
         return self.log_prob(x).unsqueeze(0)
 
+    @torch.no_grad()
     def sample(self, n, generator=None):
-        """n points (n, dim), in float64; gradients reach the weights."""
+        """n points (n, dim), in float64, without gradients: for these see `couplings`."""
         x, _ = self.couplings.inverse(self.noise(n, self.dim, generator=generator))
         return self.unstandardise(x)
-
-
-def parameters(model):
-    """The number of parameters."""
-    return sum(weight.numel() for weight in model.parameters())
 
 
 # -------------------------------------------------------------------------------------- densities
@@ -307,8 +313,7 @@ def sample_pinwheel(n, generator=None):
     radius = 0.3 * x + 1
     arm = torch.randint(5, (n,), generator=generator)  # a quarter of a turn apart: two coincide
     angle = pi / 2 * arm + 0.25 * radius.exp()
-    across = 0.1 * y
-    return 2 * (polar(radius, angle) + xy(-across * angle.sin(), across * angle.cos()))
+    return 2 * (polar(radius, angle) + polar(0.1 * y, angle + pi / 2))
 
 
 def sample_spirals(n, generator=None):
@@ -355,8 +360,8 @@ class Points:
         held_out: points to test with, which `draw` never returns; of given points a tenth, chosen
             by `seed`.
         rows: the given points without those held out, or a sample of the density, float64.
-        shift: the mean of the rows, (dim,).
-        scale: the Cholesky factor of their covariance, (dim, dim).
+        shift: their mean, (dim,). scale: the Cholesky factor of their covariance, (dim, dim). Far
+            rows count as nearer here, see `robust_units`.
         digest: of given points, a text that differs where they differ; else None.
         summary: a line about all this, in which given points are called `name`.
     Raises: ValueError for points that no flow can learn from.
@@ -377,10 +382,13 @@ class Points:
             self.digest = f"points {tuple(rows.shape)}, CRC {zlib.crc32(rows.numpy()):x}"
             self.held_out, self.rows = rows.tensor_split([max(1, len(rows) // 10)])
         self.dim = self.rows.shape[1]
-        self.shift = self.rows.mean(0)
-        self.scale = covariance_factor(self.rows, name)
+        self.shift, self.scale, far = robust_units(self.rows, name)
         self.summary = f"{name}: {self.digest or 'fresh points'}, {len(self.held_out)} held out"
-        self.summary += warning(self.rows)
+        if far:
+            self.summary += f"; {far} of the rows lie far from the rest, and do not set the scale"
+        distinct = min(len(column.unique()) for column in self.rows.T)
+        if distinct < len(self.rows) / 2:
+            self.summary += f"; a column has only {distinct} values, no density: add noise"
 
     def draw(self, n, generator=None):
         """n points to learn from, (n, dim): fresh ones of a density, else some of the rows."""
@@ -395,7 +403,7 @@ def valid_points(source, name):
     Raises: ValueError for other shapes, NaN and infinity.
     """
     points = torch.as_tensor(source, dtype=torch.float64, device="cpu")
-    if points.dim() != 2 or len(points) < 2 or points.shape[1] == 0:
+    if points.dim() != 2 or points[1:].numel() == 0:
         raise ValueError(f"{name} must be points (N, D), N > 1, not {list(points.shape)}")
     bad = (~points.isfinite()).nonzero()
     if len(bad):
@@ -403,36 +411,32 @@ def valid_points(source, name):
     return points
 
 
-FAR = 100  # times the median distance from the median: farther rows set the scale for all others
+FAR = 4  # times the distance from the median that nine of ten rows keep, in each column
 
 
-def warning(rows):
-    """What makes the likelihood of points (N, D) say little, as text to append; else no text."""
-    text = ""
-    away = (rows - rows.median(0).values).abs()
-    far = (away > FAR * away.median(0).values).any(1).sum().item()
-    distinct = min(len(column.unique()) for column in rows.T)
-    if distinct < len(rows) / 2:
-        text = f"; a column has only {distinct} values: their density has no bound, add noise"
-    elif far:
-        text = f"; {far} of the rows lie very far from the rest, which suffers: leave them out"
-    return text
+def robust_units(rows, name):
+    """The mean (D,) of rows (N, D), the Cholesky factor (D, D) of their covariance, and how many
+    rows have a coordinate beyond `FAR`.
 
-
-def covariance_factor(rows, name):
-    """The Cholesky factor (D, D) of the covariance of rows (N, D).
-
+    Such coordinates are drawn in to there, so that a single row cannot set the scale of all
+    others. Gaussian rows have none.
     Raises: ValueError where a column is a constant or a sum of others.
     """
-    centred = rows - rows.mean(0)
-    covariance = centred.mT @ centred / len(rows)
-    scale, failed_at = torch.linalg.cholesky_ex(covariance)
-    # The diagonal holds what each column adds to those before it, which must exceed rounding.
-    rounding = 1e-6 * covariance.diagonal().sqrt() + 1e-12 * rows.abs().amax(0)
-    bad = (scale.diagonal() <= rounding).nonzero()
-    if failed_at or len(bad):
-        column = failed_at - 1 if failed_at else bad[0]
+    median = rows.median(0).values
+    away = (rows - median).abs()
+    largest = FAR * away.kthvalue(len(rows) - len(rows) // 10, 0).values
+    far = (away > largest).any(1).sum().item()
+    near = rows.clamp(median - largest, median + largest)
+    mean = near.mean(0)
+    centred = (near - mean) / len(rows) ** 0.5
+    _, R = torch.linalg.qr(centred, mode="r")  # centred^T centred = R^T R
+    new = R.diagonal()  # what each column adds to those before it, which must exceed rounding
+    rounding = 1e-6 * centred.norm(dim=0) + 1e-12 * near.abs().amax(0)
+    bad = (new.abs() <= rounding[: len(new)]).nonzero()
+    if len(bad):
         raise ValueError(
-            f"{name}: column {int(column)} is a constant or a sum of others: drop it, or add rows"
+            f"{name}: column {bad[0].item()} is a constant or a sum of others, but for rows very "
+            "far out: drop it, or add rows"
         )
-    return scale
+    scale = R.mT * new.sign()
+    return mean, scale, far
