@@ -162,8 +162,8 @@ def keep_freed_memory():
 def find_run(where=None, name=None):
     """Return the path of a checkpoint.
 
-    where: a checkpoint or the folder of a run; by default the newest run below runs/, of the system
-    or density called `name` if one is, or else the model that comes with the code.
+    where: a checkpoint or the folder of a run; by default the newest run below runs/, of the system,
+    density or data called `name` if one is, or else the model that comes with the code.
     Raises: ValueError.
     """
     if where is not None:
@@ -176,7 +176,7 @@ def find_run(where=None, name=None):
         except ValueError as error:
             print(f"passed over: {error}")
             continue
-        if name in (None, options["system"], options["density"]):
+        if name in (None, options["system"], options["density"], options["data"]):
             return path
     path = Path(__file__).parent / "checkpoints" / f"{name or 'mass_spring'}.pt"
     if not path.is_file():
@@ -272,7 +272,7 @@ class TestClips:
 class HeldOut:
     """Held-out clips of recordings, with the attributes of TestClips but for the true states.
 
-    Their truth ends: the clips are those at least as long as the length that keeps most frames.
+    Their truth ends: the clips are those that are at least as long as the median of all.
     """
 
     system = None
@@ -289,8 +289,7 @@ class HeldOut:
         self.summary = data.summary
         self.digest = data.digest
         lengths = data.lengths[data.held_out]
-        frames_kept = [length * (lengths >= length).sum() for length in lengths]
-        self.length = lengths[np.argmax(frames_kept)].item()
+        self.length = lengths.median().item()
         self.clips = data.held_out[lengths >= self.length][:n]
         self.observed = torch.cat(list(self.truth(options["context"])))
 
@@ -780,7 +779,7 @@ def save_pictures(path, pictures, **options):
 CELLS = 64  # of a histogram of many points, along each axis
 GRID = 128  # points at which an energy is drawn, along each axis
 STEP_DELAY = 400  # ms that flow.gif shows a leapfrog step
-MOST_PLANES = 6  # of q and p that phase.png shows
+MOST_PLANES = 4  # of q and p that phase.png shows
 
 
 def charts(rows, columns):
@@ -814,63 +813,56 @@ def robust_limits(x, least=1e-6):
 
 
 @torch.no_grad()
-def save_phase(model, test, folder, frames=FRAMES, form="png", n=24):
-    """Write phase.png, the planes (q, p) of n rollouts, and energy.png, their V and H.
+def save_phase(model, test, path, frames=FRAMES, n=24):
+    """Write a chart of n rollouts, H over time, V over q and p over q, above that of the true system.
 
-    Every orbit has the colour of its energy. Below are the same of the true system.
+    Every orbit has the colour of its energy.
     """
     q, p = model.rollout(*model.infer(test.observed[:n]), frames - 1)
-    rows = [("learnt", q, p, model.energy)]
+    rows = [panels_of("learnt", q, p, model, model.config["periodic"])]
     if test.system:
-        rows.append(("true", *test.path(frames, n=n), test.system.energy))
-    columns = max(len(moving_coordinates(row[1])) for row in rows)
-    phase, planes = charts(len(rows), columns)
-    energy, energy_axes = charts(len(rows), 2)
-    for i, row in enumerate(rows):
-        draw_orbits(planes[i], energy_axes[i], *row, test.dt)
-    title = f"{len(q)} test clips, {frames} frames; the colour of an orbit is its energy"
-    for name, figure in (("phase", phase), ("energy", energy)):
-        figure.suptitle(title)
-        save_chart(folder / f"{name}.{form}", figure)
-
-
-def moving_coordinates(q):
-    """Return the numbers of the coordinates of q (B, T, ...) that move, at most MOST_PLANES."""
-    spread = q.flatten(2).std((0, 1))
-    order = spread.argsort(descending=True)[:MOST_PLANES].tolist()
-    return sorted(i for i in order if spread[i] > 0.1 * spread.max())
-
-
-def draw_orbits(planes, energy_axes, name, q, p, energy, dt):
-    """Draw paths q and p (B, T, ...) in their planes, V = H(q, 0), and H over time."""
-    H = energies(energy, q, p).cpu()
-    V = energies(energy, q, torch.zeros_like(p)).cpu()
-    x = q.flatten(2).cpu()
-    y = p.flatten(2).cpu()
-    moving = moving_coordinates(x)
-    colours = ScalarMappable(Normalize(*robust_limits(H[:, 0])))
-    for ax in (*planes, *energy_axes):
-        ax.set_prop_cycle(color=colours.to_rgba(H[:, 0]))
-    for ax, i in zip(planes, moving, strict=False):
-        ax.plot(x[..., i].T, y[..., i].T, linewidth=1)
-        finish(ax, f"{name}: p{i + 1} over q{i + 1}", (f"q{i + 1}", f"p{i + 1}"))
-    for ax in planes[len(moving) :]:
+        path = test.path(frames, n=n)
+        rows.append(panels_of("true", *path, test.system, test.system.periodic))
+    figure, axes = charts(len(rows), max(map(len, rows)))
+    figure.suptitle(f"{len(q)} test clips, {frames} frames; the colour of an orbit is its energy")
+    for ax in axes.flat:
         ax.set_axis_off()
-    potential, conserved = energy_axes
-    if x.shape[2] == len(moving) == 2:
+    for row, panels in zip(axes, rows, strict=True):
+        H = panels[0][1]
+        colours = ScalarMappable(Normalize(*robust_limits(H[:, 0])))
+        for ax, (x, y, title, *labels) in zip(row, panels, strict=False):
+            ax.set_axis_on()
+            ax.set_prop_cycle(color=colours.to_rgba(H[:, 0]))
+            ax.plot(x.T, y.T, linewidth=1)
+            finish(ax, title, labels)
+        row[0].set_ylim(robust_limits(H[H.isfinite()], 0.05))
+        figure.colorbar(colours, ax=row[0], label="H at frame 0")
+    save_chart(path, figure)
 
-        def V_of(x):  # (..., 2) -> (...)
-            state = x.to(q).reshape(-1, *q.shape[2:])
-            return energy(state, torch.zeros_like(state)).view(x.shape[:-1]).cpu()
 
-        draw_energy(potential, V_of, x.flatten(0, 1), f"{name}: V = H(q, 0)", ("q1", "q2"))
-    else:
-        i = x.std((0, 1)).argmax()
-        potential.plot(x[..., i].T, V.T, linewidth=1)
-        finish(potential, f"{name}: V = H(q, 0) on the orbits", (f"q{i + 1}", "V"))
-    conserved.plot(dt * torch.arange(H.shape[1]), H.T)
-    conserved.set_ylim(robust_limits(H[H.isfinite()], 0.05))
-    finish(conserved, f"{name}: H over time", ("time", "H"), colours, "H at frame 0")
+def panels_of(name, q, p, model, periodic):
+    """Return what a row of phase.png shows of paths q and p (B, T, ...), H over frames first.
+
+    Each panel is x and y (B, T), a title and the labels of the axes. The potential V(q) = H(q, 0)
+    is there if one or two coordinates move. periodic: whether q are angles.
+    """
+    H = energies(model.energy, q, p).cpu()
+    V = energies(model.energy, q, torch.zeros_like(p)).cpu()
+    q = q.flatten(2).cpu()
+    p = p.flatten(2).cpu()
+    spread = q.std((0, 1))
+    moving = (spread > 0.1 * spread.max()).nonzero().flatten().tolist()
+    if periodic:
+        q = wrap(q)
+        jumps = q.diff(dim=1).abs() > math.pi
+        q[:, 1:][jumps] = math.nan  # no line joins the ends of a turn
+    frames = torch.arange(H.shape[1]).expand_as(H)
+    panels = [(frames, H, f"{name}: H over time", "frame", "H")]
+    for i in moving[:MOST_PLANES]:
+        if len(moving) <= 2:
+            panels.append((q[..., i], V, f"{name}: V = H(q, 0)", f"q{i + 1}", "V"))
+        panels.append((q[..., i], p[..., i], f"{name}: p over q", f"q{i + 1}", f"p{i + 1}"))
+    return panels
 
 
 @torch.no_grad()
@@ -1009,7 +1001,8 @@ OPTIONS = {
                      "help": f"A system: {', '.join(SYSTEMS)}."},
         "--density": {"choices": DENSITIES, "metavar": "NAME",
                       "help": f"A density of points: {', '.join(DENSITIES)}."},
-        "--data": {"metavar": "PATH", "help": "Recordings or points of your own."},
+        "--data": {"type": os.path.abspath, "metavar": "PATH",
+                   "help": "Recordings or points of your own."},
     },
     "of all models": {
         "--checkpoint": {"metavar": "PATH", "help": "A checkpoint or the folder of a run "
@@ -1040,12 +1033,11 @@ def look(given):
     """Show and measure the model that the options name; what is found goes into its folder."""
     where = given.pop("checkpoint", None)
     data = {name: given.pop(name) for name in ("system", "density", "data") if name in given}
-    on_other_data = data and (where or "data" in data)
-    path = find_run(where) if on_other_data else find_run(where, *data.values())
+    path = find_run(where, *data.values())
     device = pick_device(given.pop("device", None))
     model, run = load(path)
     options = run["options"]
-    if on_other_data:
+    if where and data:
         options = options_of(options["model"], model.config, **data)
     folder = Path("runs") / f"{path.stem}-look"  # of a file that lies in no folder of a run
     if path.name == "checkpoint.pt":
@@ -1076,7 +1068,7 @@ def look_at_pictures(model, options, folder, given):
     seed = given.get("seed", 0)
     movies = {name: given[name] for name in OF_MOVIES if name in given}
     save_movies(model, test, folder, seed=seed, **movies)
-    save_phase(model, test, folder, frames, given.get("format", "png"))
+    save_phase(model, test, folder / f"phase.{given.get('format', 'png')}", frames)
     if given.get("export"):
         export(model, test, folder, frames, given.get("show", 4))
     measures = QUICK
