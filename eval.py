@@ -162,8 +162,8 @@ def keep_freed_memory():
 def find_run(where=None, name=None):
     """Return the path of a checkpoint.
 
-    where: a checkpoint or the folder of a run; by default the newest run below runs/, of the system,
-    density or data called `name` if one is, or else the model that comes with the code.
+    where: a checkpoint or the folder of a run; by default the newest run below runs/, of the
+    system, density or data called `name` if one is, or else the model that comes with the code.
     Raises: ValueError.
     """
     if where is not None:
@@ -814,15 +814,15 @@ def robust_limits(x, least=1e-6):
 
 @torch.no_grad()
 def save_phase(model, test, path, frames=FRAMES, n=24):
-    """Write a chart of n rollouts, H over time, V over q and p over q, above that of the true system.
+    """Write a chart of n rollouts, H over time, V over q and p over q, above the true ones.
 
     Every orbit has the colour of its energy.
     """
     q, p = model.rollout(*model.infer(test.observed[:n]), frames - 1)
     rows = [panels_of("learnt", q, p, model, model.config["periodic"])]
     if test.system:
-        path = test.path(frames, n=n)
-        rows.append(panels_of("true", *path, test.system, test.system.periodic))
+        true = test.path(frames, n=n)
+        rows.append(panels_of("true", *true, test.system, test.system.periodic))
     figure, axes = charts(len(rows), max(map(len, rows)))
     figure.suptitle(f"{len(q)} test clips, {frames} frames; the colour of an orbit is its energy")
     for ax in axes.flat:
