@@ -991,7 +991,8 @@ def train(run):
     interruption = Interruption()
     bad_logs = 0
     stop = 0
-    with tqdm(desc="training", total=options.steps, initial=run.step, disable=RANK > 0) as bar:
+    counted = {"total": options.steps, "initial": run.step, "unit": "step"}
+    with tqdm(desc="training", disable=RANK > 0, **counted) as bar:
         while run.step < options.steps and not stop:
             # The noise of z is drawn from here: a resumed run draws what it would have drawn.
             torch.manual_seed((options.seed << 20) + run.step)
