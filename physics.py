@@ -525,13 +525,16 @@ def parts_of_array(path, size):
     array = read_array(path)
     parts = []
     with reading(path):
-        for i, frames in enumerate(as_films(array)):
+        films = as_films(array)
+        for i, frames in enumerate(films):
             if size is None:
                 size = usual_size(frames[0])
             if frames.shape[1:3] != (size, size):
                 frames = np.stack([square(frame, size) for frame in frames])
             parts.append(Part(i, frames))
-    return parts, [f"numbers {array.dtype.name}, white is {WHITE.get(array.dtype.name, 255)}"]
+    name = array.dtype.name
+    layout = f"shape {array.shape} read as clips, time, rows, columns, channels {films.shape}"
+    return parts, [layout, f"of {name}, white is {WHITE.get(name, 255)}"]
 
 
 def film_frames(path):
@@ -691,8 +694,10 @@ def parts_of_files(path, size):
         frames, times = map(np.concatenate, film)
         shown, step = even_steps(times)
         parts += [Part(i, frames[numbers], step) for numbers in shown]
-        if step > 0 and np.ptp(np.diff(times)) > max(0.25 * step, ROUNDING):
-            notes.append(f"{name.name}: uneven times brought to steps of {step:.3g} s")
+        durations = np.diff(times)
+        if step > 0 and np.ptp(durations) > max(0.25 * step, ROUNDING):
+            own = f"{durations.min():.3g} to {durations.max():.3g} s"
+            notes.append(f"{name.name}: frames of {own} brought to steps of {step:.3g} s")
     return parts, notes[: 1 + NAMED]
 
 

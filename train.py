@@ -39,7 +39,7 @@ from eval import (
     save_movies,
     test_set,
 )
-from hgn import GECO, HGN, INTEGRATORS, charted_loss, hnn_loss, write_file
+from hgn import GECO, HGN, INTEGRATORS, TRAINING_ITERATIONS, charted_loss, hnn_loss, write_file
 from nhf import DENSITIES, NHF, RealNVPFlow, seeded
 from physics import SYSTEMS, initial_states, jitter, read_points, render, simulate
 
@@ -346,7 +346,6 @@ class RecordedClips:
 
 HGN_ARGUMENTS = ("arch", "context", "latent", "integrator", "substeps", "periodic", "f_psi",
                  "deterministic", "friction")  # fmt: skip
-TRAINING_ITERATIONS = 2  # of the implicit equations; with one H would learn the error of it
 TEST_CLIPS = 100  # that a run is measured on at its end; eval.py takes more
 MOST_PIXELS = 5e8  # of a batch: more would take gigabytes
 FIRST_BATCH = 2**19  # numbers of generators: batches start here, pools of trajectories at zero
