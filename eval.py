@@ -738,7 +738,8 @@ def save_movie(path, movie, dt, scale, context=0):
     times, delays = movie_times(len(pictures), dt)
     save_pictures(path, [pictures[t] for t in times], duration=delays, loop=0)
     if importlib.util.find_spec("av"):
-        how = {"extension": ".mp4", "plugin": "pyav", "codec": "libx264", "fps": 1 / dt}
+        fps = float(np.clip(1 / dt, 0.01, 1000))  # what players can show
+        how = {"extension": ".mp4", "plugin": "pyav", "codec": "libx264", "fps": fps}
         write(path.with_suffix(".mp4"), iio.imwrite("<bytes>", pictures, **how))
 
 
@@ -938,7 +939,7 @@ def draw_energy(ax, energy, points, title="", labels=XY):
 
 
 def draw_hamiltonian(chart, model, i, data, seed):
-    """Draw V of the flow's Hamiltonian i with a contour of the data.
+    """Draw V of the flow's Hamiltonian i with some of the data.
 
     Returns pictures of points that move on it, step by step.
     """
@@ -948,11 +949,8 @@ def draw_hamiltonian(chart, model, i, data, seed):
     def V(x):
         return model.H[i].V(model.standardise(x)[0])
 
-    draw_energy(chart, V, data, f"{name}, red: contour of the data")
-    limits = robust_limits(data)
-    density, _, _ = np.histogram2d(*data.T, 32, limits)
-    where = {"origin": "lower", "extent": limits.flatten()}
-    chart.contour(density.T, [0.1 * density.max()], colors="red", **where)
+    draw_energy(chart, V, data, f"{name}, red: data")
+    chart.plot(*data[:500].T, ".", color="red", markersize=1)
     figure, ((ax,),) = charts(1, 1)
     draw_energy(ax, V, data)
     (dots,) = ax.plot([], [], ".", color="white", markersize=2)
