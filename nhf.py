@@ -114,7 +114,11 @@ class Quadratic(nn.Module):
 
 
 class FlowHamiltonian(Hamiltonian):
-    """H(q, p) = K(p) + V(q), where K is a `Quadratic` or, with kinetic="mlp", like V an MLP."""
+    """H(q, p) = K(p) + V(q), where K is a `Quadratic` or, with kinetic="mlp", like V an MLP.
+
+    V is in units of K, not in nats: a difference of V is what K changes by along a path. V / T
+    would be nats only if the density were exp(-H / T), which training does not ask for.
+    """
 
     def __init__(self, dim, width, kinetic="quadratic"):
         super().__init__()

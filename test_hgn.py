@@ -1428,10 +1428,10 @@ def bent_chain(n, seed=0):
     noise = torch.randn(5, n, dtype=torch.float64, generator=seeded(seed))
     columns = [noise[0]]
     for new in noise[1:]:
-        columns.append((2 * columns[-1]).sin() + 0.5 * new)
+        columns.append(columns[-1].sin() + 0.5 * new)
 
     def log_density(x):
-        new = x[:, 1:] - (2 * x[:, :-1]).sin()
+        new = x[:, 1:] - x[:, :-1].sin()
         return log_normal(x[:, :1]) + log_normal(new / 0.5) - 4 * math.log(0.5)
 
     return torch.stack(columns, 1), log_density
