@@ -2272,7 +2272,7 @@ FLOWS = (("nhf", 2, {"flow"}), ("realnvp", 3, set()), ("nhf", 3, set()))
 def test_a_flow_through_both_commands(model, columns, movies, command):
     """V is drawn in the plane only."""
     odd_points(columns)
-    command("train", f"--data points.npy --model {model} --steps 60 --batch-size 64 --name flow")
+    command("train", f"--data points.npy --model {model} --steps 200 --batch-size 64 --name flow")
     command("eval", "--checkpoint runs/flow")
     assert movies_of("flow") == movies
     assert Path("runs/flow/density.png").exists()
