@@ -34,10 +34,10 @@ def log_normal(x):
 
 
 class Flow(Saved):
-    """What NHF and RealNVPFlow share: the user's units. Inside, x is scale^-1 (x - shift).
+    """What NHF and RealNVPFlow share: the user's units.
 
-    Beyond `tail` such units a coordinate counts by its logarithm, as a Gaussian base cannot reach
-    far. Densities are exact all the same.
+    Inside, coordinates are tail asinh(scale^-1 (x - shift) / tail): about linear near zero, and
+    logarithmic far out, where a Gaussian base cannot reach. Densities are exact all the same.
     Data are tensors, arrays or lists; densities and samples are float64, as data are inside units.
     shift: a number or (dim,). scale: a number above 0 or a lower triangular matrix (dim, dim).
     Raises: ValueError for other values.
@@ -74,17 +74,14 @@ class Flow(Saved):
     def standardise(self, x):
         """Data (..., dim) -> standardised data, and the log-density (...) that this costs."""
         x = (self.as_points(x) - self.shift) @ self.scale.double().inverse().mT
-        beyond = (x.abs() / self.tail).clamp(min=1)
-        log_beyond = beyond.log()
-        x = x / beyond * (1 + log_beyond)
-        log_volume = self.scale.diagonal().log().sum() + log_beyond.sum(-1)
-        return x.to(next(self.parameters()).dtype), log_volume
+        x = x / self.tail
+        log_volume = self.scale.diagonal().log().sum() + x.square().log1p().sum(-1) / 2
+        q = self.tail * x.asinh()
+        return q.to(next(self.parameters()).dtype), log_volume
 
     def unstandardise(self, q):
         """Standardised data (..., dim) -> data, in float64."""
-        q = q.double()
-        log_beyond = (q.abs() / self.tail - 1).clamp(min=0)
-        x = q / (1 + log_beyond) * log_beyond.exp()
+        x = self.tail * (q.double() / self.tail).sinh()
         return x @ self.scale.double().mT + self.shift
 
     def noise(self, *shape, generator=None):
