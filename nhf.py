@@ -304,7 +304,8 @@ def noisy_arcs(arcs, entropy, sigma, nodes=400):
     def sample(n, generator=None):
         arc = torch.randint(len(arcs), (n,), generator=generator)
         t = torch.rand(n, generator=generator)
-        return on_arcs(arcs[arc], t) + sigma * torch.randn(n, 2, generator=generator)
+        noise = torch.randn(n, 2, generator=generator)
+        return on_arcs(arcs[arc], t) + sigma * noise
 
     return Density(sample, entropy, sigma, centres)
 
@@ -314,14 +315,18 @@ def sample_pinwheel(n, generator=None):
     radius = 0.3 * x + 1
     arm = torch.randint(5, (n,), generator=generator)  # a quarter of a turn apart: two coincide
     angle = pi / 2 * arm + 0.25 * radius.exp()
-    return 2 * (polar(radius, angle) + polar(0.1 * y, angle + pi / 2))
+    along = polar(radius, angle)
+    across = polar(0.1 * y, angle + pi / 2)
+    return 2 * (along + across)
 
 
 def sample_spirals(n, generator=None):
     angle = 3 * pi * torch.rand(n, generator=generator).sqrt()
-    arm = polar(angle, pi - angle) + 0.5 * torch.rand(n, 2, generator=generator)
+    width = 0.5 * torch.rand(n, 2, generator=generator)
+    arm = polar(angle, pi - angle) + width
     sign = 2.0 * torch.randint(2, (n, 1), generator=generator) - 1
-    return sign * arm / 3 + 0.1 * torch.randn(n, 2, generator=generator)
+    noise = 0.1 * torch.randn(n, 2, generator=generator)
+    return sign * arm / 3 + noise
 
 
 def sample_checkerboard(n, generator=None):
@@ -380,7 +385,8 @@ class Points:
         else:
             rows = valid_points(source, name)
             rows = rows[torch.randperm(len(rows), generator=seeded(seed))]
-            self.digest = f"points {tuple(rows.shape)}, CRC {zlib.crc32(rows.numpy()):x}"
+            checksum = zlib.crc32(rows.numpy())
+            self.digest = f"points {tuple(rows.shape)}, CRC {checksum:x}"
             self.held_out, self.rows = rows.tensor_split([max(1, len(rows) // 10)])
         self.dim = self.rows.shape[1]
         self.shift, self.scale, far = robust_units(self.rows, name)
@@ -425,7 +431,8 @@ def robust_units(rows, name):
     """
     median = rows.median(0).values
     away = (rows - median).abs()
-    largest = FAR * away.kthvalue(len(rows) - len(rows) // 10, 0).values
+    nine_of_ten = len(rows) - len(rows) // 10
+    largest = FAR * away.kthvalue(nine_of_ten, 0).values
     far = (away > largest).any(1).sum().item()
     near = rows.clamp(median - largest, median + largest)
     mean = near.mean(0)
