@@ -34,10 +34,10 @@ def log_normal(x):
 
 
 class Flow(Saved):
-    """What NHF and RealNVPFlow share: the user's units. Inside, x is scale^-1 (x - shift).
+    """What NHF and RealNVPFlow share: the user's units.
 
-    Beyond `tail` such units a coordinate counts by its logarithm, as a Gaussian base cannot reach
-    far. Densities are exact all the same.
+    Inside, coordinates are tail asinh(scale^-1 (x - shift) / tail): about linear near zero, and
+    logarithmic far out, where a Gaussian base cannot reach. Densities are exact all the same.
     Data are tensors, arrays or lists; densities and samples are float64, as data are inside units.
     shift: a number or (dim,). scale: a number above 0 or a lower triangular matrix (dim, dim).
     Raises: ValueError for other values.
@@ -74,17 +74,14 @@ class Flow(Saved):
     def standardise(self, x):
         """Data (..., dim) -> standardised data, and the log-density (...) that this costs."""
         x = (self.as_points(x) - self.shift) @ self.scale.double().inverse().mT
-        beyond = (x.abs() / self.tail).clamp(min=1)
-        log_beyond = beyond.log()
-        x = x / beyond * (1 + log_beyond)
-        log_volume = self.scale.diagonal().log().sum() + log_beyond.sum(-1)
-        return x.to(next(self.parameters()).dtype), log_volume
+        x = x / self.tail
+        log_volume = self.scale.diagonal().log().sum() + x.square().log1p().sum(-1) / 2
+        q = self.tail * x.asinh()
+        return q.to(next(self.parameters()).dtype), log_volume
 
     def unstandardise(self, q):
         """Standardised data (..., dim) -> data, in float64."""
-        q = q.double()
-        log_beyond = (q.abs() / self.tail - 1).clamp(min=0)
-        x = q / (1 + log_beyond) * log_beyond.exp()
+        x = self.tail * (q.double() / self.tail).sinh()
         return x @ self.scale.double().mT + self.shift
 
     def noise(self, *shape, generator=None):
@@ -114,7 +111,11 @@ class Quadratic(nn.Module):
 
 
 class FlowHamiltonian(Hamiltonian):
-    """H(q, p) = K(p) + V(q), where K is a `Quadratic` or, with kinetic="mlp", like V an MLP."""
+    """H(q, p) = K(p) + V(q), where K is a `Quadratic` or, with kinetic="mlp", like V an MLP.
+
+    V is in units of K, not in nats: a difference of V is what K changes by along a path. V / T
+    would be nats only if the density were exp(-H / T), which training does not ask for.
+    """
 
     def __init__(self, dim, width, kinetic="quadratic"):
         super().__init__()
@@ -303,7 +304,8 @@ def noisy_arcs(arcs, entropy, sigma, nodes=400):
     def sample(n, generator=None):
         arc = torch.randint(len(arcs), (n,), generator=generator)
         t = torch.rand(n, generator=generator)
-        return on_arcs(arcs[arc], t) + sigma * torch.randn(n, 2, generator=generator)
+        noise = torch.randn(n, 2, generator=generator)
+        return on_arcs(arcs[arc], t) + sigma * noise
 
     return Density(sample, entropy, sigma, centres)
 
@@ -313,14 +315,18 @@ def sample_pinwheel(n, generator=None):
     radius = 0.3 * x + 1
     arm = torch.randint(5, (n,), generator=generator)  # a quarter of a turn apart: two coincide
     angle = pi / 2 * arm + 0.25 * radius.exp()
-    return 2 * (polar(radius, angle) + polar(0.1 * y, angle + pi / 2))
+    along = polar(radius, angle)
+    across = polar(0.1 * y, angle + pi / 2)
+    return 2 * (along + across)
 
 
 def sample_spirals(n, generator=None):
     angle = 3 * pi * torch.rand(n, generator=generator).sqrt()
-    arm = polar(angle, pi - angle) + 0.5 * torch.rand(n, 2, generator=generator)
+    width = 0.5 * torch.rand(n, 2, generator=generator)
+    arm = polar(angle, pi - angle) + width
     sign = 2.0 * torch.randint(2, (n, 1), generator=generator) - 1
-    return sign * arm / 3 + 0.1 * torch.randn(n, 2, generator=generator)
+    noise = 0.1 * torch.randn(n, 2, generator=generator)
+    return sign * arm / 3 + noise
 
 
 def sample_checkerboard(n, generator=None):
@@ -379,7 +385,8 @@ class Points:
         else:
             rows = valid_points(source, name)
             rows = rows[torch.randperm(len(rows), generator=seeded(seed))]
-            self.digest = f"points {tuple(rows.shape)}, CRC {zlib.crc32(rows.numpy()):x}"
+            checksum = zlib.crc32(rows.numpy())
+            self.digest = f"points {tuple(rows.shape)}, CRC {checksum:x}"
             self.held_out, self.rows = rows.tensor_split([max(1, len(rows) // 10)])
         self.dim = self.rows.shape[1]
         self.shift, self.scale, far = robust_units(self.rows, name)
@@ -424,7 +431,8 @@ def robust_units(rows, name):
     """
     median = rows.median(0).values
     away = (rows - median).abs()
-    largest = FAR * away.kthvalue(len(rows) - len(rows) // 10, 0).values
+    nine_of_ten = len(rows) - len(rows) // 10
+    largest = FAR * away.kthvalue(nine_of_ten, 0).values
     far = (away > largest).any(1).sum().item()
     near = rows.clamp(median - largest, median + largest)
     mean = near.mean(0)
