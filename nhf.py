@@ -21,7 +21,7 @@ from math import inf, log, pi
 import torch
 from torch import nn
 
-from hgn import Hamiltonian, PotentialMLP, RealNVP, Saved, check_options
+from hgn import PotentialMLP, RealNVP, Saved, SeparableHamiltonian, check_options
 
 # ------------------------------------------------------------------------------------------ flows
 
@@ -110,7 +110,7 @@ class Quadratic(nn.Module):
         return p @ self.L @ self.L.mT
 
 
-class FlowHamiltonian(Hamiltonian):
+class FlowHamiltonian(SeparableHamiltonian):
     """H(q, p) = K(p) + V(q), where K is a `Quadratic` or, with kinetic="mlp", like V an MLP.
 
     V is in units of K, not in nats: a difference of V is what K changes by along a path. V / T
@@ -126,9 +126,13 @@ class FlowHamiltonian(Hamiltonian):
         self.V.first.weight.data *= steepness.unsqueeze(1)
         self.V.first.bias.data *= 1.5 * steepness
 
-    def forward(self, q, p):
-        """q, p (..., dim) -> H (...)."""
-        return self.K(p) + self.V(q)
+    def kinetic(self, p):
+        """p (..., dim) -> K (...)."""
+        return self.K(p)
+
+    def potential(self, q):
+        """q (..., dim), standardised -> V (...)."""
+        return self.V(q)
 
     def leap(self, q, p, dt):
         """One leapfrog step of length dt as drift, kick, drift: it needs one gradient of V only."""
