@@ -70,6 +70,8 @@ def run_main(function, given):
         message = str(error) or "there is not enough memory"
         print(f"error: {message.splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells have it
 
 
 def parse_options(description, groups, words=None):
@@ -420,15 +422,10 @@ def learnt_friction(model, test, start, frames):
     return {"friction": model.gamma.item() * FRAME_TIME / model.dt}
 
 
-def energies(energy, q, p):
-    """Return the energy along paths q and p (B, T, ...): (B, T)."""
-    return torch.stack([energy(q[:, t], p[:, t]) for t in range(q.shape[1])], 1)
-
-
 def kept_energy(model, test, start, frames, steps=1000):
     """Return how much H varies along long rollouts, in units of its spread and as a variance."""
     q, p = start
-    H = energies(model.energy, *model.rollout(q[:FEW], p[:FEW], steps - 1))
+    H = model.energy(*model.rollout(q[:FEW], p[:FEW], steps - 1))
     figures = {"energy_variance": H.var(1).mean().item()}
     if len(H) > 1:  # one clip has no spread
         figures["energy_std_ratio"] = (H.std(1).median() / H[:, 0].std()).item()
@@ -588,8 +585,8 @@ def judge(system, frames, dt, seen=10):
     """Return which shares of clips (n, T, 3, S, S) show the system, and move as it does.
 
     A clip shows the system where painting the state read off every frame has a pixel MSE of 5e-4
-    at most. It moves as the system does where it stays within 0.15, in world units, of the true
-    motion from the state that fits its `seen` first frames best.
+    at most. It moves as the system does where it also stays within 0.15, in world units, of the
+    true motion from the state that fits its `seen` first frames best.
     """
     q = torch.cat([infer_q(system, block) for block in frames.split(8)])
     excess = pixel_mse(render(system, q, frames.shape[-1]), frames)
@@ -603,9 +600,9 @@ def judge(system, frames, dt, seen=10):
     start = torch.stack((q[:, 0], p), 1)  # (n, 2, bodies, dims)
     start = gauss_newton(positions, start, shown[:, :seen], 4, 1e-4, 0.5, 1e-9)
     distance = (positions(start, shown.shape[1]) - shown).norm(dim=-1).amax((1, 2))
-    valid = (excess.amax(1) <= 5e-4).double().mean()
-    obey = (distance <= 0.15).double().mean()
-    return valid.item(), obey.item()
+    valid = excess.amax(1) <= 5e-4
+    obey = valid & (distance <= 0.15)
+    return valid.double().mean().item(), obey.double().mean().item()
 
 
 # ------------------------------------------------------------------ measures of flows
@@ -650,6 +647,8 @@ NOTES = {
     "symetric": "how far that map is from symplectic; SyMetric passes below 0.05",
     "samples_valid": "share of samples that are pictures of the system",
     "samples_obey": "share of samples that move as the system does, to 0.15 of its units",
+    "standard_error": "of log_prob, as the points are a sample",
+    "entropy": "of the true density: the least -log_prob of any model",
     "elbo": "lower bound of log p(x) by one draw, nats",
     "gap": "of -log p to the entropy, nats: 0 is the best, but for standard_error",
 }  # on figures of metrics.json
@@ -658,8 +657,8 @@ NOTES = {
 def print_table(options, result):
     """Print the figures that `measure` or `measure_flow` returned, or why there are none."""
     print(f"\n{options['system'] or options['density'] or options['data']}, test data:")
-    if "blank_mse" in result:
-        print("  mse_A_B: mean squared error of frames A to B, of pixels in [0, 1]")
+    if "clips" in result:
+        print(f"  {result['clips']} clips; mse_A_B: mean squared error of pixels, frames A to B")
     for name, value in result.items():
         if isinstance(value, str):
             print(f"  {name:<22}{value}")
@@ -672,6 +671,7 @@ SEPARATOR = 2  # screen pixels between clips
 GREY = 0.6  # of separators, and where the truth of a recording has ended
 CAPTION_SIZE = 15  # of letters, in screen pixels
 CAPTION_WIDTH = 440  # screen pixels that the longest caption needs
+STILLS = (0, 0.07, 0.2, 0.5, 1)  # shares of a movie; unequal, so that no period hides motion
 
 
 @torch.no_grad()
@@ -706,9 +706,9 @@ def save_movies(
     if sample:
         drawn = model.sample(sample, frames - 1, generator=seeded(seed))
         movies["samples"] = drawn.cpu().unsqueeze(0)
-    step = max(1, frames // 5)
-    stills = movies["rollout"][:, 0, ::step]  # of the first clip: (2, 5, C, H, W)
-    caption = f"{folder.name}: truth above model, one frame in {step}"
+    times = [round(share * (frames - 1)) for share in STILLS]
+    stills = movies["rollout"][:, 0, times]  # of the first clip: (2, 5, C, H, W)
+    caption = f"{folder.name}: truth above model, frames {times}"
     save_pictures(folder / "rollout.png", draw_frames(stills, caption, scale))
     for name, movie in movies.items():
         context = model.context if name == "rollout" else 0
@@ -830,7 +830,7 @@ def save_phase(model, test, path, frames=FRAMES, n=24):
         ax.set_axis_off()
     for row, panels in zip(axes, rows, strict=True):
         H = panels[0][1]
-        colours = ScalarMappable(Normalize(*robust_limits(H[:, 0])))
+        colours = ScalarMappable(Normalize(*robust_limits(H[:, 0], 0.05)))
         for ax, (x, y, title, *labels) in zip(row, panels, strict=False):
             ax.set_axis_on()
             ax.set_prop_cycle(color=colours.to_rgba(H[:, 0]))
@@ -847,8 +847,8 @@ def panels_of(name, q, p, model, periodic):
     Each panel is x and y (B, T), a title and the labels of the axes. The potential V(q) = H(q, 0)
     is there if one or two coordinates move. periodic: whether q are angles.
     """
-    H = energies(model.energy, q, p).cpu()
-    V = energies(model.energy, q, torch.zeros_like(p)).cpu()
+    H = model.energy(q, p).cpu()
+    V = model.energy(q, torch.zeros_like(p)).cpu()
     q = q.flatten(2).cpu()
     p = p.flatten(2).cpu()
     spread = q.std((0, 1))
@@ -1035,10 +1035,14 @@ def look(given):
     device = pick_device(given.pop("device", None))
     model, run = load(path)
     options = run["options"]
+    in_run = path.name == "checkpoint.pt"
+    name = path.parent.name if in_run else path.stem
+    folder = Path("runs") / f"{name}-look"
     if where and data:
         options = options_of(options["model"], model.config, **data)
-    folder = Path("runs") / f"{path.stem}-look"  # of a file that lies in no folder of a run
-    if path.name == "checkpoint.pt":
+        (label,) = data.values()
+        folder = Path("runs") / f"{name}-on-{Path(label).stem}"
+    elif in_run:
         folder = path.parent
     print(f"{path}: looking; pictures and figures go to {folder}")
     look_at = look_at_flow if options["model"] in FLOWS else look_at_pictures
@@ -1062,6 +1066,9 @@ def look_at_pictures(model, options, folder, given):
     device = next(model.parameters()).device
     test = test_set(options, given.get("clips", CLIPS), device)
     print(test.summary)
+    if test.channels != model.config["channels"]:
+        seen = model.config["channels"]
+        raise ValueError(f"the model sees {seen} channel(s), 1 is grey, and these {test.channels}")
     frames = given.get("frames", min(FRAMES, test.length))
     seed = given.get("seed", 0)
     movies = {name: given[name] for name in OF_MOVIES if name in given}
@@ -1085,7 +1092,7 @@ def export(model, test, folder, frames, n):
     """
     q, p = model.rollout(*model.infer(test.observed[:n]), frames - 1)
     states = {"times": test.dt * torch.arange(frames), "q": q, "p": p}
-    states["H"] = energies(model.energy, q, p)
+    states["H"] = model.energy(q, p)
     if test.system:
         q, p = test.path(frames, n=n)
         states |= {"true_q": q, "true_p": p, "true_H": test.system.energy(q, p)}

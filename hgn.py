@@ -543,9 +543,11 @@ class HGN(Saved):
         dt = FRAME_TIME * speed
         return rollout(self.H, q, p, dt, steps, self.step, substeps, self.gamma)
 
-    def energy(self, q, p):
-        """H of states (B, dim), (B,). Its zero and its unit mean nothing."""
-        return self.H(q, p)
+    def energy(self, q, p, block=1024):
+        """H of states (..., dim), (...), `block` at a time. Its zero and its unit mean nothing."""
+        states = zip(q.flatten(0, -2).split(block), p.flatten(0, -2).split(block), strict=True)
+        H = torch.cat([self.H(*state) for state in states])
+        return H.view(q.shape[:-1])
 
     def decode(self, q, block=64):
         """Paint q (B, T, dim): frames (B, T, C, size, size), `block` pictures at a time.

@@ -209,7 +209,7 @@ class NHF(Flow):
     def log_prob(self, x, samples=16, generator=None):
         """log p(x) by importance weighting (IWAE, Burda et al. 2016), x (..., dim) -> (...), nats.
 
-        On average it is a lower bound, which is tighter for more samples.
+        On average it is a lower bound; more samples make it tighter and less noisy.
         """
         x = self.as_points(x)
         log_p = []

@@ -41,21 +41,42 @@ class System:
 
     States q and p have shape (..., bodies, dims). Units are the paper's, in which 0.125 passes from
     frame to frame. Without `force`, the equations of motion are the gradients of H by autograd.
+
+    Args:
+        colours: for each body the RGB, in [0, 1], that it adds to the grey background.
+        radius: of a disc, in world units.
+        half_width: the picture shows [-half_width, half_width] squared, in world units.
+        initial: a function of n and uniform that gives q and p, (n, bodies, dims) each, where
+            uniform(low, high, *shape) draws random numbers.
+        potential: V(q), (..., bodies, dims) -> (...).
+        force: -dV/dq, of the shape of q; written out it makes the simulation faster.
+        kinetic: K(q, p), two states (..., bodies, dims) -> (...), unless it is p^2 / (2 inertia).
+        inertia: the mass m, or m l^2 for an angle.
+        noise: sigma of the paper's observation noise on every coordinate of q.
+        position: q -> the centres of the discs, (..., bodies, 2), y upward, unless q is just that.
+        locate: the inverse of position.
+        periodic: whether q are angles.
+        friction: gamma of dp/dt = -dH/dq - gamma p.
+    Raises: ValueError for a position without locate.
     """
 
-    colours: tuple  # RGB that each body adds to the background, in [0, 1]
-    radius: float  # of a disc, in world units
-    half_width: float  # the picture shows [-half_width, half_width] squared, in world units
-    initial: Callable  # (n, uniform) -> q, p, where uniform(low, high, *shape) draws numbers
-    potential: Callable  # V(q): (..., bodies, dims) -> (...)
-    force: Callable = None  # -dV/dq, of the shape of q, where p^2 / (2 inertia) is K; it is faster
-    kinetic: Callable = None  # K(q, p): two states (..., bodies, dims) -> (...), if it is another
-    inertia: float = 0.5  # without `kinetic`: the mass m, or m l^2 for an angle
-    noise: float = 0.1  # sigma of the paper's observation noise on every coordinate of q
-    position: Callable = unchanged  # q -> centres of the discs, (..., bodies, 2), y upward
-    locate: Callable = unchanged  # the inverse of position
-    periodic: bool = False  # whether q are angles
-    friction: float = 0.0  # gamma of dp/dt = -dH/dq - gamma p
+    colours: tuple
+    radius: float
+    half_width: float
+    initial: Callable
+    potential: Callable
+    force: Callable = None
+    kinetic: Callable = None
+    inertia: float = 0.5
+    noise: float = 0.1
+    position: Callable = unchanged
+    locate: Callable = unchanged
+    periodic: bool = False
+    friction: float = 0.0
+
+    def __post_init__(self):
+        if (self.position is unchanged) != (self.locate is unchanged):
+            raise ValueError("position and locate of a System belong together: give both")
 
     def energy(self, q, p):
         """H of states (..., bodies, dims), (...)."""
@@ -81,16 +102,24 @@ class System:
             velocity, force = self.hamiltons_equations(q, p)
         return velocity, force - self.friction * p
 
-    def check_force(self, q, p):
-        """Raises: ValueError where `force` and `inertia` are not the gradients of H."""
-        expected = torch.stack(self.hamiltons_equations(q, p))
-        written = torch.stack((p / self.inertia, self.force(q)))
-        error = (written - expected).abs()
-        if (error > SLOPE_TOLERANCE * (1 + expected.abs())).any():
+    def check(self, q, p):
+        """Raises: ValueError where the functions of the system do not fit each other."""
+        n = len(q)
+        shapes = (*self.energy(q, p).shape, *self.position(q).shape)
+        if shapes != (n, n, len(self.colours), 2):
             raise ValueError(
-                "force(q) of a System must be minus the gradient of its potential(q), and its "
-                "kinetic(q, p) p^2 / (2 inertia): correct one of them, or leave force out"
+                "potential and kinetic of a System must give (...) for q and p (..., bodies, "
+                "dims), and position (..., bodies, 2), with as many bodies as colours"
             )
+        if self.force:
+            expected = torch.stack(self.hamiltons_equations(q, p))
+            written = torch.stack((p / self.inertia, self.force(q)))
+            error = (written - expected).abs()
+            if (error > SLOPE_TOLERANCE * (1 + expected.abs())).any():
+                raise ValueError(
+                    "force(q) of a System must be minus the gradient of its potential(q), and "
+                    "kinetic(q, p) be p^2 / (2 inertia): correct one of them, or leave force out"
+                )
 
 
 # mass_spring: m = 0.5, k = 2. q is the displacement along x.
@@ -263,14 +292,13 @@ def simulate(system, q, p, frames, dt=FRAME_TIME):
 
     q, p: initial states (B, bodies, dims). frames: how many, with the initial one. dt: from frame
     to frame; negative runs backward. Returns: q, p, (B, frames, bodies, dims) each.
-    Raises: ValueError if frames < 1, and if `force` is not minus the gradient of `potential`.
+    Raises: ValueError if frames < 1, and for a system whose functions do not fit each other.
     Warns: where a motion cannot be computed.
     """
     if frames < 1:
         raise ValueError(f"frames must be at least 1, not {frames}")
     path = [torch.stack((q, p)).double()]  # (2, B, bodies, dims)
-    if system.force:
-        system.check_force(*path[0][:, :8])  # some of the states tell
+    system.check(*path[0][:, :8])  # some of the states tell
     for _ in range(frames - 1):
         path.append(advance(system, path[-1], dt))
     q, p = torch.stack(path, 2)

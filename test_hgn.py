@@ -76,6 +76,7 @@ from physics import (
     read_points,
     render,
     simulate,
+    unchanged,
 )
 
 # The mark `slow` is registered nowhere, as the tests need no file but this one.
@@ -309,6 +310,25 @@ def test_a_system_without_a_force_moves_by_the_gradient_of_its_potential(name):
     q, p = initial_states(system, 8, seeded())
     path = simulate(replace(system, force=None, friction=0.1), q, p, 10)
     close(path, simulate(replace(system, friction=0.1), q, p, 10), rtol=0, atol=1e-10)
+
+
+def flat(q):
+    return q.square().sum(-1)  # (..., bodies), where (...) is asked for
+
+
+@each("wrong", ({"potential": flat}, {"position": unchanged, "locate": unchanged}, {"colours": 3}))
+def test_a_system_whose_functions_do_not_fit_is_refused(wrong):
+    """A potential for each body, discs without a place in the plane, more colours than bodies."""
+    if "colours" in wrong:
+        wrong = {"colours": wrong["colours"] * SYSTEMS["mass_spring"].colours}
+    system = replace(SYSTEMS["mass_spring"], force=None, **wrong)
+    with pytest.raises(ValueError, match="as many bodies as colours"):
+        clips(system, 2)
+
+
+def test_a_position_without_its_inverse_is_refused():
+    with pytest.raises(ValueError, match="give both"):
+        replace(SYSTEMS["pendulum"], locate=unchanged)
 
 
 def test_a_force_that_is_not_of_the_potential_is_refused():
@@ -1878,8 +1898,7 @@ def test_judging_clips(name):
     assert valid == 1.0
     assert obey < 0.3
     faint = frames.lerp(torch.tensor(BACKGROUND).view(3, 1, 1), 0.7)
-    valid, _ = judge(system, faint, 0.125)
-    assert valid == 0.0
+    assert judge(system, faint, 0.125) == (0.0, 0.0)
 
 
 @each("name", fast_first(PAPER_SYSTEMS))
@@ -2244,6 +2263,14 @@ def test_states_are_exported(trained, command):
     assert states["H"][:, 4] == pytest.approx(H.numpy(), rel=1e-5)
 
 
+def test_energy_of_paths_is_that_of_their_states():
+    model = HGN(size=16)
+    q, p = torch.randn(2, 3, 700, 6, generator=seeded())
+    H = model.energy(q, p)
+    assert H.shape == (3, 700)
+    close(H[1], model.H(q[1], p[1]))
+
+
 def test_models_that_no_run_has_saved_are_measured(command):
     HGN(size=16, context=3).save("mine.pt")
     NHF(steps=2, width=8).save("flow.pt")
@@ -2252,11 +2279,13 @@ def test_models_that_no_run_has_saved_are_measured(command):
     frames, _, _ = clips(SYSTEMS["pendulum"], 4, frames=12, size=16, generator=seeded())
     np.save("own.npy", (255 * frames).byte().movedim(2, 4).numpy())
     assert "mse_0_3" in command("eval", f"--checkpoint mine.pt --data own.npy {quick}")
-    assert movies_of("mine-look") == {"rollout"}
+    assert movies_of("mine-on-own") == {"rollout"}
     assert "log_prob_16" in command("eval", "--checkpoint flow.pt --density circles")
-    assert "flow.gif" in os.listdir("runs/flow-look")
+    assert movies_of("flow-on-circles") == {"flow"}
     for words in ("mine.pt", "mine.pt --density circles", "flow.pt --system two_body"):
         assert "needs" in command("eval", f"--checkpoint {words}", status=2)
+    np.save("grey.npy", np.load("own.npy")[..., :1])
+    assert "1 is grey" in command("eval", "--checkpoint mine.pt --data grey.npy", status=2)
 
 
 def step_of(name):
