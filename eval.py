@@ -789,7 +789,7 @@ def charts(rows, columns):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def finish(ax, title, labels, image=None, unit="relative units"):
+def finish(ax, title, labels, image=None, unit="in units of K(p)"):
     """Give a chart its title, the labels of its axes and, if it shows an image, a colour bar."""
     ax.set(title=title, xlabel=labels[0], ylabel=labels[1])
     if image is not None:
