@@ -66,7 +66,7 @@ def run_main(function, given):
     keep_freed_memory()
     try:
         function(given)
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
         message = str(error) or "there is not enough memory"
         print(f"error: {message.splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
@@ -117,14 +117,25 @@ def number(low, high, kind=int, word=None):
     return convert
 
 
-def pick_device(name=None):
-    """Return the device called `name`, by default the GPU if there is one. Raises: ValueError."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def device_of(model, name=None):
+    """Return the device called `name`, by default the GPU if there is one. Raises: ValueError.
+
+    model: its name in MODELS; flows, which are small, run on the CPU. Of several processes each
+    has a GPU of its own.
+    """
+    if model in FLOWS:
+        if name not in (None, "cpu"):
+            raise ValueError("flows are small and run on the CPU: leave --device out")
+        name = "cpu"
+    elif name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        return torch.zeros(1, dtype=torch.float64, device=name).device
+        device = torch.zeros(1, dtype=torch.float64, device=name).device
     except (RuntimeError, TypeError, AssertionError):
         raise ValueError(f"--device {name} does not work here: try --device cpu") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of new streams and graphs
+    return device
 
 
 def provenance():
@@ -297,7 +308,7 @@ class HeldOut:
 
     def truth(self, frames, speed=1.0, n=None):
         """Yield frames (BLOCK, T, C, size, size) at `speed`; T < frames where clips have ended."""
-        times = (speed * torch.arange(frames)).long()
+        times = (speed * torch.arange(frames)).round().long()
         times = times[times < self.length]
         for part in self.clips[:n].split(BLOCK):
             yield self.data.frames(part, times.expand(len(part), -1)).to(self.device)
@@ -309,22 +320,17 @@ def test_set(options, n, device="cpu"):
     Raises: ValueError where the files are not those that the run learnt from.
     """
     path = options["data"]
-    learns_points = options["model"] in FLOWS
-    test = None
-    if learns_points and options["density"]:
-        test = Points(options["density"])
-    elif learns_points and path:
-        points = read_points(path)
-        if points is not None:
-            test = Points(points, options["seed"], path)
-    elif options["system"] and not learns_points:
-        test = TestClips(options, n, device)
-    elif path and not learns_points:
+    if options["model"] in FLOWS:
+        source = read_points(path) if path else options["density"]
+        if source is None:
+            raise ValueError("a flow needs --density or a file of points")
+        test = Points(source, options["seed"], path)
+    elif path:
         test = HeldOut(options, n, device)
-    if test is None:
-        raise ValueError(
-            "a model of pictures needs --system or recordings, a flow needs --density or points"
-        )
+    elif options["system"]:
+        test = TestClips(options, n, device)
+    else:
+        raise ValueError("a model of pictures needs --system or recordings")
     if options["digest"] not in (None, test.digest):
         raise ValueError(f"{path} is not what the run learnt from: put that back")
     return test
@@ -466,8 +472,8 @@ def symplecticity(model, test, start, frames):
     q, _ = start
     if q.shape[1] > len(q) / 8:  # a linear map of so many numbers fits anything
         return {"symetric": f"left out: {q.shape[1]} numbers in q need {8 * q.shape[1]} --clips"}
-    true = state_rows(test.path(WINDOW), test.system.periodic)
-    latent = state_rows(model.rollout(*start, WINDOW - 1), model.config["periodic"])
+    true = state_rows(test.path(WINDOW), angles_of(test))
+    latent = state_rows(model.rollout(*start, WINDOW - 1), model.angles)
     return symetric(latent, true)
 
 
@@ -506,16 +512,21 @@ def wrap(angle):
     return torch.atan2(angle.sin(), angle.cos())
 
 
-def state_rows(path, periodic):
+def angles_of(test):
+    """Return how many of the true q are angles: all or none."""
+    return test.q[0].numel() if test.system.periodic else 0
+
+
+def state_rows(path, angles):
     """Return every third state of a path, q and p (B, T, ...), as rows (B * T / 3, 2 * dim).
 
-    Angles are counted from their mean at frame 0, so that no path starts beside the cut at pi.
+    The first `angles` of q are counted from their mean at frame 0, so that no path starts beside
+    the cut at pi.
     """
     q, p = [x[:, ::3].flatten(2).double() for x in path]
-    if periodic:
-        start = q[:, :1]
-        mean = torch.atan2(start.sin().mean(0), start.cos().mean(0))
-        q = q + (wrap(start - mean) - start)
+    start = q[:, :1, :angles]
+    mean = torch.atan2(start.sin().mean(0), start.cos().mean(0))
+    q[..., :angles] += wrap(start - mean) - start
     return torch.cat((q, p), 2).flatten(0, 1)
 
 
@@ -549,7 +560,7 @@ def symetric(latent, true, orders=5):
     brackets = by_q @ by_p.mT - by_p @ by_q.mT  # Poisson brackets of the true coordinates
     P = brackets @ brackets.mT
     P = P / P.abs().amax((1, 2)).mean()
-    off = (P - torch.eye(true.shape[1])).square().mean()
+    off = (P - torch.eye(true.shape[1]).to(P)).square().mean()
     return {"symetric_r2": r2, "symetric": off.item(), "symetric_order": len(terms[-1])}
 
 
@@ -642,7 +653,7 @@ NOTES = {
     "noise_floor": "the least mse_noisy that any model can reach",
     "friction": "gamma of p -> exp(-gamma t) p, one over the unit of --dt",
     "energy_std_ratio": "std of H along 1,000 frames over that across clips: 0 where H is kept",
-    "strict_vpt_forward": "frames until the error exceeds a tenth of blank_mse, median",
+    "strict_vpt_forward": "frames until the error exceeds a tenth of a blank picture's, median",
     "symetric_r2": "R^2 of the map from latent to true states; SyMetric passes above 0.9",
     "symetric": "how far that map is from symplectic; SyMetric passes below 0.05",
     "samples_valid": "share of samples that are pictures of the system",
@@ -820,10 +831,10 @@ def save_phase(model, test, path, frames=FRAMES, n=24):
     Every orbit has the colour of its energy.
     """
     q, p = model.rollout(*model.infer(test.observed[:n]), frames - 1)
-    rows = [panels_of("learnt", q, p, model, model.config["periodic"])]
+    rows = [panels_of("learnt", q, p, model, model.angles)]
     if test.system:
         true = test.path(frames, n=n)
-        rows.append(panels_of("true", *true, test.system, test.system.periodic))
+        rows.append(panels_of("true", *true, test.system, angles_of(test)))
     figure, axes = charts(len(rows), max(map(len, rows)))
     figure.suptitle(f"{len(q)} test clips, {frames} frames; the colour of an orbit is its energy")
     for ax in axes.flat:
@@ -841,11 +852,11 @@ def save_phase(model, test, path, frames=FRAMES, n=24):
     save_chart(path, figure)
 
 
-def panels_of(name, q, p, model, periodic):
+def panels_of(name, q, p, model, angles):
     """Return what a row of phase.png shows of paths q and p (B, T, ...), H over frames first.
 
     Each panel is x and y (B, T), a title and the labels of the axes. The potential V(q) = H(q, 0)
-    is there if one or two coordinates move. periodic: whether q are angles.
+    is there if one or two coordinates move. angles: how many of q are angles, which come first.
     """
     H = model.energy(q, p).cpu()
     V = model.energy(q, torch.zeros_like(p)).cpu()
@@ -853,10 +864,10 @@ def panels_of(name, q, p, model, periodic):
     p = p.flatten(2).cpu()
     spread = q.std((0, 1))
     moving = (spread > 0.1 * spread.max()).nonzero().flatten().tolist()
-    if periodic:
-        q = wrap(q)
-        jumps = q.diff(dim=1).abs() > math.pi
-        q[:, 1:][jumps] = math.nan  # no line joins the ends of a turn
+    turning = wrap(q[..., :angles])
+    jumps = turning.diff(dim=1).abs() > math.pi
+    turning[:, 1:][jumps] = math.nan  # no line joins the ends of a turn
+    q = torch.cat((turning, q[..., angles:]), 2)
     frames = torch.arange(H.shape[1]).expand_as(H)
     panels = [(frames, H, f"{name}: H over time", "frame", "H")]
     for i in moving[:MOST_PLANES]:
@@ -928,9 +939,9 @@ XY = ("x1", "x2")  # columns of points
 def draw_energy(ax, energy, points, title="", labels=XY):
     """Draw an energy with contour lines where `points` (n, 2) lie, above its minimum there."""
     x, y, grid = grid_of(points)
-    values = energy(grid.float())
+    values = energy(grid)
     lowest = values.min()
-    highest = (energy(points.float()).quantile(0.99) - lowest).item()
+    highest = (energy(points).quantile(0.99) - lowest).item()
     levels = MaxNLocator(12).tick_values(0, 2 * highest)  # points take half of the colours
     image = ax.contourf(x, y, values - lowest, levels, extend="max")
     ax.contour(x, y, values - lowest, levels, colors="white", linewidths=0.5)
@@ -1009,10 +1020,10 @@ OPTIONS = {
         "--device": {"help": "cpu, cuda, cuda:1 (default: a GPU if there is one; points: cpu)."},
         "--format": {"choices": ("png", "pdf", "svg"), "help": "Of charts (default: png)."},
         "--quick": {"action": "store_true", "help": "Pictures and their errors alone."},
-        "--export": {"action": "store_true",
-                     "help": "states.npz: q, p and H of the clips shown, and the true ones."},
     },
     "of pictures, not of points": {
+        "--export": {"action": "store_true",
+                     "help": "states.npz: q, p and H of the clips shown, and the true ones."},
         "--frames": {"type": number(2, 10_000),
                      "help": "Frames to roll out (default: 90, of recordings at most their own)."},
         "--clips": {"type": number(2, 10_000), "help": f"To measure on (default: {CLIPS})."},
@@ -1032,7 +1043,7 @@ def look(given):
     where = given.pop("checkpoint", None)
     data = {name: given.pop(name) for name in ("system", "density", "data") if name in given}
     path = find_run(where, *data.values())
-    device = pick_device(given.pop("device", None))
+    device = given.pop("device", None)
     model, run = load(path)
     options = run["options"]
     in_run = path.name == "checkpoint.pt"
@@ -1046,7 +1057,8 @@ def look(given):
         folder = path.parent
     print(f"{path}: looking; pictures and figures go to {folder}")
     look_at = look_at_flow if options["model"] in FLOWS else look_at_pictures
-    result = look_at(model.to(device), options, folder, given)
+    model.to(device_of(options["model"], device))
+    result = look_at(model, options, folder, given)
     save_curves(folder, given.get("format", "png"))
     report = {
         **provenance(),
@@ -1104,7 +1116,7 @@ def export(model, test, folder, frames, n):
 def look_at_flow(model, options, folder, given):
     """Write charts of a flow. Returns: the figures. Raises: ValueError for options of pictures."""
     for name in given:
-        if f"--{name}" not in OPTIONS["of all models"] or name == "export":
+        if f"--{name}" not in OPTIONS["of all models"]:
             raise ValueError(f"--{name} is of no use with points: leave it out")
     points = test_set(options, 0)
     print(points.summary)

@@ -180,6 +180,7 @@ class Encoder(nn.Module):
 
     reference_frame = 0  # z is the state at this frame of the context
     contrast = 4.0  # brings the difference to the background to about unit size
+    angles = 0  # how many of q are angles; these come first
 
     def __init__(self, size, channels):
         super().__init__()
@@ -476,6 +477,11 @@ class HGN(Saved):
         for part in (self.encoder, self.decoder, self.H):
             # Small convolutions are 1.3 to 2 times as fast in this memory format.
             part.to(memory_format=torch.channels_last)
+
+    @property
+    def angles(self):
+        """How many of the numbers in q are angles; these come first."""
+        return self.encoder.angles
 
     @property
     def gamma(self):
@@ -909,6 +915,7 @@ class CompactEncoder(Encoder):
     def __init__(self, size, channels, context, space, filters=48, hidden=24):
         super().__init__(size, channels)
         self.reference_frame = context // 2
+        self.angles, _ = space.q_parts
         self.space = space
         self.side = min(size, self.largest_side)
         features = 6 * filters

@@ -471,6 +471,7 @@ DARK = 0.1  # recordings in which nothing is brighter are taken to be of the wro
 PAUSE = 5  # steps: where a frame lasts longer, the recording is cut after one step of it
 ROUNDING = 0.0101  # seconds to which a GIF rounds the durations of its frames
 DYING = 0.25  # held-out clips that move less than this share of the others are warned of
+UNLIKE = 1.03  # ratio of the steps of two films from which they must not be mixed
 NAMED = 3  # how many of the files that were passed over are named, so that the line stays short
 
 
@@ -479,6 +480,8 @@ def reading(path):
     """Turn the many errors of files that cannot be read into a ValueError of one line."""
     try:
         yield
+    except (MemoryError, ImportError):
+        raise
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         why = text.split(". ")[0].strip(".")  # numpy goes on to advise how to run the file's code
@@ -570,7 +573,7 @@ def film_frames(path):
     try:
         import av
     except ImportError:
-        raise ValueError("films need `pip install av`") from None
+        raise ImportError("films need `pip install av`") from None
     with av.open(path) as film:
         for frame in film.decode(video=0):
             shape = film.streams.video[0].sample_aspect_ratio or 1  # of a pixel
@@ -697,7 +700,8 @@ def list_files(path):
         folders = [x for x in top if x.is_dir() and x.name[0] != "."]
         inside = [x for folder in folders for x in in_order(folder.iterdir())]
     files = [x for x in top + inside if is_known(x)]
-    passed_over = [x.name for x in top + inside if x not in files + folders]
+    known = {*files, *folders}
+    passed_over = [x.name for x in top + inside if x not in known]
     return files, passed_over
 
 
@@ -759,12 +763,14 @@ def motion(clip):
 
 def frame_time(path, parts, dt, fps):
     """Seconds between frames, as asked for or as the files say. Raises: ValueError."""
+    if dt and fps:
+        raise ValueError("--dt and --fps say the same: give one of them")
     if dt:
         return dt
     if fps:
         return 1 / fps
     recorded = [part.seconds for part in parts]
-    if max(recorded) > 1.1 * min(recorded):
+    if max(recorded) > UNLIKE * min(recorded):
         cure = "convert them, or set all by --fps"
         raise ValueError(f"{path} has films of unlike rates: {cure}")
     return recorded[0] or FRAME_TIME

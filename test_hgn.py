@@ -1729,8 +1729,8 @@ class Perfect:
 
     def __init__(self, system):
         self.system = system
-        self.config = {"periodic": system.periodic}
         self.shape = initial_states(system, 1)[0].shape[1:]  # (bodies, dims)
+        self.angles = math.prod(self.shape) if system.periodic else 0
 
     def bodies(self, x):
         return x.unflatten(-1, self.shape)
@@ -2263,12 +2263,35 @@ def test_states_are_exported(trained, command):
     assert states["H"][:, 4] == pytest.approx(H.numpy(), rel=1e-5)
 
 
+def test_a_turn_of_an_angle_does_not_change_the_state_that_is_compared():
+    """Half of q are angles by default: SyMetric sees the same where one starts a turn later."""
+    angles = HGN(size=16).angles
+    assert angles == 3
+    q, p = torch.randn(2, 40, 1, 6, generator=seeded(), dtype=torch.float64)
+    turns = torch.randint(-1, 2, (40, 1, 6), generator=seeded(1)).double()
+    turns[..., angles:] = 0
+    q[..., :angles] *= 0.3
+    rows = evaluation.state_rows((q, p), angles)
+    close(evaluation.state_rows((q + 2 * math.pi * turns, p), angles), rows)
+
+
 def test_energy_of_paths_is_that_of_their_states():
     model = HGN(size=16)
     q, p = torch.randn(2, 3, 700, 6, generator=seeded())
     H = model.energy(q, p)
     assert H.shape == (3, 700)
     close(H[1], model.H(q[1], p[1]))
+
+
+def test_clips_that_are_too_short_to_learn_from_are_counted(tmp_path, command):
+    """Of the paper's networks, which learn from as many frames in a row as the longest clip has."""
+    Path("films").mkdir()
+    generator = np.random.default_rng(0)
+    for i, frames in enumerate((9, 9, 9, 9, 14, 14)):
+        film = generator.integers(0, 255, (frames, 16, 16, 3), np.uint8)
+        iio.imwrite(f"films/{i}.gif", film, duration=100, loop=0)
+    words = f"--data films --arch paper {TINY} --window 14"
+    assert "clips are shorter than 14 frames" in command("train", words)
 
 
 def test_models_that_no_run_has_saved_are_measured(command):

@@ -1,6 +1,6 @@
 """Train a Hamiltonian Generative Network from pixels, or a Neural Hamiltonian Flow on points.
 
-python train.py --system three_body         # writes runs/three_body/ and nothing else
+python train.py --system three_body         # writes runs/three_body/, then three_body-2/ ...
 python train.py --data film.mp4             # recordings of your own, see the README
 python train.py --density two_moons         # a flow; --data points.npy, (N, D), for your own
 
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from eval import (
     FLOWS,
+    device_of,
     find_run,
     load,
     measure,
@@ -31,7 +32,6 @@ from eval import (
     noise_floor,
     number,
     parse_options,
-    pick_device,
     print_table,
     provenance,
     run_main,
@@ -406,6 +406,9 @@ class PictureRecipe(Recipe):
         self.row = self.frames_in_a_row()
         if min(self.row, self.longest) < max(3, options.context):
             raise ValueError("too few frames: raise --window or --targets, or lower --context")
+        short = (lengths < self.row).sum().item()
+        if short and RANK == 0:
+            print(f"{short} clips are shorter than {self.row} frames: lower --window to learn them")
         frames = options.batch_size * (options.context + options.window)
         if frames * test.size**2 > MOST_PIXELS:
             raise ValueError("a batch takes gigabytes: lower --batch-size, --window or --size")
@@ -631,24 +634,10 @@ def recipe_of(options, device=None, compile=False):
     if options.batch_size % PROCESSES:
         raise ValueError(f"--batch-size must be a multiple of the {PROCESSES} processes")
     kind = options.arch if options.model == "hgn" else options.model
-    device = device_of(options, device)
+    device = device_of(options.model, device)
     test = test_set(vars(options), TEST_CLIPS, device)
     options.digest = test.digest
     return RECIPES[kind](options, test, device, compile)
-
-
-def device_of(options, name):
-    """The device called `name`, or the best there is; flows, which are small, run on the CPU."""
-    if options.model in FLOWS:
-        if name not in (None, "cpu"):
-            raise ValueError("flows are small and run on the CPU: leave --device out")
-        return torch.device("cpu")
-    if PROCESSES > 1 and name in (None, "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = pick_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # of new streams and graphs
-    return device
 
 
 # -------------------------------------------------------------------------------------- optimisers
@@ -1014,6 +1003,8 @@ def train(run):
     if bad_logs == 0:
         run.save()
     interruption.end()
+    if bad_logs:
+        raise ValueError(f"the loss is not finite at step {run.step}: lower --lr")
     if stop or interruption.signal:
         if RANK == 0:
             print(f"stopped: python train.py --resume {run.folder} goes on")
