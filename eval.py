@@ -5,8 +5,8 @@ python eval.py --system three_body                         # the newest run of t
 python eval.py --checkpoint mine.pt --system two_body      # a model of your own, on this test data
 
 The parts, from top to bottom: what train.py shares with this file; checkpoints (`find_run`,
-`load`); test data (`test_set`); measures (`measure`, where a new figure is a function of its own
-in QUICK or OF_SYSTEMS, and `measure_flow`); movies; charts; the command.
+`load`); test data (`test_set`); measures (`measure`, where a new figure is a function of its own in
+QUICK or OF_SYSTEMS, or is named in `look_at_pictures`; `measure_flow`); movies; charts; the command.
 """
 
 import argparse

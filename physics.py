@@ -226,7 +226,7 @@ def double_kinetic(q, p):
 
 
 # A new system is one more entry here. It must give `colours` (one for each body), `radius`,
-# `half_width`, `initial` and `potential`; `inertia`, or `kinetic` where K is not p^2 / (2 inertia);
+# `half_width`, `initial` and `potential`; `inertia`, or `kinetic`, where K is not p^2;
 # `position` and `locate`, unless q is where the discs are; and `periodic`, if q are angles. `force`
 # makes the simulation two to four times as fast.
 SYSTEMS = {
@@ -782,7 +782,7 @@ class Recordings:
     Of several recordings whole ones are held out. A single one is cut, and its last clips are.
 
     Args:
-        path: an array, a film or GIF, or a folder of films, of pictures or of folders of pictures.
+        path: an array file, a film or GIF, or a folder of films, of pictures or of folders of pictures.
         size: pixels; default the pictures' own, if 16 to 128 and a multiple of 8, else 32.
         clip: frames of the clips that a recording is cut into.
         stride: take every k-th frame.

@@ -107,8 +107,8 @@ ARGUMENTS = {
         "--clip": {"type": many,
                    "help": "Cut recordings into clips of so many frames (default: 60)."},
         "--noise": {"type": number(0, 1e3, float, "paper"),
-                    "help": "Standard deviation of noise on the positions of simulated bodies, in "
-                            "units of the world, or 'paper' for the paper's (default: 0)."},
+                    "help": "Standard deviation of noise on q of simulated bodies, in units of the "
+                            "world or radians, or 'paper' for the paper's (default: 0)."},
         "--window": {"type": count,
                      "help": "Learn from so many frames of a clip (default: 30)."},
     },
@@ -306,7 +306,7 @@ class SimulatedClips:
         self.system = SYSTEMS[options.system]
         self.device = device
         self.lengths = torch.tensor([options.window], device=device)
-        self.reach = self.lengths  # a clip's first frame may be so far from its end
+        self.reach = self.lengths  # a row starts so far from its clip's end, or at the horizon
         self.train_clips = torch.zeros_like(self.lengths)  # all clips of a batch have this length
         self.pool = None
 
@@ -342,7 +342,7 @@ class RecordedClips:
 
 # -------------------------------------------------------------------------- the five kinds of run
 # A recipe is what one kind of run does. A new kind is a recipe with its names in RECIPES, in
-# OF_KINDS and, for a new class of model, in --model and eval.MODELS.
+# OF_KINDS and, for a new class of model, in --model, eval.MODELS and eval.OWN_ARGUMENT.
 
 HGN_ARGUMENTS = ("arch", "context", "latent", "integrator", "substeps", "periodic", "f_psi",
                  "deterministic", "friction")  # fmt: skip
@@ -386,8 +386,8 @@ class Recipe:
 class PictureRecipe(Recipe):
     """What the three kinds of run on pictures share.
 
-    Each adds `row`, the frames that a clip must have, at most `longest`; `batch(step)`; and
-    `terms`, the loss, the pixel error and the KL of a batch.
+    Each adds `frames_in_a_row`, which a clip must have; `horizon(step)`, how far other frames may
+    lie from the first of them; `batch(step)`; and `terms`, the loss, pixel error and KL of a batch.
     """
 
     def __init__(self, options, test, device, compile=False):
