@@ -6,7 +6,7 @@ python eval.py --checkpoint mine.pt --system two_body      # a model of your own
 
 The parts, from top to bottom: what train.py shares with this file; checkpoints (`find_run`,
 `load`); test data (`test_set`); measures (`measure`, where a new figure is a function of its own in
-QUICK or OF_SYSTEMS, or is named in `look_at_pictures`; `measure_flow`); movies; charts; the command.
+QUICK or OF_SYSTEMS, or is named in `look_at_pictures`; `measure_flow`); movies; charts; command.
 """
 
 import argparse
