@@ -782,7 +782,7 @@ class Recordings:
     Of several recordings whole ones are held out. A single one is cut, and its last clips are.
 
     Args:
-        path: an array file, a film or GIF, or a folder of films, of pictures or of folders of pictures.
+        path: an array file, a film, a GIF, or a folder of films, pictures or folders of pictures.
         size: pixels; default the pictures' own, if 16 to 128 and a multiple of 8, else 32.
         clip: frames of the clips that a recording is cut into.
         stride: take every k-th frame.
