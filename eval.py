@@ -936,7 +936,7 @@ def grid_of(points):
 XY = ("x1", "x2")  # columns of points
 
 
-def draw_energy(ax, energy, points, title="", labels=XY):
+def draw_energy(ax, energy, points, title=""):
     """Draw an energy with contour lines where `points` (n, 2) lie, above its minimum there."""
     x, y, grid = grid_of(points)
     values = energy(grid)
@@ -945,7 +945,7 @@ def draw_energy(ax, energy, points, title="", labels=XY):
     levels = MaxNLocator(12).tick_values(0, 2 * highest)  # points take half of the colours
     image = ax.contourf(x, y, values - lowest, levels, extend="max")
     ax.contour(x, y, values - lowest, levels, colors="white", linewidths=0.5)
-    finish(ax, title, labels, image)
+    finish(ax, title, XY, image)
     ax.autoscale(False)  # points beyond it shall not widen the chart
 
 
