@@ -965,8 +965,7 @@ def draw_hamiltonian(chart, model, i, data, seed):
     figure, ((ax,),) = charts(1, 1)
     draw_energy(ax, V, data)
     (dots,) = ax.plot([], [], ".", color="white", markersize=2)
-    noise = model.noise(2, 2000, 2, generator=seeded(seed))
-    q, _ = model.flow(*noise)
+    q, _ = model.flow(*model.base_states(2000, seeded(seed)))
     path = model.unstandardise(q[:, i * steps :]).permute(1, 2, 0)  # (steps + 1, 2, n) and more
     pictures = []
     for step in range(steps + 1):

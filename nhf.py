@@ -1,9 +1,9 @@
 """Neural Hamiltonian Flow: a normalising flow made of Hamiltonian dynamics. Needs torch and hgn.py.
 
-Toth et al., "Hamiltonian Generative Networks", ICLR 2020, section 4. A state (q, p) is drawn from
-N(0, I) and moved by leapfrog steps of a learnt Hamiltonian; q is the datum. Leapfrog preserves
-volume, so the dynamics need no log-determinant. The momenta, which data lack, come from a learnt
-density f(p|q), so that with base density pi
+Toth et al., "Hamiltonian Generative Networks", ICLR 2020, section 4. A state (q, p) is drawn from a
+simple density pi and moved by leapfrog steps of a learnt Hamiltonian; q is the datum. Leapfrog
+preserves volume, so the dynamics need no log-determinant. The momenta, which data lack, come from a
+learnt density f(p|q), so that
 
     log p(q) >= E_f(p|q) [ log pi(flow^-1(q, p)) - log f(p|q) ]        (the ELBO of section 4)
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from math import inf, log, pi
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hgn import PotentialMLP, RealNVP, Saved, SeparableHamiltonian, check_options
@@ -29,7 +30,7 @@ SIZES = range(1, 4097)  # allowed numbers of dimensions, Hamiltonians, steps, la
 
 
 def log_normal(x):
-    """log N(x; 0, I) of x (..., dim), (...): the base density of q and of p."""
+    """log N(x; 0, I) of x (..., dim), (...): the base density of p."""
     return -0.5 * (x.square() + log(2 * pi)).sum(-1)
 
 
@@ -91,6 +92,35 @@ class Flow(Saved):
     def elbo(self, x, generator=None):
         """The evidence lower bound of log p(x), by one draw of p: x (..., dim) -> (...)."""
         return self.log_prob(x, 1, generator)
+
+
+class SoftUniform(nn.Module):
+    """The paper's base density of q: in each coordinate U(-h, h) plus logistic noise of scale s.
+
+    Both are learnt. It starts within 0.002 nats of N(0, 1), and with a small s it is a box, which
+    suits data with edges.
+    """
+
+    def __init__(self):
+        super().__init__()
+        h = (3 / 2) ** 0.5  # half of the variance is that of the uniform part, h^2 / 3
+        s = h / pi  # and half that of the noise, (pi s)^2 / 3
+        self.log_sizes = nn.Parameter(torch.tensor([h, s]).log())
+
+    def log_prob(self, q):
+        """q (..., dim) -> log pi(q), (...)."""
+        h, s = self.log_sizes.exp()
+        # In one coordinate pi(q) = (sigmoid((q + h) / s) - sigmoid((q - h) / s)) / (2 h), which is
+        # the product of the two edges below over this norm.
+        log_norm = (2 * h).log() - (-2 * h / s).exp().neg().log1p()
+        edges = F.logsigmoid((h + q) / s) + F.logsigmoid((h - q) / s)
+        return (edges - log_norm).sum(-1)
+
+    def sample(self, *shape, generator=None):
+        """q of this shape, made of uniform numbers that are drawn on the CPU."""
+        h, s = self.log_sizes.exp()
+        inside, noise = torch.rand(2, *shape, generator=generator).to(self.log_sizes)
+        return h * (2 * inside - 1) + s * noise.logit(1e-6)
 
 
 class Quadratic(nn.Module):
@@ -169,6 +199,7 @@ class NHF(Flow):
         check_options(config, self.allowed)
         super().__init__(dim, **units)
         self.config = config
+        self.base = SoftUniform()
         self.H = nn.ModuleList(FlowHamiltonian(dim, width, kinetic) for _ in range(hamiltonians))
         # At first all steps together turn a state by half a radian about the middle of V.
         dt = torch.full((hamiltonians, steps), 3.2 / hamiltonians / steps)
@@ -176,6 +207,11 @@ class NHF(Flow):
         hidden = max(width // 4, 2 * dim)
         self.encoder = RealNVP(dim, self.couplings, hidden)  # takes noise to p ~ f(p|q)
         self.context = nn.Linear(width, self.couplings * hidden)  # what the couplings see of q
+
+    def base_states(self, n, generator=None):
+        """n states q and p of the base density, (n, dim) each."""
+        q = self.base.sample(n, self.dim, generator=generator)
+        return q, self.noise(n, self.dim, generator=generator)
 
     def flow(self, q, p, reverse=False):
         """Move base states (q, p), (..., dim) each, to data, or with `reverse` data to base.
@@ -204,7 +240,7 @@ class NHF(Flow):
         p, log_det = self.encoder(noise, context)
         log_f = log_normal(noise) - log_det
         q0, p0 = self.flow(q.expand_as(p), p, reverse=True)[..., -1, :]
-        return log_normal(q0) + log_normal(p0) - log_f - log_volume
+        return self.base.log_prob(q0) + log_normal(p0) - log_f - log_volume
 
     def log_prob(self, x, samples=16, generator=None):
         """log p(x) by importance weighting (IWAE, Burda et al. 2016), x (..., dim) -> (...), nats.
@@ -223,8 +259,7 @@ class NHF(Flow):
     @torch.no_grad()
     def sample(self, n, generator=None):
         """n points (n, dim), in float64, without gradients: for these see `flow`."""
-        q, p = self.noise(2, n, self.dim, generator=generator)
-        path_q, _ = self.flow(q, p)
+        path_q, _ = self.flow(*self.base_states(n, generator))
         return self.unstandardise(path_q[:, -1])
 
 

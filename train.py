@@ -592,19 +592,21 @@ class FlowRecipe(Recipe):
         return NHF(*sizes, kinetic=options.kinetic, shift=points.shift, scale=points.scale)
 
     def batch(self, step):
-        """Points x (B, D) and noise for the momenta of each, (draws, B, D)."""
+        """Points x (B, D), noise for the momenta of each, (draws, B, D), and how much of the run is
+        done."""
         generator = generator_of(self.options.seed, step)
         x = self.test.draw(self.options.batch_size, generator)
         noise = torch.randn(self.draws, *x.shape, generator=generator)
-        return x[self.part], noise[:, self.part]
+        return x[self.part], noise[:, self.part], torch.tensor(step / self.options.steps)
 
-    def losses(self, model, x, noise):
-        """Half the ELBO, half the tighter importance-weighted bound, whose gradients teach f(p|q)
-        little (Rainforth et al. 2018, "Tighter variational bounds are not necessarily better")."""
+    def losses(self, model, x, noise, done):
+        """At first the ELBO, at last the tighter importance-weighted bound, whose gradients teach
+        f(p|q) little (Rainforth et al. 2018, "Tighter variational bounds are not necessarily
+        better")."""
         weights = model.log_weights(x, noise)  # (draws, B)
         elbo = weights.mean(0).mean()
         iwae = weights.logsumexp(0).mean() - math.log(len(weights))
-        return {"loss": -(elbo + iwae) / 2}
+        return {"loss": -torch.lerp(elbo, iwae, done)}
 
     def report(self, model, folder):
         """Figures of the trained model, on fewer points than eval.py takes."""
