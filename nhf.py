@@ -30,7 +30,7 @@ SIZES = range(1, 4097)  # allowed numbers of dimensions, Hamiltonians, steps, la
 
 
 def log_normal(x):
-    """log N(x; 0, I) of x (..., dim), (...): the base density of p."""
+    """log N(x; 0, I) of x (..., dim), (...)."""
     return -0.5 * (x.square() + log(2 * pi)).sum(-1)
 
 
@@ -38,7 +38,7 @@ class Flow(Saved):
     """What NHF and RealNVPFlow share: the user's units.
 
     Inside, coordinates are tail asinh(scale^-1 (x - shift) / tail): about linear near zero, and
-    logarithmic far out, where a Gaussian base cannot reach. Densities are exact all the same.
+    logarithmic far out, where the base density is too small. Densities are exact all the same.
     Data are tensors, arrays or lists; densities and samples are float64, as data are inside units.
     shift: a number or (dim,). scale: a number above 0 or a lower triangular matrix (dim, dim).
     Raises: ValueError for other values.
@@ -95,11 +95,15 @@ class Flow(Saved):
 
 
 class SoftUniform(nn.Module):
-    """The paper's base density of q: in each coordinate U(-h, h) plus logistic noise of scale s.
+    """The soft-uniform density of the paper, here of q alone.
 
-    Both are learnt. It starts within 0.002 nats of N(0, 1), and with a small s it is a box, which
-    suits data with edges.
+    Each coordinate is U(-h, h) plus logistic noise of scale s. h and s are learnt: with a small s
+    the density is a box, which suits data with edges. At first its KL divergence from N(0, 1) is
+    0.002 nats a coordinate.
     """
+
+    least_s = 0.01  # else a point beside the box could cost any number of nats
+    least_u = 1e-6  # torch.rand may be 0, whose logit is infinite
 
     def __init__(self):
         super().__init__()
@@ -107,20 +111,27 @@ class SoftUniform(nn.Module):
         s = h / pi  # and half that of the noise, (pi s)^2 / 3
         self.log_sizes = nn.Parameter(torch.tensor([h, s]).log())
 
-    def log_prob(self, q):
-        """q (..., dim) -> log pi(q), (...)."""
+    def sizes(self):
+        """h and s."""
         h, s = self.log_sizes.exp()
-        # In one coordinate pi(q) = (sigmoid((q + h) / s) - sigmoid((q - h) / s)) / (2 h), which is
-        # the product of the two edges below over this norm.
-        log_norm = (2 * h).log() - (-2 * h / s).exp().neg().log1p()
+        return h, s.clamp(min=self.least_s)
+
+    def log_prob(self, q):
+        """q (..., dim) -> log pi(q), (...).
+
+        In one coordinate pi(q) = (sigmoid((q + h) / s) - sigmoid((q - h) / s)) / (2 h). This equals
+        sigmoid((h + q) / s) sigmoid((h - q) / s) / norm with norm = 2 h / (1 - exp(-2 h / s)).
+        """
+        h, s = self.sizes()
+        log_norm = (2 * h).log() - (-torch.expm1(-2 * h / s)).log()
         edges = F.logsigmoid((h + q) / s) + F.logsigmoid((h - q) / s)
         return (edges - log_norm).sum(-1)
 
     def sample(self, *shape, generator=None):
         """q of this shape, made of uniform numbers that are drawn on the CPU."""
-        h, s = self.log_sizes.exp()
-        inside, noise = torch.rand(2, *shape, generator=generator).to(self.log_sizes)
-        return h * (2 * inside - 1) + s * noise.logit(1e-6)
+        h, s = self.sizes()
+        u, v = torch.rand(2, *shape, generator=generator).to(self.log_sizes)
+        return h * (2 * u - 1) + s * v.logit(self.least_u)
 
 
 class Quadratic(nn.Module):
@@ -209,7 +220,7 @@ class NHF(Flow):
         self.context = nn.Linear(width, self.couplings * hidden)  # what the couplings see of q
 
     def base_states(self, n, generator=None):
-        """n states q and p of the base density, (n, dim) each."""
+        """n draws of q and p from the base density, (n, dim) each."""
         q = self.base.sample(n, self.dim, generator=generator)
         return q, self.noise(n, self.dim, generator=generator)
 

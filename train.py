@@ -581,7 +581,7 @@ class CompactRecipe(PictureRecipe):
 class FlowRecipe(Recipe):
     """A Neural Hamiltonian Flow, on points."""
 
-    legend = "loss: of -log p(x), in nats"
+    legend = "loss: an upper bound of -log p(x), in nats"
     muon = True
     draws = 4  # of p for each point
 
@@ -592,21 +592,23 @@ class FlowRecipe(Recipe):
         return NHF(*sizes, kinetic=options.kinetic, shift=points.shift, scale=points.scale)
 
     def batch(self, step):
-        """Points x (B, D), noise for the momenta of each, (draws, B, D), and how much of the run is
-        done."""
+        """Points x (B, D), noise for the momenta of each, (draws, B, D), and the share of the run
+        that is done, a scalar."""
         generator = generator_of(self.options.seed, step)
         x = self.test.draw(self.options.batch_size, generator)
         noise = torch.randn(self.draws, *x.shape, generator=generator)
         return x[self.part], noise[:, self.part], torch.tensor(step / self.options.steps)
 
     def losses(self, model, x, noise, done):
-        """At first the ELBO, at last the tighter importance-weighted bound, whose gradients teach
-        f(p|q) little (Rainforth et al. 2018, "Tighter variational bounds are not necessarily
-        better")."""
+        """Minus a bound of log p(x), which goes from the ELBO to the importance-weighted bound.
+
+        The latter is tighter, but its gradients teach f(p|q) little (Rainforth et al. 2018,
+        "Tighter variational bounds are not necessarily better"). Of RealNVP both are log p(x).
+        """
         weights = model.log_weights(x, noise)  # (draws, B)
-        elbo = weights.mean(0).mean()
+        elbo = weights.mean()
         iwae = weights.logsumexp(0).mean() - math.log(len(weights))
-        return {"loss": -torch.lerp(elbo, iwae, done)}
+        return {"loss": -((1 - done) * elbo + done * iwae)}
 
     def report(self, model, folder):
         """Figures of the trained model, on fewer points than eval.py takes."""

@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# Make the figures and pictures that README.md and results/README.md show, from nothing.
+# Make figures and pictures that README.md and results/README.md show, from nothing.
 #
-#   bash results/make.sh                  all parts, one after the other, on one core
-#   bash results/make.sh scenes flows     some parts, by the names of the functions below
+#   bash results/make.sh                  all parts, one after the other
+#   bash results/make.sh scenes flows     some parts, by their names below
 #
 # Runs are runs/made-NAME. A run that is measured is skipped, and one that was stopped goes on, so the
-# script may be stopped by Ctrl-C and started again. Remove the folder of a run to make it anew.
-# What only a GPU can tell is made by gpu.sh.
+# script may be stopped by Ctrl-C and started again. Remove runs/made-NAME to make a run anew, and
+# runs/scenes to draw the scenes anew. The paper's networks, and what else takes a GPU, are of gpu.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# learn NAME OPTIONS...: train and measure the run of this name. $look: options of eval.py.
+parts="systems others noise scenes film flows bench"
+look=()  # options of eval.py, which each part sets
+
+# learn NAME OPTIONS...: train and measure the run of this name.
 learn() {
   local run=runs/made-$1
   if [ -e "$run/metrics.json" ]; then
@@ -19,9 +22,10 @@ learn() {
   if [ -e "$run/checkpoint.pt" ]; then
     python train.py --resume "$run"
   else
+    rm -rf "$run"  # it was stopped before its first checkpoint
     python train.py --name "made-$1" "${@:2}"
   fi
-  python eval.py --checkpoint "$run" $look
+  python eval.py --checkpoint "$run" "${look[@]}"
 }
 
 # gather FILE RUN...: what was measured of these runs, by their names, as results/FILE.json.
@@ -44,7 +48,7 @@ PYTHON
 
 # The models that come with the code, and their movies.
 systems() {
-  look="--reverse --speed 2 --speed 0.5 --sample 4"
+  look=(--reverse --speed 2 --speed 0.5 --sample 4)
   local name
   for name in mass_spring pendulum two_body three_body; do
     learn "$name" --system "$name"
@@ -62,39 +66,46 @@ PYTHON
   done
 }
 
-# Systems beside the paper's four, and friction.
+# A system beside the paper's four, and friction.
 others() {
-  look=""
+  look=()
+  local name
   learn double_pendulum --system double_pendulum
   learn damped_spring --system damped_spring --friction
   learn damped_pendulum --system damped_pendulum --friction
-  gather others double_pendulum damped_spring damped_pendulum
+  for name in double_pendulum damped_spring damped_pendulum; do
+    gather "$name" "$name"
+  done
 }
 
-# The paper's protocol: noisy pictures, of which the encoder sees all thirty.
+# The paper's noise, and an encoder that sees all thirty frames.
 noise() {
-  look=""
-  local name runs=""
+  look=()
+  local name runs=()
   for name in mass_spring pendulum two_body three_body; do
     learn "noisy_$name" --system "$name" --noise paper --context 30
-    runs+=" noisy_$name"
+    runs+=("noisy_$name")
   done
-  gather noisy $runs
+  gather noisy "${runs[@]}"
 }
 
 # Pictures that are not discs on a plain ground.
 scenes() {
-  look="--scale 4"
-  local name names="rod photo twins string bar depth rods grid guise"
+  look=(--scale 4)
+  local name dt names=(rod photo twins string bar depth rods grid guise)
   if [ ! -e runs/scenes ]; then
     python -c "import test_hgn; test_hgn.write_scenes('runs/scenes.new')"
     mv runs/scenes.new runs/scenes
   fi
-  for name in $names; do
-    learn "$name" --data "runs/scenes/$name.npy" $([ "$name" = rods ] && echo --dt 0.0625)
+  for name in "${names[@]}"; do
+    dt=0.125
+    if [ "$name" = rods ]; then
+      dt=0.0625
+    fi
+    learn "$name" --data "runs/scenes/$name.npy" --dt "$dt"
   done
-  gather scenes $names
-  python - $names <<'PYTHON'
+  gather scenes "${names[@]}"
+  python - "${names[@]}" <<'PYTHON'
 import sys
 
 import imageio.v3 as iio
@@ -108,7 +119,7 @@ PYTHON
 
 # One film of 600 frames: a pendulum with friction before a textured ground, with camera noise.
 film() {
-  look="--scale 4"
+  look=(--scale 4)
   python - <<'PYTHON'
 from dataclasses import replace
 
@@ -121,13 +132,14 @@ from physics import SYSTEMS, simulate
 g = torch.Generator().manual_seed(21)
 system = replace(SYSTEMS["pendulum"], friction=0.03)
 q = simulate(system, torch.full((1, 1, 1), 2.2), torch.zeros(1, 1, 1), 600, 0.1)[0]
-x = (torch.arange(120) - 59.5) / 45
-y = (44.5 - torch.arange(90)[:, None]) / 45
+pixels = 45  # of one unit of length
+x = (torch.arange(120) - 59.5) / pixels
+y = (44.5 - torch.arange(90)[:, None]) / pixels
 ground = F.interpolate(torch.rand(1, 3, 12, 16, generator=g), (90, 120), mode="bicubic")[0]
 ground = 0.8 * ground.clamp(0, 1) + 0.1 * torch.rand(3, 90, 120, generator=g)
 angle = q.float().view(-1, 1, 1)
 far = ((x - 0.6 * angle.sin()) ** 2 + (y + 0.6 * angle.cos()) ** 2).sqrt()
-ball = ((0.18 - far) * 45 + 0.5).clamp(0, 1).unsqueeze(1)
+ball = ((0.18 - far) * pixels + 0.5).clamp(0, 1).unsqueeze(1)
 film = ground * (1 - ball) + ball * torch.tensor([0.95, 0.2, 0.1]).view(3, 1, 1)
 film = (film + 0.02 * torch.randn(film.shape, generator=g)).clamp(0, 1)
 np.save("runs/film.npy", (film * 255).round().byte().movedim(1, 3).numpy())
@@ -138,32 +150,43 @@ PYTHON
 
 # Nine densities, three seeds, beside RealNVP.
 flows() {
-  look=""
-  local name seed model runs=""
+  look=()
+  local name seed model runs=()
   for seed in 0 1 2; do
     for name in eight_gaussians nine_gaussians two_moons crescents circles rings pinwheel \
       two_spirals checkerboard; do
       for model in nhf realnvp; do
         learn "$name-$model-$seed" --density "$name" --model "$model" --seed "$seed"
-        runs+=" $name-$model-$seed"
+        runs+=("$name-$model-$seed")
       done
     done
   done
-  gather flows $runs
+  gather flows "${runs[@]}"
   cp runs/made-eight_gaussians-nhf-0/density.png results/eight_gaussians.png
   cp runs/made-eight_gaussians-nhf-0/flow.gif results/eight_gaussians.gif
 }
 
-# The training step, on this machine.
+# The training step of the compact model, on the CPU of this machine.
 bench() {
-  python train.py --bench
+  python train.py --bench --device cpu
   cp runs/bench.json results/bench-cpu.json
 }
 
-mkdir -p runs
-parts=${*:-systems others noise scenes film flows bench}
-for part in $parts; do
-  SECONDS=0
-  $part
-  echo "$part: made in $SECONDS seconds"
-done
+main() {
+  local part
+  for part in "$@"; do
+    if [[ " $parts " != *" $part "* ]]; then
+      echo "there is no part $part: take some of $parts"
+      exit 2
+    fi
+  done
+  mkdir -p runs
+  for part in ${*:-$parts}; do
+    SECONDS=0
+    "$part"
+    echo "$part: $SECONDS seconds in this call"
+  done
+}
+
+main "$@"
+exit
