@@ -891,9 +891,9 @@ class CompactHamiltonian(Hamiltonian):
 # --------------------------------------------------------------------------- encoder and decoder
 
 
-def correction_mlp(*sizes):
-    """An MLP that starts at zero: it bends what a linear map beside it makes."""
-    network = stack(*sizes, layer=nn.Linear, activation=nn.SiLU)
+def correction_mlp(*sizes, activation=nn.SiLU):
+    """An MLP whose last layer starts at zero. With Tanh as the activation its output is bounded."""
+    network = stack(*sizes, layer=nn.Linear, activation=activation)
     nn.init.zeros_(network[-1].weight)
     nn.init.zeros_(network[-1].bias)
     return network
@@ -973,49 +973,68 @@ class CompactEncoder(Encoder):
 
 
 class CompactDecoder(nn.Module):
-    """p(x|q): a picture that a small MLP paints as a whole, plus Gaussians that follow q.
+    """p(x|q): parts that follow q, before a ground that a small MLP paints as a whole.
 
-    The Gaussians are h exp(-(dx + b dy)^2 / 2 - dy^2 / 2) with dx = a (x - x0), dy = c (y - y0).
-    Their x0, y0, log a, log c, b and log h are a linear map of q plus an MLP. 1x1 convolutions
-    turn the values of all Gaussians at a pixel into its colour.
+    A part has a colour and is a Gaussian, w = h exp(-(dx + b dy)^2 / 2 - dy^2 / 2) with
+    dx = a (x - x0) and dy = c (y - y0). A pixel is the weighted mean of the ground, whose weight is
+    1, and of the colours of all parts, whose weights are w: a part of large h is opaque and has a
+    sharp edge.
+    The centres x0, y0 are a linear map of q plus an MLP; all other properties are the output of the
+    MLP alone, which is bounded. Far from the q of training a part moves by its linear map alone,
+    out of the picture, and the ground stays.
     """
 
-    def __init__(self, size, channels, space, gaussians=20, width=24):
+    largest_log_h = 10.0  # the edge of a disc is then a fifth of its radius wide
+
+    def __init__(self, size, channels, space, gaussians=20):
         super().__init__()
         self.shape = (channels, size, size)
         self.space = space
-        self.finest = 3 + math.log(size / 32)  # largest log a and log c: a width of 0.8 pixels
+        self.largest_log_scale = 3 + math.log(size / 32)  # of a and c: a width of 0.8 pixels
         self.line = nn.Buffer(torch.linspace(-1, 1, size), persistent=False)  # x or y of pixels
         x_dim = space.embedded_dim
-        self.picture = correction_mlp(x_dim, 16, channels * size * size)
-        self.linear = nn.Linear(x_dim, 6 * gaussians)
-        self.bend = correction_mlp(x_dim, 128, 128, 6 * gaussians)
-        # log a and log c start at 1.5: each Gaussian covers about a ninth of the picture.
-        self.linear.bias.data.view(3, -1)[1] += 1.5
-        self.colour = stack(gaussians, width, width, channels, kernel_size=1)
-        self.colour[-1].weight.data.mul_(0.1)  # at first the Gaussians are hardly seen
+        self.picture = correction_mlp(x_dim, 16, channels * size * size, activation=nn.Tanh)
+        self.linear = nn.Linear(x_dim, 2 * gaussians)
+        # Of each part: x0 and y0, log a and log c, b, log h, its colour.
+        self.property_sizes = (2, 2, 1, 1, channels)
+        outputs = sum(self.property_sizes) * gaussians
+        self.bend = correction_mlp(x_dim, 128, 128, outputs, activation=nn.Tanh)
+        bias = self.bend[-1].bias.data.view(-1, gaussians)
+        _, log_scale, _, log_h, colour = bias.split(self.property_sizes)
+        log_scale += 1.5  # each Gaussian is as wide as a ninth of the picture
+        log_h -= 2.0  # at first the parts hide little of the ground
+        colour.uniform_()
 
     def init_from_data(self, pictures):
         self.picture[-1].bias.copy_(pictures.median(0).values.flatten())
 
-    def gaussians(self, x, pixels):
-        """Embedded q (n, x_dim) at pixels of x and y (2, w, 1) -> (n, gaussians, w, w)."""
-        shapes = (self.linear(x) + self.bend(x)).unflatten(1, (3, 2, 1, -1))
-        centre, log_scale, others = shapes.unbind(1)  # (n, 2, 1, gaussians) each
-        scale = log_scale.clamp(-2, self.finest).exp()
-        dx, dy = (scale * (pixels - centre.clamp(-3, 3))).unbind(1)  # (n, w, gaussians) each
-        b, log_h = others.unbind(1)
-        slanted = dx.unsqueeze(1) + (b.clamp(-3, 3) * dy).unsqueeze(2)  # (n, w, w, gaussians)
-        log_h = log_h.clamp(max=2) - 0.5 * dy.square()
-        values = (log_h.unsqueeze(2) - 0.5 * slanted.square()).exp()
-        return values.movedim(3, 1)
+    def parts(self, x):
+        """Embedded q (n, x_dim) -> the properties of all parts.
+
+        Returns: centre and log_scale, (n, 2, gaussians) each, b and log_h, (n, 1, gaussians) each,
+        and colour, (n, C, gaussians).
+        """
+        properties = self.bend(x).unflatten(1, (sum(self.property_sizes), -1))
+        centre, log_scale, b, log_h, colour = properties.split(self.property_sizes, 1)
+        centre = centre + self.linear(x).view_as(centre)
+        log_scale = log_scale.clamp(-2, self.largest_log_scale)
+        return centre, log_scale, b, log_h.clamp(max=self.largest_log_h), colour
 
     def forward(self, q, rows=slice(None), columns=slice(None)):
         """q (n, dim) -> pictures (n, C, w, w), of these rows and columns of pixels alone."""
         x = self.space.embed(q)
-        pixels = torch.stack((self.line[columns], self.line[rows])).unsqueeze(2)
-        picture = self.picture(x).unflatten(1, self.shape)[:, :, rows][..., columns]
-        return picture + self.colour(self.gaussians(x, pixels))
+        centre, log_scale, b, log_h, colour = self.parts(x)
+        pixels = torch.stack((self.line[columns], self.line[rows])).unsqueeze(2)  # (2, w, 1)
+        offset = pixels - centre.unsqueeze(2)  # (n, 2, w, gaussians)
+        dx, dy = (log_scale.exp().unsqueeze(2) * offset).unbind(1)  # (n, w, gaussians) each
+        slanted = dx.unsqueeze(1) + (b * dy).unsqueeze(2)  # (n, w, w, gaussians)
+        log_of_row = log_h - 0.5 * dy.square()
+        weights = (log_of_row.unsqueeze(2) - 0.5 * slanted.square()).exp()
+        weights = weights.flatten(1, 2)  # (n, w w, gaussians)
+        ground = self.picture(x).unflatten(1, self.shape)[:, :, rows][..., columns]
+        painted = (colour @ weights.mT).view_as(ground)
+        total = 1 + weights.sum(2).view_as(ground[:, :1])
+        return (ground + painted) / total
 
 
 def compact_networks(size, channels, context, latent, periodic, f_psi):
