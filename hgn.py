@@ -981,7 +981,7 @@ class CompactDecoder(nn.Module):
     sharp edge.
     The centres x0, y0 are a linear map of q plus an MLP; all other properties are the output of the
     MLP alone, which is bounded. Far from the q of training a part moves by its linear map alone,
-    out of the picture, and the ground stays.
+    out of the picture, and the ground stays, unless a part has become wide enough to hide it.
     """
 
     largest_log_h = 10.0  # the edge of a disc is then a fifth of its radius wide
