@@ -51,7 +51,7 @@ from physics import (
     simulate,
 )
 
-MODELS = {"hgn": HGN, "hnn": HGN, "nhf": NHF, "realnvp": RealNVPFlow}
+MODELS = {"hgn": HGN, "nhf": NHF, "realnvp": RealNVPFlow}
 FLOWS = ("nhf", "realnvp")  # the models that learn from points
 WINDOW = 30  # frames of the paper's test clips
 FRAMES = 90  # of a rollout

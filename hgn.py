@@ -616,25 +616,6 @@ class GECO:
         self.beta.mul_((self.rate * push).exp()).clamp_(*self.bounds)
 
 
-def hnn_loss(model, frames):
-    """The loss of the paper's baseline HNN: Greydanus et al. 2019, "Hamiltonian Neural Networks".
-
-    The states of neighbouring frames, each encoded by itself, must differ by one Euler step of H.
-    Their third term, p = dq/dt, is left out.
-    frames: (B, T > context, C, size, size). Returns: loss, mse and zero, the kl.
-    """
-    model.check_frames(frames, model.context + 1)
-    clips = frames.unfold(1, model.context, 1).movedim(-1, 2)  # (B, n, context, C, size, size)
-    mean, _ = model.encode(clips.flatten(0, 1))
-    q, p = model.state(mean)  # (B * n, dim) each
-    path = rollout(model.H, q, p, FRAME_TIME, 1, euler_step, gamma=model.gamma)
-    states = torch.stack(path).unflatten(1, clips.shape[:2])
-    found, predicted = states.unbind(3)  # at a frame and after it, (2, B, n, dim) each
-    mse = (model.decode(found[0]) - clips[:, :, 0]).square().mean()
-    dynamics = (predicted[:, :, :-1] - found[:, :, 1:]).square().mean()
-    return mse + 0.2 / FRAME_TIME**2 * dynamics, mse, mse.new_zeros(())
-
-
 # ==================================================================================================
 # Second half: the compact model
 # ==================================================================================================

@@ -59,7 +59,6 @@ from hgn import (
     Space,
     charted_loss,
     euler_step,
-    hnn_loss,
     implicit_leapfrog_step,
     leapfrog_step,
     read_checkpoint,
@@ -1126,53 +1125,6 @@ def test_geco_pushes_the_right_way_and_keeps_beta_bounded(mse, grows, end):
     assert geco.beta.item() == pytest.approx(end)
 
 
-def test_hnn_learns():
-    model = HGN(arch="paper", size=16, context=2, deterministic=True)
-    frames = clips(SYSTEMS["mass_spring"], 4, 5, size=16, generator=seeded())[0]
-    model.init_from_data(frames.flatten(0, 1))
-
-    def loss(step):
-        return hnn_loss(model, frames)[0]
-
-    losses = descend(model, loss, 20)
-    assert losses[-1] < 0.8 * losses[0]
-
-
-class Transparent(HGN):
-    """A model whose frames (B, T, 2) are its states, with a known Hamiltonian."""
-
-    def __init__(self):
-        super().__init__(size=16, latent=1, context=2, friction=True)
-        self.H = Twist()
-        self.f_psi = self.split
-
-    def split(self, z):
-        return z.chunk(2, 1)
-
-    def check_frames(self, frames, least=1):
-        """Any will do."""
-
-    def encode(self, frames):
-        return frames[:, self.encoder.reference_frame], None
-
-    def decode(self, q):
-        return 0 * q
-
-
-def test_hnn_wants_states_to_move_as_H_says(monkeypatch):
-    """Its loss is nothing where they do, and something where time runs backward."""
-    model = Transparent()
-    step = 1e-3
-    gamma = model.gamma.detach()
-    path = rollout(Twist(), *start(3, 1), step, 20, implicit_leapfrog_step, gamma=gamma)
-    states = torch.cat(path, 2)
-    monkeypatch.setattr(hgn, "FRAME_TIME", step)
-    loss, mse, _ = hnn_loss(model, states)
-    assert loss - mse < 1e-6
-    loss, mse, _ = hnn_loss(model, states.flip(1))
-    assert loss - mse > 0.01
-
-
 BAD_OF_HGN = {
     "size": 20, "channels": 0, "context": 0, "arch": "x", "latent": 65, "substeps": 0,
     "integrator": "rk4", "dt": -1.0, "f_psi": False,
@@ -2181,7 +2133,7 @@ def on_loss(monkeypatch):
 
             return loss
 
-        for home, name in ((train, "charted_loss"), (train, "hnn_loss"), (HGN, "loss")):
+        for home, name in ((train, "charted_loss"), (HGN, "loss")):
             monkeypatch.setattr(home, name, heeded(getattr(home, name)))
 
     return on_loss
@@ -2229,7 +2181,7 @@ def trained(tmp_path_factory):
 def test_train_writes_what_it_says(trained):
     files = {path.name for path in (trained / "runs/mass_spring").iterdir()}
     charts = {"rollout.gif", "rollout.png", "curves.png"}
-    assert files - {"rollout.mp4"} == {"checkpoint.pt", "metrics.jsonl", "pid"} | charts
+    assert files - {"rollout.mp4"} == {"checkpoint.pt", "metrics.jsonl"} | charts
     checkpoint = saved("mass_spring", trained)
     run = checkpoint["run"]
     assert run["step"] == 24
@@ -2375,12 +2327,6 @@ def test_a_stopped_run_resumes_to_the_uninterrupted_one(trained, command, on_los
     assert "--resume runs/cut" in said
     assert step_of("cut") == 14
     assert "--latent cannot" in command("train", "--resume --latent 3", status=2)
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "train.py"])
-    Path("runs/cut/pid").write_text(str(other.pid))
-    assert f"process {other.pid} trains" in command("train", "--resume", status=2)
-    other.kill()
-    other.wait()
-    Path("runs/cut/pid").write_text("1")  # a process that runs, and trains nothing
     assert "of 24" in command("train", "--resume")
     assert_is_the_uninterrupted_run("cut", trained)
 
@@ -2394,15 +2340,8 @@ def test_going_on_to_a_step_that_is_passed_changes_nothing(trained, command):
 
 def test_a_name_in_use_is_refused_with_a_cure(command):
     Path("runs/mine").mkdir(parents=True)
-    words = f"{TINY} --name mine"
-    assert "--resume runs/mine" in command("train", words, status=2)
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "train.py"])
-    Path("runs/mine/pid").write_text(str(other.pid))
-    message = command("train", words, status=2)
-    other.kill()
-    other.wait()
-    assert f"process {other.pid} trains" in message
-    assert "--resume" not in message
+    message = command("train", f"{TINY} --name mine", status=2)
+    assert "--resume runs/mine" in message
     assert "another --name" in message
 
 
@@ -2499,7 +2438,6 @@ def test_two_processes_learn_as_one_does(words, command):
     command("train", f"{words} --steps 1 --name one")
     assert in_two_processes(f"{words} --steps 1 --name two").wait() == 0
     assert_learnt_the_same("one", "two")
-    Path("runs/one/pid").unlink()  # this process still runs
     assert in_two_processes("--resume runs/one --steps 2").wait() == 0
     command("train", "--resume runs/two --steps 2")
     for name, weight in saved("one")["weights"].items():
@@ -2513,10 +2451,10 @@ def test_two_processes_end_together_and_go_on(number, trained, command):
     run = in_two_processes(f"{RUN} --name cut")
     while step_of("cut") < 4:
         assert run.poll() is None
-    pid = int(Path("runs/cut/pid").read_text())
-    os.kill(pid if number == signal.SIGKILL else run.pid, number)
+    worker, _ = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(worker) if number == signal.SIGKILL else run.pid, number)
     assert run.wait(timeout=60) != 0
-    assert not Path("/proc", str(pid)).exists()
+    assert not Path("/proc", worker).exists()
     assert 4 <= step_of("cut") < 24
     assert in_two_processes("--resume runs/cut").wait() == 0
     for key, weight in saved("mass_spring", trained)["weights"].items():
@@ -2603,16 +2541,15 @@ def same_batches(a, b):
     return all(torch.equal(x, y) for x, y in pairs if torch.is_tensor(x))
 
 
-@each("words, frames", (("--model hnn", 8), ("--arch paper", 12)))
-def test_batches_of_rows_are_frames_in_a_row(words, frames, own, command, on_loss):
+def test_batches_of_rows_are_frames_in_a_row(own, command, on_loss):
     held_out = Recordings(own[0] / "numbered.npy").held_out
-    words = f"--data {own[0]}/numbered.npy {words} --batch-size 4 --window 12 --steps 12"
+    words = f"--data {own[0]}/numbered.npy --arch paper --batch-size 4 --window 12 --steps 12"
     once = batches(command, on_loss, words, 10)
     again = batches(command, on_loss, words, 10)
     for batch, same in zip(once, again, strict=True):
         assert same_batches(batch, same)
         clip, at = numbers_of(batch[0])
-        assert torch.equal(at, at[:, :1] + torch.arange(frames))
+        assert torch.equal(at, at[:, :1] + torch.arange(12))
         assert (clip == clip[:, :1]).all()
         assert not torch.isin(clip, held_out).any()
     assert not torch.equal(once[8][0], once[9][0])
@@ -2699,9 +2636,9 @@ def test_a_new_system_is_one_entry(name, command, on_loss):
     assert result["mse_0_29"] < 10 * result["blank_mse"]
 
 
-def test_an_hnn_has_no_samples_to_judge(command, on_loss):
+def test_a_deterministic_model_has_no_samples_to_judge(command, on_loss):
     on_loss(stop_at(3))
-    command("train", f"--model hnn --size 16 {TINY} --targets 4", status=143)
+    command("train", f"--deterministic --size 16 {TINY}", status=143)
     model, run = load("runs/mass_spring")
     test = TestClips(run["options"], 2)
     samples = evaluation.quality_of_samples(model, test, model.infer(test.observed), 12)
@@ -2743,7 +2680,8 @@ def test_a_flow_resumes_and_refuses_points_that_changed(command):
 
 
 def test_the_speed_is_measured(command):
-    command("train", f"{TINY} --size 16 --bench")
+    words = f"{TINY} --size 16".split()
+    subprocess.run([sys.executable, HERE / "results/bench.py", *words], check=True)
     table = json.loads(Path("runs/bench.json").read_text())["table"]
     assert [row["what"] for row in table][1:] == ["batch", "training step"]
     assert all(row["s"] > 0 for row in table)
@@ -2826,7 +2764,7 @@ def test_muon_is_torchs(shape):
 
 
 @needs_cuda
-@each("words", ("", "--arch paper --geco", "--model hnn --targets 4"))
+@each("words", ("", "--arch paper --geco"))
 def test_cuda_graph_trains_as_eager_does(words, own, command, monkeypatch):
     tiny = "--steps 12 --batch-size 2 --window 6 --device cuda"
     words = f"--data {own[0]}/bytes.npy {tiny} {words}"
@@ -2977,7 +2915,7 @@ MISTAKES = {
         --size 20; --noise loud; --window 0; --context 50; --arch big; --latent 65; --steps 1.5;
         --lr nan; --beta -1; --seed -1; --name taken; --name ../up; --resume nowhere.pt;
         --device cuda:77; --colour red; --density rings --latent 3; --hamiltonians 2; --fps 9;
-        --arch paper --periodic; --no-f-psi; --model hnn --geco;
+        --arch paper --periodic; --no-f-psi; --model hnn;
         --deterministic --geco 1e-3; --protocol paper --density rings; --protocol other;
         --protocol paper --data nowhere.npy; --protocol paper --noise 0;
         --density rings --model realnvp --hamiltonians 2""",

@@ -4,7 +4,7 @@ python train.py --system three_body         # writes runs/three_body/, then thre
 python train.py --data film.mp4             # recordings of your own, see the README
 python train.py --density two_moons         # a flow; --data points.npy, (N, D), for your own
 
-This file reads from top to bottom: options, the five kinds of run (their data, model and loss),
+This file reads from top to bottom: options, the four kinds of run (their data, model and loss),
 optimisers, the training step, the run with its files, the loop.
 """
 
@@ -13,7 +13,6 @@ import json
 import math
 import os
 import signal
-import statistics
 import time
 from functools import partial
 from pathlib import Path
@@ -39,7 +38,7 @@ from eval import (
     save_movies,
     test_set,
 )
-from hgn import GECO, HGN, INTEGRATORS, TRAINING_ITERATIONS, charted_loss, hnn_loss, write_file
+from hgn import GECO, HGN, INTEGRATORS, TRAINING_ITERATIONS, charted_loss
 from nhf import DENSITIES, NHF, RealNVPFlow, seeded
 from physics import SYSTEMS, initial_states, jitter, read_points, render, simulate
 
@@ -58,8 +57,6 @@ OF_KINDS = {
                          "batch_size": 16, "lr": 4e-3},
     "paper": OF_HGN | {"arch": "paper", "f_psi": True, "targets": None, "steps": 5000,
                        "batch_size": 16, "lr": 1.5e-4},
-    "hnn": {"model": "hnn", "latent": None, "integrator": None, "substeps": 1, "friction": False,
-            "f_psi": True, "targets": 8, "steps": 5000, "batch_size": 16, "lr": 4e-4},
     "nhf": {"model": "nhf", "hamiltonians": 1, "leapfrog_steps": 2, "kinetic": "quadratic",
             "steps": 8000, "batch_size": 256, "lr": 1e-2},
     "realnvp": {"model": "realnvp", "steps": 10000, "batch_size": 512, "lr": 5e-3},
@@ -68,7 +65,7 @@ OF_KINDS = {
 PAPER_PROTOCOL = OF_A_SYSTEM | {"model": "hgn", "arch": "paper", "noise": "paper", "context": 30}
 ABOVE_FLOOR = 1.06  # GECO's target over the error of the noise, which no model can go below
 FLOOR_CLIPS = 500  # give the floor to within one per cent
-COMMAND = ("device", "compile", "resume", "name", "bench")  # options not saved with the run
+COMMAND = ("device", "compile", "resume", "name")  # options not saved with the run
 CHANGEABLE = ("steps", "window", "save_every")  # what --resume may change
 
 
@@ -113,9 +110,9 @@ ARGUMENTS = {
                      "help": "Learn from so many frames of a clip (default: 30)."},
     },
     "model": {
-        "--model": {"choices": ("hgn", "hnn", *FLOWS),
-                    "help": "Learn pictures by hgn or by the baseline hnn, points by nhf or by the "
-                            "baseline realnvp (default: hgn; of points nhf)."},
+        "--model": {"choices": ("hgn", *FLOWS),
+                    "help": "Learn pictures by hgn, points by nhf or by the baseline realnvp "
+                            "(default: hgn; of points nhf)."},
     },
     "model: pictures": {
         "--protocol": {"choices": ("paper",),
@@ -178,8 +175,6 @@ ARGUMENTS = {
                      "help": "Go on with the run at PATH, a folder or its checkpoint.pt (without "
                              "PATH: the newest run). Only --steps, --window, --save-every, "
                              "--device and --compile may be given beside it."},
-        "--bench": flag | {"help": "Measure the speed of the run that the other options describe, "
-                                   "and train nothing."},
     },
 }  # fmt: skip
 
@@ -340,7 +335,7 @@ class RecordedClips:
         return self.recordings.frames(clips[part].flatten(), times[part]).to(self.target)
 
 
-# -------------------------------------------------------------------------- the five kinds of run
+# -------------------------------------------------------------------------- the four kinds of run
 # A recipe is what one kind of run does. A new kind is a recipe with its names in RECIPES, in
 # OF_KINDS and, for a new class of model, in --model, eval.MODELS and eval.OWN_ARGUMENT.
 
@@ -384,7 +379,7 @@ class Recipe:
 
 
 class PictureRecipe(Recipe):
-    """What the three kinds of run on pictures share.
+    """What the two kinds of run on pictures share.
 
     Each adds `frames_in_a_row`, which a clip must have; `horizon(step)`, how far other frames may
     lie from the first of them; `batch(step)`; and `terms`, the loss, pixel error and KL of a batch.
@@ -491,23 +486,6 @@ class PaperRecipe(PictureRecipe):
 
     def terms(self, model, frames, times=None):
         return model.loss(frames, self.beta, self.noise(model), times)
-
-
-class HNNRecipe(PaperRecipe):
-    """Hamiltonian Neural Networks on the published networks, see `hgn.hnn_loss`."""
-
-    legend = "loss: mse + error of the dynamics; mse: of pixels in [0, 1]"
-    fixed = {"arch": "paper", "context": 2, "deterministic": True, "geco": None, "beta": 0.0}
-
-    @classmethod
-    def complete(cls, options):
-        vars(options).update(cls.fixed)
-
-    def frames_in_a_row(self):
-        return min(self.longest, self.options.targets)
-
-    def terms(self, model, frames, times):
-        return hnn_loss(model, frames)
 
 
 class CompactRecipe(PictureRecipe):
@@ -627,7 +605,6 @@ class RealNVPRecipe(FlowRecipe):
 RECIPES = {
     "compact": CompactRecipe,
     "paper": PaperRecipe,
-    "hnn": HNNRecipe,
     "nhf": FlowRecipe,
     "realnvp": RealNVPRecipe,
 }
@@ -831,7 +808,7 @@ def fit_prior(prior, mean, logvar, rounds=4000, seed=0, lr=5e-3):
 
 
 class Run:
-    """A model in training and its folder: checkpoint.pt, metrics.jsonl and the process's pid.
+    """A model in training and its folder: checkpoint.pt and metrics.jsonl.
 
     Of several processes the first one alone writes.
     """
@@ -845,9 +822,6 @@ class Run:
         self.step = 0
         self.logged = 0  # bytes of metrics.jsonl
         self.began = time.time()
-        if RANK == 0:
-            refuse_trained(folder)
-            (folder / "pid").write_text(str(os.getpid()))
 
     def save(self):
         """Write the checkpoint, in one piece. `HGN.load` and `NHF.load` read the model in it."""
@@ -889,18 +863,6 @@ class Run:
             self.logged = log.tell()
 
 
-def refuse_trained(folder):
-    """Raises: ValueError where another process trains in the folder."""
-    pid = folder / "pid"
-    if not pid.exists():
-        return
-    other = pid.read_text()
-    command = Path("/proc", other, "cmdline")
-    # Numbers of processes come back, then for other commands.
-    if other != str(os.getpid()) and command.exists() and "train" in command.read_text():
-        raise ValueError(f"process {other} trains {folder}: wait, or choose another --name")
-
-
 def new_folder(options, name):
     """runs/NAME/, by default named after the data, never one that exists. Raises: ValueError."""
     stem = name or options.system or options.density or Path(options.data).stem
@@ -908,7 +870,6 @@ def new_folder(options, name):
     if folder.name != stem:
         raise ValueError(f"--name {stem} is not the name of a folder")
     if name and folder.exists():
-        refuse_trained(folder)
         raise ValueError(f"{folder} exists: --resume {folder} goes on, or choose another --name")
     number = 2
     while folder.exists():
@@ -1015,56 +976,6 @@ def train(run):
         raise SystemExit(128 + (interruption.signal or signal.SIGTERM))
 
 
-# --------------------------------------------------------------------------------------- the speed
-
-
-LEAST_SECONDS = 2  # that a median is taken over
-
-
-def timed(what, n, function, *arguments):
-    """Time a call that does n things: the first call, which compiles, and the median after it."""
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    times = []
-    while len(times) < 4 or sum(times[1:]) < LEAST_SECONDS:
-        begin = time.perf_counter()
-        function(*arguments)
-        if on_gpu:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    first, *others = times
-    s = statistics.median(others)
-    print(f"{what:<42}{1e3 * s:9.4g} ms{n / s:10.4g}/s, first {first:.3g} s")
-    peak = torch.cuda.max_memory_allocated()  # 0 without a GPU
-    return {"what": what, "first_s": first, "s": s, "per_s": n / s, "peak_bytes": peak}
-
-
-def bench(recipe):
-    """Time a matmul, the drawing of a batch and the training step of a recipe.
-
-    On a GPU the step is timed kernel by kernel, and then as a graph. The table goes to a file too.
-    """
-    if PROCESSES > 1:
-        raise ValueError("--bench measures one process: start it without torchrun")
-    options = recipe.options
-    model = recipe.build()
-    step = step_of(recipe, model, optimisers_of(recipe, model))
-    batch = recipe.batch(options.steps)  # with the farthest horizon
-    a = torch.randn(4096, 4096, device=recipe.device)
-    table = [timed("matmul of 4096, TFLOP", 2 * 4096**3 / 1e12, torch.matmul, a, a)]
-    table.append(timed("batch", options.batch_size, recipe.batch, options.steps))
-    if isinstance(step, Graphed):
-        what = "training step, kernel by kernel"
-        table.append(timed(what, options.batch_size, step.step, *batch))
-    table.append(timed("training step", options.batch_size, step, *batch))
-    threads = torch.get_num_threads()
-    report = {**provenance(), "threads": threads, "config": vars(options), "table": table}
-    Path("runs").mkdir(exist_ok=True)
-    write_file("runs/bench.json", json.dumps(report, indent=1).encode())
-    print("wrote runs/bench.json")
-
-
 # ------------------------------------------------------------------------------------ the command
 
 
@@ -1082,13 +993,11 @@ def conclude(run):
 
 def run_command(given):
     """Train what the given options ask for, measure it, and say where it is."""
-    device, compile, where, name, only_speed = [given.pop(name, None) for name in COMMAND]
+    device, compile, where, name = [given.pop(name, None) for name in COMMAND]
     if where is None:
         options = settle(given)
         torch.manual_seed(options.seed)
         recipe = recipe_of(options, device, compile)
-        if only_speed:
-            return bench(recipe)
         run = start(recipe, name)
     else:
         run = resume(where, given, device, compile)

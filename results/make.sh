@@ -168,7 +168,7 @@ flows() {
 
 # The training step of the compact model, on the CPU of this machine.
 bench() {
-  python train.py --bench --device cpu
+  python results/bench.py --device cpu
   cp runs/bench.json results/bench-cpu.json
 }
 
