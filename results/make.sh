@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-parts="systems others noise scenes film flows bench"
+parts="systems drawing others noise scenes film flows bench"
 look=()  # options of eval.py, which each part sets
 
 # learn NAME OPTIONS...: train and measure the run of this name.
@@ -66,14 +66,78 @@ PYTHON
   done
 }
 
-# A system beside the paper's four, and friction.
+# How the model works, drawn with frames of three_body.
+drawing() {
+  python - <<'PYTHON'
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from eval import TestClips, load
+
+model, run = load("checkpoints/three_body.pt")
+test = TestClips(run["options"], 1)
+with torch.no_grad():
+    q, _ = model.rollout(*model.infer(test.observed), 24)
+    painted = model.decode(q[:, ::8]).clamp(0, 1)[0]
+
+figure = Figure((9, 3.3), dpi=110)
+ax = figure.add_axes((0, 0, 1, 1))
+ax.set_axis_off()
+BLUE = "#dbe7f3"
+ORANGE = "#f7e3cf"
+GREY = "#e6e6e6"
+
+
+def box(x, y, width, height, text, colour):
+    """Draw a box with its lower left corner at (x, y)."""
+    shape = "round,pad=0,rounding_size=0.8"
+    ax.add_patch(FancyBboxPatch((x, y), width, height, shape, fc=colour, ec="black", lw=0.8))
+    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
+
+
+def arrow(start, end):
+    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, lw=0.9))
+
+
+def picture(frame, x, y, side=7):
+    extent = (x, x + side, y, y + side)
+    ax.imshow(frame.movedim(0, 2), extent=extent, interpolation="nearest")
+
+
+for i, frame in enumerate(test.observed[0, :5]):
+    picture(frame, 1 + 0.9 * i, 7.5 - 0.9 * i)
+ax.text(6.4, 15.4, "five frames x", ha="center", fontsize=9)
+arrow((13, 9), (16.5, 9))
+box(16.5, 6, 9, 6, "encoder\nq(z|x)", BLUE)
+arrow((25.5, 9), (30.5, 9))
+ax.text(28, 9.9, "z", ha="center", fontsize=9)
+box(30.5, 6, 7, 6, r"$f_\psi$", BLUE)
+box(50.5, 0.8, 28, 3.4, r"leapfrog on the learnt scalar $H(q, p)$", BLUE)
+for i, frame in enumerate(painted):
+    x = 41.5 + 12.5 * i
+    t = 8 * i
+    arrow((x - 4, 9), (x, 9))
+    box(x, 6.5, 8, 5, f"$q_{{{t}}},\\ p_{{{t}}}$", GREY)
+    arrow((x + 4, 11.5), (x + 4, 15))
+    box(x, 15, 8, 4, "decoder", ORANGE)
+    arrow((x + 4, 19), (x + 4, 22))
+    picture(frame, x + 0.5, 22.2)
+    ax.text(x + 4, 30.4, f"frame {t}", ha="center", fontsize=9)
+    if t > 0:
+        arrow((x - 2.25, 4.2), (x - 2.25, 8.7))
+ax.set(xlim=(0, 90), ylim=(0, 33))  # imshow has changed them
+figure.savefig("results/model.png")
+PYTHON
+}
+
+# Friction.
 others() {
   look=()
   local name
-  learn double_pendulum --system double_pendulum
   learn damped_spring --system damped_spring --friction
   learn damped_pendulum --system damped_pendulum --friction
-  for name in double_pendulum damped_spring damped_pendulum; do
+  for name in damped_spring damped_pendulum; do
     gather "$name" "$name"
   done
 }
