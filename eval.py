@@ -11,7 +11,6 @@ QUICK or OF_SYSTEMS, or is named in `look_at_pictures`; `measure_flow`); movies;
 
 import argparse
 import ctypes
-import difflib
 import importlib.util
 import io
 import json
@@ -78,26 +77,19 @@ def parse_options(description, groups, words=None):
     """Return the options given in the command line (or in `words`), and no others, as a dict.
 
     groups: by title, what argparse is told of the options of each group, by their names. Those of a
-    group whose title begins with "one of" exclude each other. A mistyped option is answered with
-    the one that looks most like it.
+    group whose title begins with "one of" exclude each other.
     """
     # Without a usage text a mistake is answered with one line; --help says more.
     parser = argparse.ArgumentParser(
         description=description, usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS
     )
-    names = []
     for title, options in groups.items():
         group = parser.add_argument_group(title)
         if title.startswith("one of"):
             group = group.add_mutually_exclusive_group()
         for name, how in options.items():
             group.add_argument(name, **how)
-            names.append(name)
-    given, unknown = parser.parse_known_args(words)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], names, 1)
-        parser.error(f"there is no option {unknown[0]}: see {' '.join(near) or '--help'}")
-    return vars(given)
+    return vars(parser.parse_args(words))
 
 
 def number(low, high, kind=int, word=None):
@@ -808,9 +800,9 @@ def finish(ax, title, labels, image=None, unit="in units of K(p)"):
 
 
 def save_chart(path, figure):
-    """Write a figure in the format that the ending of its path names."""
+    """Write a figure as a PNG."""
     file = io.BytesIO()
-    figure.savefig(file, format=path.suffix[1:])
+    figure.savefig(file, format="png")
     write(path, file.getvalue())
 
 
@@ -878,7 +870,7 @@ def panels_of(name, q, p, model, angles):
 
 
 @torch.no_grad()
-def save_density(model, points, folder, seed=0, form="png", n=20_000):
+def save_density(model, points, folder, seed=0, n=20_000):
     """Write density.png, histograms of data and samples, and flow.gif.
 
     Of two columns density.png shows the learnt density too and, of NHF, each V; flow.gif shows
@@ -906,7 +898,7 @@ def save_density(model, points, folder, seed=0, form="png", n=20_000):
         finish(density, "learnt density", XY, image, "density")
         for i, ax in enumerate(potentials):
             movie += draw_hamiltonian(ax, model, i, data, seed)
-    save_chart(folder / f"density.{form}", figure)
+    save_chart(folder / "density.png", figure)
     if movie:
         save_pictures(folder / "flow.gif", movie, duration=STEP_DELAY, loop=0)
 
@@ -984,7 +976,7 @@ def pixels(figure):
 CURVES = {"loss": "loss", "mse": "pixel error (MSE)", "kl": "KL (nats)"}
 
 
-def save_curves(folder, form="png"):
+def save_curves(folder):
     """Write curves.png, the loss, error and KL of metrics.jsonl, if there is one."""
     log = folder / "metrics.jsonl"
     lines = log.read_text().splitlines() if log.is_file() else []
@@ -999,7 +991,7 @@ def save_curves(folder, form="png"):
         finish(ax, CURVES[name], ("training step", name))
         if max(values) > 10 * min(values) > 0:
             ax.set_yscale("log")
-    save_chart(folder / f"curves.{form}", figure)
+    save_chart(folder / "curves.png", figure)
 
 
 # ------------------------------------------------------------------ the command
@@ -1017,12 +1009,9 @@ OPTIONS = {
                                                     "(default: the newest run)."},
         "--seed": {"type": number(0, 2**63 - 1), "help": "Of samples (default: 0)."},
         "--device": {"help": "cpu, cuda, cuda:1 (default: a GPU if there is one; points: cpu)."},
-        "--format": {"choices": ("png", "pdf", "svg"), "help": "Of charts (default: png)."},
         "--quick": {"action": "store_true", "help": "Pictures and their errors alone."},
     },
     "of pictures, not of points": {
-        "--export": {"action": "store_true",
-                     "help": "states.npz: q, p and H of the clips shown, and the true ones."},
         "--frames": {"type": number(2, 10_000),
                      "help": "Frames to roll out (default: 90, of recordings at most their own)."},
         "--clips": {"type": number(2, 10_000), "help": f"To measure on (default: {CLIPS})."},
@@ -1058,7 +1047,7 @@ def look(given):
     look_at = look_at_flow if options["model"] in FLOWS else look_at_pictures
     model.to(device_of(options["model"], device))
     result = look_at(model, options, folder, given)
-    save_curves(folder, given.get("format", "png"))
+    save_curves(folder)
     report = {
         **provenance(),
         "seed": given.get("seed", 0),
@@ -1084,32 +1073,13 @@ def look_at_pictures(model, options, folder, given):
     seed = given.get("seed", 0)
     movies = {name: given[name] for name in OF_MOVIES if name in given}
     save_movies(model, test, folder, seed=seed, **movies)
-    save_phase(model, test, folder / f"phase.{given.get('format', 'png')}", frames)
-    if given.get("export"):
-        export(model, test, folder, frames, given.get("show", 4))
+    save_phase(model, test, folder / "phase.png", frames)
     measures = QUICK
     if not given.get("quick"):
         measures += (kept_energy,)
         if test.system:
             measures += OF_SYSTEMS
     return measure(model, test, frames, measures)
-
-
-@torch.no_grad()
-def export(model, test, folder, frames, n):
-    """Write states.npz: q and p (n, frames, ...), H (n, frames) and times of n clips.
-
-    Where the system is known, true_q, true_p and true_H are those of the truth.
-    """
-    q, p = model.rollout(*model.infer(test.observed[:n]), frames - 1)
-    states = {"times": test.dt * torch.arange(frames), "q": q, "p": p}
-    states["H"] = model.energy(q, p)
-    if test.system:
-        q, p = test.path(frames, n=n)
-        states |= {"true_q": q, "true_p": p, "true_H": test.system.energy(q, p)}
-    file = io.BytesIO()
-    np.savez(file, **{name: x.cpu().numpy() for name, x in states.items()})
-    write(folder / "states.npz", file.getvalue())
 
 
 def look_at_flow(model, options, folder, given):
@@ -1119,7 +1089,7 @@ def look_at_flow(model, options, folder, given):
             raise ValueError(f"--{name} is of no use with points: leave it out")
     points = test_set(options, 0)
     print(points.summary)
-    save_density(model, points, folder, given.get("seed", 0), given.get("format", "png"))
+    save_density(model, points, folder, given.get("seed", 0))
     return measure_flow(model, points)
 
 

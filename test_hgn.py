@@ -2277,28 +2277,12 @@ def test_a_movie_comes_as_mp4_too(trained, command):
 
 def test_a_quick_look_leaves_out_what_takes_long(trained, command):
     shutil.copytree(trained / "runs", "runs")
-    said = command("eval", "--quick --frames 6 --clips 2 --show 1 --scale 1 --format pdf")
+    said = command("eval", "--quick --frames 6 --clips 2 --show 1 --scale 1")
     assert "mse_0_5" in said
     assert "strict_vpt" not in said
     for name in ("phase", "curves"):
-        assert Path(f"runs/mass_spring/{name}.pdf").read_bytes().startswith(b"%PDF")
-
-
-def test_states_are_exported(trained, command):
-    """A mass on a spring: q at neighbouring times obeys the cosine's recurrence, of omega = 2."""
-    shutil.copytree(trained / "runs", "runs")
-    command("eval", "--export --quick --frames 9 --clips 4 --show 3 --scale 1")
-    states = np.load("runs/mass_spring/states.npz")
-    assert states["times"] == pytest.approx(0.125 * np.arange(9))
-    assert states["q"].shape == states["p"].shape == (3, 9, 2)
-    q = states["true_q"][:, :, 0, 0]
-    assert q[:, 2:] + q[:, :-2] == pytest.approx(2 * math.cos(2 * 0.125) * q[:, 1:-1])
-    true_H = q**2 + states["true_p"][:, :, 0, 0] ** 2
-    assert states["true_H"] == pytest.approx(true_H)
-    model, _ = load("runs/mass_spring")
-    with torch.no_grad():
-        H = model.energy(*(torch.from_numpy(states[name][:, 4]) for name in "qp"))
-    assert states["H"][:, 4] == pytest.approx(H.numpy(), rel=1e-5)
+        with Image.open(f"runs/mass_spring/{name}.png") as chart:
+            assert chart.width > 500
 
 
 def test_a_turn_of_an_angle_does_not_change_the_state_that_is_compared():
@@ -2982,7 +2966,7 @@ MISTAKES = {
         --protocol paper --data nowhere.npy; --protocol paper --noise 0;
         --density rings --model realnvp --hamiltonians 2""",
     "eval": """--density rings; --checkpoint nowhere.pt; --frames 0; --speed inf; --device tpu;
-        --system pendulum --density rings""",
+        --system pendulum --density rings; --colour red""",
 }
 TYPED = []
 for script, mistakes in MISTAKES.items():
