@@ -56,7 +56,7 @@ WINDOW = 30  # frames of the paper's test clips
 FRAMES = 90  # of a rollout
 CLIPS = 64  # to measure on
 FEW = 32  # clips for the measures that take long
-BLOCK = 32  # clips that are decoded and compared at a time
+BLOCK = 16  # clips that are decoded and compared at a time, at least as many as --show
 
 
 # ------------------------------------------------------------------ shared with train.py
@@ -350,12 +350,17 @@ def picture_errors(model, test, start, frames):
 
 
 def errors(model, test, start, frames, speed=1.0):
-    """Return the pixel MSE of rollouts from start = (q, p) against the truth, (clips, frames)."""
+    """Return the pixel MSE of rollouts of the first clips against the truth, (clips, frames).
+
+    start: q and p of these clips at frame 0.
+    """
     path, _ = model.rollout(*start, frames - 1, speed * model.dt)
-    result = []
-    for q, truth in zip(path.split(BLOCK), test.truth(frames, speed), strict=True):
-        result.append(pixel_mse(paint(model, q), truth))
-    return torch.cat(result)
+    truths = test.truth(frames, speed, len(path))
+    blocks = [
+        pixel_mse(paint(model, q), truth)
+        for q, truth in zip(path.split(BLOCK), truths, strict=True)
+    ]
+    return torch.cat(blocks)
 
 
 def paint(model, q):
@@ -369,16 +374,9 @@ def pixel_mse(a, b):
 
 
 def blank_error(test, frames):
-    """Return the pixel MSE of a blank prediction, the mean picture, of all clips."""
-    n = 0
-    total = 0.0
-    squares = 0.0
-    for truth in test.truth(frames):
-        pictures = truth.flatten(0, 1).double()
-        n = n + len(pictures)
-        total = total + pictures.sum(0)
-        squares = squares + pictures.square().sum(0)
-    return (squares / n - (total / n).square()).mean()
+    """Return the pixel MSE of a blank prediction, the mean picture of all clips."""
+    truth = torch.cat(list(test.truth(frames)))  # (clips, frames, C, size, size)
+    return truth.var((0, 1), correction=0).mean()
 
 
 def errors_at_other_speeds(model, test, start, frames):
@@ -430,32 +428,19 @@ def kept_energy(model, test, start, frames, steps=1000):
     return figures
 
 
-def valid_frames(model, test, start, frames, windows=10):
-    """Return for how many frames rollouts forward and backward are valid, medians over clips.
+def valid_frames(model, test, start, frames, length=10 * WINDOW):
+    """Return how many of `length` frames are valid, forward and backward, medians over clips.
 
-    A frame is valid until the first whose error exceeds a tenth of a blank prediction's, which is
-    stricter than the VPT of Higgins et al. (2021). It ends early where most clips have failed.
+    The frames of a clip are valid until the first whose error exceeds a tenth of a blank
+    prediction's. This is stricter than the VPT of Higgins et al. (2021).
     """
     limit = 0.1 * blank_error(test, WINDOW)
+    q, p = start
     figures = {}
-    for name, dt in (("forward", model.dt), ("backward", -model.dt)):
-        state = [x[:FEW] for x in start]
-        true = [test.q[:FEW], test.p[:FEW]]
-        valid = 1.0
-        count = 0
-        for _ in range(windows):
-            path = model.rollout(*state, WINDOW, dt)
-            true_path = simulate(test.system, *true, WINDOW + 1, dt)
-            truth = render(test.system, true_path[0], test.size)
-            error = pixel_mse(paint(model, path[0]), truth)[:, :-1]
-            good = valid * (error <= limit).cumprod(1)  # NaN is not valid
-            count = count + good.sum(1)
-            valid = good[:, -1:]
-            if valid.mean() < 0.5:  # the median is known
-                break
-            state = [x[:, -1] for x in path]
-            true = [x[:, -1] for x in true_path]
-        figures[f"strict_vpt_{name}"] = count.median().item()
+    for name, speed in (("forward", 1.0), ("backward", -1.0)):
+        error = errors(model, test, (q[:FEW], p[:FEW]), length, speed)
+        valid = (error <= limit).cumprod(1)  # (clips, length); NaN is not valid
+        figures[f"strict_vpt_{name}"] = valid.sum(1).double().median().item()
     return figures
 
 
