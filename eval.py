@@ -245,8 +245,7 @@ class TestClips:
 
     channels = 3
     length = math.inf
-    data = None
-    digest = None
+    digest = None  # what the clips are follows from the options
 
     def __init__(self, options, n, device="cpu"):
         self.summary = options["system"]
@@ -274,10 +273,11 @@ class TestClips:
             yield render(self.system, q, self.size)
 
 
-class HeldOut:
-    """Held-out clips of recordings, with the attributes of TestClips but for the true states.
+class HeldOut(Recordings):
+    """Recordings with the attributes of TestClips, of held-out clips, but for the true states.
 
-    Their truth ends: the clips are those that are at least as long as the median of all.
+    Their truth ends: the clips to test on are those that are at least as long as the median of all
+    that are held out, which is `length`.
     """
 
     system = None
@@ -285,25 +285,19 @@ class HeldOut:
 
     def __init__(self, options, n, device="cpu"):
         how = [options[name] for name in ("data", "size", "clip", "stride", "dt", "fps", "seed")]
-        data = Recordings(*how, least=options["context"] + 1)
-        self.data = data
+        super().__init__(*how, least=options["context"] + 1)
         self.device = device
-        self.size = data.size
-        self.channels = data.channels
-        self.dt = data.dt
-        self.summary = data.summary
-        self.digest = data.digest
-        lengths = data.lengths[data.held_out]
+        lengths = self.lengths[self.held_out]
         self.length = lengths.median().item()
-        self.clips = data.held_out[lengths >= self.length][:n]
+        self.tested = self.held_out[lengths >= self.length][:n]
         self.observed = torch.cat(list(self.truth(options["context"])))
 
     def truth(self, frames, speed=1.0, n=None):
         """Yield frames (BLOCK, T, C, size, size) at `speed`; T < frames where clips have ended."""
         times = (speed * torch.arange(frames)).round().long()
         times = times[times < self.length]
-        for part in self.clips[:n].split(BLOCK):
-            yield self.data.frames(part, times.expand(len(part), -1)).to(self.device)
+        for part in self.tested[:n].split(BLOCK):
+            yield self.frames(part, times.expand(len(part), -1)).to(self.device)
 
 
 def test_set(options, n, device="cpu"):

@@ -392,8 +392,8 @@ class PictureRecipe(Recipe):
 
     def __init__(self, options, test, device, compile=False):
         super().__init__(options, test, device, compile)
-        if test.data:
-            self.source = RecordedClips(test.data, device)
+        if options.data:
+            self.source = RecordedClips(test, device)
         else:
             self.source = SimulatedClips(options, device)
         self.beta = torch.tensor(options.beta, device=device)
