@@ -27,8 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
@@ -443,7 +442,8 @@ def symplecticity(model, test, start, frames):
     q, _ = start
     if q.shape[1] > len(q) / 8:  # a linear map of so many numbers fits anything
         return {"symetric": f"left out: {q.shape[1]} numbers in q need {8 * q.shape[1]} --clips"}
-    true = state_rows(test.path(WINDOW), angles_of(test))
+    path = test.path(WINDOW)
+    true = state_rows(path, true_angles(test.system, path[0]))
     latent = state_rows(model.rollout(*start, WINDOW - 1), model.angles)
     return symetric(latent, true)
 
@@ -483,9 +483,9 @@ def wrap(angle):
     return torch.atan2(angle.sin(), angle.cos())
 
 
-def angles_of(test):
-    """Return how many of the true q are angles: all or none."""
-    return test.q[0].numel() if test.system.periodic else 0
+def true_angles(system, q):
+    """Return how many of the coordinates of q (B, ..., bodies, dims) are angles: all or none."""
+    return q[0, 0].numel() if system.periodic else 0
 
 
 def state_rows(path, angles):
@@ -796,56 +796,46 @@ def robust_limits(x, least=1e-6):
 
 
 @torch.no_grad()
-def save_phase(model, test, path, frames=FRAMES, n=24):
-    """Write a chart of n rollouts, H over time, V over q and p over q, above the true ones.
+def save_phase(model, test, path, frames=FRAMES, n=10):
+    """Write a chart of n rollouts and, where the system is known, below it one of the truth.
 
-    Every orbit has the colour of its energy.
+    Ten is the number of colours that matplotlib has.
     """
+    rows = 2 if test.system else 1
+    figure = Figure((14, 3 * rows), dpi=100, layout="constrained")
+    parts = figure.subfigures(rows, squeeze=False).flat
     q, p = model.rollout(*model.infer(test.observed[:n]), frames - 1)
-    rows = [panels_of("learnt", q, p, model, model.angles)]
+    title = "model: a colour for each test clip, a dot for each frame"
+    draw_states(parts[0], title, model, q, p, model.angles)
     if test.system:
-        true = test.path(frames, n=n)
-        rows.append(panels_of("true", *true, test.system, angles_of(test)))
-    figure, axes = charts(len(rows), max(map(len, rows)))
-    figure.suptitle(f"{len(q)} test clips, {frames} frames; the colour of an orbit is its energy")
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for row, panels in zip(axes, rows, strict=True):
-        H = panels[0][1]
-        colours = ScalarMappable(Normalize(*robust_limits(H[:, 0], 0.05)))
-        for ax, (x, y, title, *labels) in zip(row, panels, strict=False):
-            ax.set_axis_on()
-            ax.set_prop_cycle(color=colours.to_rgba(H[:, 0]))
-            ax.plot(x.T, y.T, linewidth=1)
-            finish(ax, title, labels)
-        row[0].set_ylim(robust_limits(H[H.isfinite()], 0.05))
-        figure.colorbar(colours, ax=row[0], label="H at frame 0")
+        q, p = test.path(frames, n=n)
+        draw_states(parts[1], "truth", test.system, q, p, true_angles(test.system, q))
     save_chart(path, figure)
 
 
-def panels_of(name, q, p, model, angles):
-    """Return what a row of phase.png shows of paths q and p (B, T, ...), H over frames first.
+def draw_states(figure, title, source, q, p, angles):
+    """Draw paths q and p (B, T, ...): H over time, and p over q for the coordinates that move.
 
-    Each panel is x and y (B, T), a title and the labels of the axes. The potential V(q) = H(q, 0)
-    is there if one or two coordinates move. angles: how many of q are angles, which come first.
+    Where one or two coordinates move there is the potential V(q) = H(q, 0), too. source: has the
+    method `energy`. angles: how many of the coordinates are angles, which come first.
     """
-    H = model.energy(q, p).cpu()
-    V = model.energy(q, torch.zeros_like(p)).cpu()
+    H = source.energy(q, p).cpu()
+    V = source.energy(q, torch.zeros_like(p)).cpu()
     q = q.flatten(2).cpu()
     p = p.flatten(2).cpu()
+    q[..., :angles] = wrap(q[..., :angles])
     spread = q.std((0, 1))
-    moving = (spread > 0.1 * spread.max()).nonzero().flatten().tolist()
-    turning = wrap(q[..., :angles])
-    jumps = turning.diff(dim=1).abs() > math.pi
-    turning[:, 1:][jumps] = math.nan  # no line joins the ends of a turn
-    q = torch.cat((turning, q[..., angles:]), 2)
-    frames = torch.arange(H.shape[1]).expand_as(H)
-    panels = [(frames, H, f"{name}: H over time", "frame", "H")]
-    for i in moving[:MOST_PLANES]:
-        if len(moving) <= 2:
-            panels.append((q[..., i], V, f"{name}: V = H(q, 0)", f"q{i + 1}", "V"))
-        panels.append((q[..., i], p[..., i], f"{name}: p over q", f"q{i + 1}", f"p{i + 1}"))
-    return panels
+    moving = (spread > 0.1 * spread.max()).nonzero().flatten()[:MOST_PLANES].tolist()
+    panels = [(torch.arange(H.shape[1]).expand_as(H), H, "frame", "H")]
+    for i in moving:
+        panels.append((q[..., i], p[..., i], f"q{i + 1}", f"p{i + 1}"))
+    if len(moving) <= 2:
+        panels += [(q[..., i], V, f"q{i + 1}", "V(q)") for i in moving]
+    figure.suptitle(title)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (x, y, x_label, y_label) in zip(axes, panels, strict=True):
+        ax.plot(x.T, y.T, ".", markersize=1.5)
+        ax.set(xlabel=x_label, ylabel=y_label)
 
 
 @torch.no_grad()
