@@ -19,7 +19,7 @@ import os
 import shlex
 import sys
 import time
-from itertools import combinations, combinations_with_replacement
+from itertools import combinations_with_replacement
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -27,9 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch.func import jacrev, vmap
 from tqdm import tqdm
@@ -761,21 +759,15 @@ def save_pictures(path, pictures, **options):
 # ------------------------------------------------------------------ charts
 CELLS = 64  # of a histogram of many points, along each axis
 GRID = 128  # points at which an energy is drawn, along each axis
+LEVELS = 20  # of an energy, about
 STEP_DELAY = 400  # ms that flow.gif shows a leapfrog step
 MOST_PLANES = 4  # of q and p that phase.png shows
 
 
-def charts(rows, columns):
-    """Return a figure without a window, and its charts, an array (rows, columns)."""
-    figure = Figure((3.9 * columns, 3.3 * rows), dpi=150, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def finish(ax, title, labels, image=None, unit="in units of K(p)"):
-    """Give a chart its title, the labels of its axes and, if it shows an image, a colour bar."""
-    ax.set(title=title, xlabel=labels[0], ylabel=labels[1])
-    if image is not None:
-        ax.figure.colorbar(image, ax=ax, label=unit)
+def charts(n):
+    """Return a figure without a window, and its n charts beside each other."""
+    figure = Figure((3.9 * n, 3.3), dpi=150, layout="constrained")
+    return figure, figure.subplots(1, n, squeeze=False)[0]
 
 
 def save_chart(path, figure):
@@ -783,16 +775,6 @@ def save_chart(path, figure):
     file = io.BytesIO()
     figure.savefig(file, format="png")
     write(path, file.getvalue())
-
-
-def robust_limits(x, least=1e-6):
-    """Return limits (2,) or (dim, 2) for x (n,) or (n, dim) that a few outliers do not move.
-
-    least: room on each side, as a share of x, so that what hardly changes shows as a line.
-    """
-    low, high = np.quantile(x, (0.005, 0.995), axis=0)
-    room = 0.2 * (high - low) + least * np.abs(high)
-    return np.stack((low - room, high + room), -1)
 
 
 @torch.no_grad()
@@ -840,125 +822,107 @@ def draw_states(figure, title, source, q, p, angles):
 
 @torch.no_grad()
 def save_density(model, points, folder, seed=0, n=20_000):
-    """Write density.png, histograms of data and samples, and flow.gif.
+    """Write density.png: histograms of data and samples, of their first two columns.
 
-    Of two columns density.png shows the learnt density too and, of NHF, each V; flow.gif shows
-    points that move on V step by step. Of more columns there are the pairs of the first three; of
-    one there is no picture.
+    In the plane there are the learnt density and, of NHF, each V, too, and flow.gif. Of points on
+    a line there is no picture.
     """
     if model.dim == 1:
         return
+    potentials = 0
+    if model.dim == 2 and isinstance(model, NHF):
+        potentials = len(model.H)
+    figure, axes = charts(3 + potentials if model.dim == 2 else 2)
     data = points.rows[:n]
     samples = model.sample(len(data), seeded(seed))
-    movie = []
-    if model.dim > 2:
-        figure, axes = charts(2, 3)
-        for column, pair in enumerate(combinations(range(3), 2)):
-            draw_histograms(axes[:, column], data, samples, pair)
-    else:
-        hamiltonians = getattr(model, "H", [])  # RealNVP has none
-        figure, ((data_axis, samples_axis, density, *potentials),) = charts(
-            1, 3 + len(hamiltonians)
-        )
-        norm = draw_histograms((data_axis, samples_axis), data, samples, (0, 1))
-        x, y, grid = grid_of(data)
-        learnt = model.log_prob(grid, 32, seeded(seed)).exp()
-        image = density.pcolormesh(x, y, learnt, norm=norm)
-        finish(density, "learnt density", XY, image, "density")
-        for i, ax in enumerate(potentials):
-            movie += draw_hamiltonian(ax, model, i, data, seed)
+    limits = limits_of(data[:, :2])
+    for ax, title, rows in ((axes[0], "data", data), (axes[1], "samples", samples)):
+        x, y, *_ = rows.T
+        ax.hist2d(x, y, CELLS, range=limits)
+        ax.set_title(title)
+    if model.dim == 2:
+        x, y, grid = grid_of(limits)
+        axes[2].pcolormesh(x, y, model.log_prob(grid, 32, seeded(seed)).exp())
+        axes[2].set_title("learnt density")
+    for i in range(potentials):
+        draw_potential(axes[3 + i], model, i, data)
+        axes[3 + i].plot(*data[:500].T, ".", color="red", markersize=1)
+        axes[3 + i].set_title(f"V of H{i + 1}, red: data")
     save_chart(folder / "density.png", figure)
-    if movie:
-        save_pictures(folder / "flow.gif", movie, duration=STEP_DELAY, loop=0)
+    if potentials:
+        save_flow(model, data, folder / "flow.gif", seed)
 
 
-def draw_histograms(axes, data, samples, pair):
-    """Draw two columns of data and of samples. Returns their scale of colours.
-
-    The lowest colour is that of a single point of the data in a cell: a histogram tells no less.
-    """
-    norm = LogNorm(clip=True)
-    limits = robust_limits(data[:, pair])
-    cells = min(CELLS, 8 + len(data) // 200)  # a cell of few points tells little
-    labels = [f"x{i + 1}" for i in pair]
-    for ax, title, points in ((axes[0], "data", data), (axes[1], "samples", samples)):
-        x, y = points[:, pair].T
-        *_, image = ax.hist2d(x, y, cells, range=limits, density=True, norm=norm)
-        finish(ax, title, labels, image, "density")
-    return norm
+def limits_of(points):
+    """Return the limits (2, 2) of the x and the y of points (n, 2), which few outliers move not."""
+    low, high = np.quantile(points, (0.005, 0.995), axis=0)
+    room = 0.2 * (high - low)
+    return np.stack((low - room, high + room), 1)
 
 
-def grid_of(points):
-    """Return x and y (GRID,) and the points (GRID, GRID, 2) they span, where `points` lie."""
-    x, y = [np.linspace(*limits, GRID) for limits in robust_limits(points)]
+def grid_of(limits):
+    """Return x and y (GRID,) between limits (2, 2), and the points (GRID, GRID, 2) they span."""
+    x, y = np.linspace(*limits.T, GRID).T
     return x, y, torch.from_numpy(np.stack(np.meshgrid(x, y), 2))
 
 
-XY = ("x1", "x2")  # columns of points
+def draw_potential(ax, model, i, data):
+    """Draw V of the flow's Hamiltonian i where the data (n, 2) lie, as colours and contour lines.
 
-
-def draw_energy(ax, energy, points, title=""):
-    """Draw an energy with contour lines where `points` (n, 2) lie, above its minimum there."""
-    x, y, grid = grid_of(points)
-    values = energy(grid)
-    lowest = values.min()
-    highest = (energy(points).quantile(0.99) - lowest).item()
-    levels = MaxNLocator(12).tick_values(0, 2 * highest)  # points take half of the colours
-    image = ax.contourf(x, y, values - lowest, levels, extend="max")
-    ax.contour(x, y, values - lowest, levels, colors="white", linewidths=0.5)
-    finish(ax, title, XY, image)
-    ax.autoscale(False)  # points beyond it shall not widen the chart
-
-
-def draw_hamiltonian(chart, model, i, data, seed):
-    """Draw V of the flow's Hamiltonian i with some of the data.
-
-    Returns pictures of points that move on it, step by step.
+    It is cut off at twice the height, above its least value, that the data reach.
     """
-    steps = model.config["steps"]
-    name = f"V of H{i + 1}"
 
     def V(x):
         return model.H[i].V(model.standardise(x)[0])
 
-    draw_energy(chart, V, data, f"{name}, red: data")
-    chart.plot(*data[:500].T, ".", color="red", markersize=1)
-    figure, ((ax,),) = charts(1, 1)
-    draw_energy(ax, V, data)
-    (dots,) = ax.plot([], [], ".", color="white", markersize=2)
-    q, _ = model.flow(*model.base_states(2000, seeded(seed)))
-    path = model.unstandardise(q[:, i * steps :]).permute(1, 2, 0)  # (steps + 1, 2, n) and more
+    x, y, grid = grid_of(limits_of(data))
+    values = V(grid)
+    reached = V(data).quantile(0.99) - values.min()
+    values = values.clamp(max=values.min() + 2 * reached)
+    ax.contourf(x, y, values, LEVELS)
+    ax.contour(x, y, values, LEVELS, colors="white", linewidths=0.5)
+    ax.autoscale(False)  # points beyond it shall not widen the chart
+
+
+def save_flow(model, data, path, seed, n=2000):
+    """Write a movie of n points that a flow moves from its base density to the data.
+
+    Every picture shows the points after a leapfrog step, on the V that moves them next.
+    """
+    q, _ = model.flow(*model.base_states(n, seeded(seed)))
+    points = model.unstandardise(q).permute(1, 2, 0)  # (times, 2, n)
     pictures = []
-    for step in range(steps + 1):
-        dots.set_data(*path[step])
-        ax.set_title(f"points on {name}, step {step} of {steps}")
-        pictures.append(pixels(figure))
-    return pictures
-
-
-def pixels(figure):
-    """Return a figure as a picture (h, w, 3) of bytes."""
-    FigureCanvasAgg(figure).draw()
-    return np.array(figure.canvas.buffer_rgba())[..., :3]
+    for step, (x, y) in enumerate(points):
+        i = min(step // model.config["steps"], len(model.H) - 1)
+        figure, (ax,) = charts(1)
+        draw_potential(ax, model, i, data)
+        ax.plot(x, y, ".", color="white", markersize=2)
+        ax.set_title(f"points on V of H{i + 1}, step {step} of {len(points) - 1}")
+        FigureCanvasAgg(figure).draw()
+        pictures.append(np.array(figure.canvas.buffer_rgba())[..., :3])
+    save_pictures(path, pictures, duration=STEP_DELAY, loop=0)
 
 
 CURVES = {"loss": "loss", "mse": "pixel error (MSE)", "kl": "KL (nats)"}
 
 
 def save_curves(folder):
-    """Write curves.png, the loss, error and KL of metrics.jsonl, if there is one."""
+    """Write curves.png: loss, error and KL of metrics.jsonl over the steps, if there are any."""
     log = folder / "metrics.jsonl"
-    lines = log.read_text().splitlines() if log.is_file() else []
-    logged = [line for line in map(json.loads, lines) if "loss" in line]
-    if not logged:
+    if not log.is_file():
         return
-    names = [name for name in CURVES if name in logged[0]]
-    figure, axes = charts(1, len(names))
-    for ax, name in zip(axes[0], names, strict=True):
-        values = [line[name] for line in logged]
-        ax.plot([line["step"] for line in logged], values, ".-")
-        finish(ax, CURVES[name], ("training step", name))
-        if max(values) > 10 * min(values) > 0:
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    if not lines:
+        return
+    names = [name for name in CURVES if name in lines[0]]
+    steps = [line["step"] for line in lines]
+    figure, axes = charts(len(names))
+    for ax, name in zip(axes, names, strict=True):
+        values = [line[name] for line in lines]
+        ax.plot(steps, values, ".-")
+        ax.set(title=CURVES[name], xlabel="training step")
+        if min(values) > 0:
             ax.set_yscale("log")
     save_chart(folder / "curves.png", figure)
 
