@@ -440,9 +440,9 @@ def symplecticity(model, test, start, frames):
     q, _ = start
     if q.shape[1] > len(q) / 8:  # a linear map of so many numbers fits anything
         return {"symetric": f"left out: {q.shape[1]} numbers in q need {8 * q.shape[1]} --clips"}
-    path = test.path(WINDOW)
-    true = state_rows(path, true_angles(test.system, path[0]))
-    latent = state_rows(model.rollout(*start, WINDOW - 1), model.angles)
+    true_q, true_p = test.path(WINDOW)
+    true = state_rows(true_q, true_p, true_angles(test.system, true_q))
+    latent = state_rows(*model.rollout(*start, WINDOW - 1), model.angles)
     return symetric(latent, true)
 
 
@@ -450,7 +450,7 @@ def quality_of_samples(model, test, start, frames):
     """Return which shares of samples show the system and move as it does."""
     if model.deterministic:
         return {"samples_valid": "left out: a deterministic model has no prior to draw from"}
-    count = min(2 * FEW, 2 * len(test.observed))
+    count = len(test.observed)
     samples = model.sample(count, WINDOW - 1, generator=seeded(TEST_SEED + 4))
     valid, obey = judge(test.system, samples, test.dt)
     return {"samples_valid": valid, "samples_obey": obey}
@@ -486,55 +486,60 @@ def true_angles(system, q):
     return q[0, 0].numel() if system.periodic else 0
 
 
-def state_rows(path, angles):
-    """Return every third state of a path, q and p (B, T, ...), as rows (B * T / 3, 2 * dim).
+def state_rows(q, p, angles):
+    """Return every third state of paths q and p (B, T, ...) as rows (B * T / 3, 2 * dim).
 
-    The first `angles` of q are counted from their mean at frame 0, so that no path starts beside
-    the cut at pi.
+    The first `angles` of the coordinates are counted from their mean at frame 0, by less than half
+    a turn, so that no path starts beside the cut at pi.
     """
-    q, p = [x[:, ::3].flatten(2).double() for x in path]
-    start = q[:, :1, :angles]
+    q = q[:, ::3].flatten(2).double()  # (B, T / 3, dim)
+    p = p[:, ::3].flatten(2).double()
+    turning = q[..., :angles]
+    start = turning[:, :1]
     mean = torch.atan2(start.sin().mean(0), start.cos().mean(0))
-    q[..., :angles] += wrap(start - mean) - start
-    return torch.cat((q, p), 2).flatten(0, 1)
+    turning = turning - start + wrap(start - mean)
+    return torch.cat((turning, q[..., angles:], p), 2).flatten(0, 1)
 
 
 def symetric(latent, true, orders=5):
     """Return SyMetric (Higgins et al. 2021, arXiv 2111.05986): is latent -> true state symplectic?
 
-    The map is a regression on polynomials, by ridge where the authors have a lasso; a constant
-    factor is allowed. Only directions count in which p spreads by a tenth of the largest spread or
-    more: where a centre of mass hardly moves, no regression sees its Poisson brackets.
+    The map is a regression on polynomials, by ridge where the authors have a lasso. It is
+    symplectic, but for a constant factor, where the Poisson brackets of the true coordinates, as
+    functions of the latent ones, are those of coordinates and their momenta.
     latent: (n, 2 d). true: (n, 2 D). Returns: a dict of R^2, SyMetric and the polynomials' order.
     """
-    d = latent.shape[1] // 2
     true = moving_directions(true)
     scale = latent.std(0).clamp(min=1e-9)
     x = (latent - latent.mean(0)) / scale
     y = (true - true.mean(0)) / true.std(0)
-    terms = []
+    numbers = range(latent.shape[1])
+    terms = []  # of the polynomials: the numbers of the coordinates that each of them multiplies
     for order in range(1, orders + 1):
-        terms += map(list, combinations_with_replacement(range(2 * d), order))
+        terms += map(list, combinations_with_replacement(numbers, order))
         w, r2 = fit_polynomial(x, y, terms)
-        next_terms = math.comb(2 * d + order + 1, order + 1)
-        if r2 >= 0.9 or next_terms > len(x) / 4:  # more terms would fit noise
+        next_terms = math.comb(len(numbers) + order + 1, order + 1)  # with all lower orders
+        if r2 >= 0.9 or next_terms > len(x) / 4:  # so many terms would fit noise
             break
 
     def fitted(x):
-        return polynomial(x, terms) @ w
+        return true.std(0) * (polynomial(x, terms) @ w)
 
-    jacobian = vmap(jacrev(fitted))(x[:1000])  # (n, 2 D, 2 d)
-    jacobian = true.std(0)[:, None] * jacobian / scale
-    by_q, by_p = jacobian.split(d, 2)
-    brackets = by_q @ by_p.mT - by_p @ by_q.mT  # Poisson brackets of the true coordinates
-    P = brackets @ brackets.mT
+    jacobian = vmap(jacrev(fitted))(x[:1000]) / scale  # (n, 2 D, 2 d)
+    by_q, by_p = jacobian.chunk(2, 2)
+    brackets = by_q @ by_p.mT - by_p @ by_q.mT  # Poisson brackets, (n, 2 D, 2 D)
+    P = brackets @ brackets.mT  # the identity, where the map is symplectic
     P = P / P.abs().amax((1, 2)).mean()
-    off = (P - torch.eye(true.shape[1]).to(P)).square().mean()
-    return {"symetric_r2": r2, "symetric": off.item(), "symetric_order": len(terms[-1])}
+    off = (P - torch.eye(len(P[0])).to(P)).square().mean()
+    return {"symetric_r2": r2, "symetric": off.item(), "symetric_order": order}
 
 
 def moving_directions(states):
-    """Return q and p of states (n, 2 D) along the principal directions in which p moves."""
+    """Return q and p of states (n, 2 D) along the principal directions in which p moves.
+
+    That is where p spreads by a tenth of its largest spread or more: where a centre of mass hardly
+    moves, no regression sees its Poisson brackets.
+    """
     q, p = states.chunk(2, 1)
     _, spread, directions = torch.linalg.svd(p - p.mean(0), full_matrices=False)
     moving = directions[spread > 0.1 * spread[0]].mT
@@ -552,12 +557,11 @@ def fit_polynomial(x, y, terms):
     It is fitted to the first half of the rows, and R^2 is that of the other half.
     """
     A = polynomial(x, terms)
-    A = A - A.mean(0)
-    seen, unseen = A.tensor_split(2)
-    y_seen, y_unseen = y.tensor_split(2)
-    ridge = 1e-4 * len(seen) * torch.eye(len(terms)).to(A)
-    w = torch.linalg.solve(seen.T @ seen + ridge, seen.T @ y_seen)
-    residual = (unseen @ w - y_unseen).square().sum() / y_unseen.square().sum()
+    A, A_unseen = (A - A.mean(0)).tensor_split(2)
+    y, y_unseen = y.tensor_split(2)
+    ridge = 1e-4 * len(A) * torch.eye(len(terms)).to(A)
+    w = torch.linalg.solve(A.T @ A + ridge, A.T @ y)
+    residual = (A_unseen @ w - y_unseen).square().sum() / y_unseen.square().sum()
     return w, 1 - residual.item()
 
 
@@ -569,18 +573,18 @@ def judge(system, frames, dt, seen=10):
     true motion from the state that fits its `seen` first frames best.
     """
     q = torch.cat([infer_q(system, block) for block in frames.split(8)])
-    excess = pixel_mse(render(system, q, frames.shape[-1]), frames)
+    error = pixel_mse(render(system, q, frames.shape[-1]), frames)
+    valid = error.amax(1) <= 5e-4
     shown = system.position(q)  # (n, T, bodies, 2)
 
-    def positions(start, steps=seen):
-        q, p = start.unbind(1)
-        return system.position(simulate(system, q, p, steps, dt)[0])
+    def motion(start, steps=seen):
+        path, _ = simulate(system, *start.unbind(1), steps, dt)
+        return system.position(path)
 
     p = system.inertia * wrap(q[:, 1] - q[:, 0]) / dt  # a rough start for the fit
     start = torch.stack((q[:, 0], p), 1)  # (n, 2, bodies, dims)
-    start = gauss_newton(positions, start, shown[:, :seen], 4, 1e-4, 0.5, 1e-9)
-    distance = (positions(start, shown.shape[1]) - shown).norm(dim=-1).amax((1, 2))
-    valid = excess.amax(1) <= 5e-4
+    start = gauss_newton(motion, start, shown[:, :seen], 4, 1e-4, 0.5, 1e-9)
+    distance = (motion(start, shown.shape[1]) - shown).norm(dim=-1).amax((1, 2))
     obey = valid & (distance <= 0.15)
     return valid.double().mean().item(), obey.double().mean().item()
 
@@ -805,7 +809,7 @@ def draw_states(figure, title, source, q, p, angles):
     V = source.energy(q, torch.zeros_like(p)).cpu()
     q = q.flatten(2).cpu()
     p = p.flatten(2).cpu()
-    q[..., :angles] = wrap(q[..., :angles])
+    q = torch.cat((wrap(q[..., :angles]), q[..., angles:]), 2)
     spread = q.std((0, 1))
     moving = (spread > 0.1 * spread.max()).nonzero().flatten()[:MOST_PLANES].tolist()
     panels = [(torch.arange(H.shape[1]).expand_as(H), H, "frame", "H")]
