@@ -186,18 +186,19 @@ def find_run(where=None, name=None):
     return path
 
 
-# The options of a model that no run of train.py saved, beside the arguments it was made with.
-OPTIONS_OF_OTHERS = {
+OWN_ARGUMENT = {"hgn": "arch", "nhf": "hamiltonians", "realnvp": "layers"}  # tells models apart
+OF_EVERY_RUN = {"model", "system", "density", "data", "digest"}  # options that a run must have
+# The options of a run that are no arguments of a model, for a model that is no run's.
+OF_NO_RUN = {
     "system": None, "density": None, "data": None, "digest": None, "noise": 0.0, "clip": 60,
     "stride": 1, "fps": None, "seed": 0,
 }  # fmt: skip
-OF_EVERY_RUN = {"model", "system", "density", "data", "digest"}  # options that a run must have
-OWN_ARGUMENT = {"hgn": "arch", "nhf": "hamiltonians", "realnvp": "layers"}  # tells models apart
 
 
-def options_of(model, config, **data):
-    """Return the options of a model with this config where it is measured on other data."""
-    return {**OPTIONS_OF_OTHERS, **config, "model": model, **data}
+def options_of(config, **data):
+    """Return the options of a run, of a model with this config that is measured on other data."""
+    (model,) = [name for name, argument in OWN_ARGUMENT.items() if argument in config]
+    return {**OF_NO_RUN, **config, "model": model, **data}
 
 
 def read_run(path):
@@ -208,17 +209,16 @@ def read_run(path):
     """
     checkpoint = read_checkpoint(path)
     try:
-        config = checkpoint["config"]
         if "run" in checkpoint:
             run = checkpoint["run"]
         else:
-            model = next(name for name, argument in OWN_ARGUMENT.items() if argument in config)
-            run = {"options": options_of(model, config)}
-        if run["options"].keys() >= OF_EVERY_RUN:
-            return run
-    except (KeyError, TypeError, IndexError, StopIteration):
-        pass
-    raise ValueError(f"{path} is no model of this version: python train.py makes one")
+            run = {"options": options_of(checkpoint["config"])}
+        complete = run["options"].keys() >= OF_EVERY_RUN
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        complete = False
+    if not complete:
+        raise ValueError(f"{path} is no model of this version: python train.py makes one")
+    return run
 
 
 def load(path, device="cpu"):
@@ -960,7 +960,6 @@ OPTIONS = {
         "--scale": {"type": number(1, 16), "help": "Screen pixels of a pixel (default: 8)."},
     },
 }  # fmt: skip
-OF_MOVIES = ("frames", "show", "reverse", "speed", "sample", "scale")  # for save_movies
 
 
 def look(given):
@@ -968,23 +967,16 @@ def look(given):
     where = given.pop("checkpoint", None)
     data = {name: given.pop(name) for name in ("system", "density", "data") if name in given}
     path = find_run(where, *data.values())
-    device = given.pop("device", None)
     model, run = load(path)
     options = run["options"]
     in_run = path.name == "checkpoint.pt"
     name = path.parent.name if in_run else path.stem
-    folder = Path("runs") / f"{name}-look"
+    folder = path.parent if in_run else Path("runs", f"{name}-look")
     if where and data:
-        options = options_of(options["model"], model.config, **data)
+        options = options_of(model.config, **data)
         (label,) = data.values()
-        folder = Path("runs") / f"{name}-on-{Path(label).stem}"
-    elif in_run:
-        folder = path.parent
+        folder = Path("runs", f"{name}-on-{Path(label).stem}")
     print(f"{path}: looking; pictures and figures go to {folder}")
-    look_at = look_at_flow if options["model"] in FLOWS else look_at_pictures
-    model.to(device_of(options["model"], device))
-    result = look_at(model, options, folder, given)
-    save_curves(folder)
     report = {
         **provenance(),
         "seed": given.get("seed", 0),
@@ -992,8 +984,12 @@ def look(given):
         "checkpoint": str(path),
         "config": options,
         "training": {key: run.get(key) for key in ("command", "versions", "step", "seconds")},
-        "metrics": result,
     }
+    model.to(device_of(options["model"], given.pop("device", None)))
+    look_at = look_at_flow if options["model"] in FLOWS else look_at_pictures
+    result = look_at(model, options, folder, given)
+    save_curves(folder)
+    report["metrics"] = result
     write(folder / "metrics.json", json.dumps(report, indent=1).encode())
     print_table(options, result)
 
@@ -1001,18 +997,19 @@ def look(given):
 def look_at_pictures(model, options, folder, given):
     """Write movies and charts of a model of pictures, then measure it. Returns: the figures."""
     device = next(model.parameters()).device
-    test = test_set(options, given.get("clips", CLIPS), device)
+    test = test_set(options, given.pop("clips", CLIPS), device)
     print(test.summary)
-    if test.channels != model.config["channels"]:
-        seen = model.config["channels"]
-        raise ValueError(f"the model sees {seen} channel(s), 1 is grey, and these {test.channels}")
-    frames = given.get("frames", min(FRAMES, test.length))
-    seed = given.get("seed", 0)
-    movies = {name: given[name] for name in OF_MOVIES if name in given}
-    save_movies(model, test, folder, seed=seed, **movies)
+    channels = model.config["channels"]
+    if test.channels != channels:
+        raise ValueError(
+            f"the model sees {channels} channel(s), 1 is grey, and these {test.channels}"
+        )
+    quick = given.pop("quick", False)
+    frames = given.setdefault("frames", min(FRAMES, test.length))
+    save_movies(model, test, folder, **given)
     save_phase(model, test, folder / "phase.png", frames)
     measures = QUICK
-    if not given.get("quick"):
+    if not quick:
         measures += (kept_energy,)
         if test.system:
             measures += OF_SYSTEMS
