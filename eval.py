@@ -763,7 +763,7 @@ def save_pictures(path, pictures, **options):
 # ------------------------------------------------------------------ charts
 CELLS = 64  # of a histogram of many points, along each axis
 GRID = 128  # points at which an energy is drawn, along each axis
-LEVELS = 20  # of an energy, about
+LEVELS = 12  # of an energy, about
 STEP_DELAY = 400  # ms that flow.gif shows a leapfrog step
 MOST_PLANES = 4  # of q and p that phase.png shows
 
@@ -833,25 +833,23 @@ def save_density(model, points, folder, seed=0, n=20_000):
     """
     if model.dim == 1:
         return
-    potentials = 0
-    if model.dim == 2 and isinstance(model, NHF):
-        potentials = len(model.H)
-    figure, axes = charts(3 + potentials if model.dim == 2 else 2)
     data = points.rows[:n]
     samples = model.sample(len(data), seeded(seed))
+    in_plane = model.dim == 2
+    potentials = len(model.H) if in_plane and isinstance(model, NHF) else 0
+    figure, axes = charts(3 + potentials if in_plane else 2)
     limits = limits_of(data[:, :2])
     for ax, title, rows in ((axes[0], "data", data), (axes[1], "samples", samples)):
-        x, y, *_ = rows.T
-        ax.hist2d(x, y, CELLS, range=limits)
+        ax.hist2d(rows[:, 0], rows[:, 1], CELLS, range=limits)
         ax.set_title(title)
-    if model.dim == 2:
+    if in_plane:
         x, y, grid = grid_of(limits)
         axes[2].pcolormesh(x, y, model.log_prob(grid, 32, seeded(seed)).exp())
         axes[2].set_title("learnt density")
-    for i in range(potentials):
-        draw_potential(axes[3 + i], model, i, data)
-        axes[3 + i].plot(*data[:500].T, ".", color="red", markersize=1)
-        axes[3 + i].set_title(f"V of H{i + 1}, red: data")
+    for i, ax in enumerate(axes[3:]):
+        draw_potential(ax, model, i, data)
+        ax.plot(*data[:500].T, ".", color="red", markersize=1)
+        ax.set_title(f"V of H{i + 1}, red: data")
     save_chart(folder / "density.png", figure)
     if potentials:
         save_flow(model, data, folder / "flow.gif", seed)
@@ -926,7 +924,7 @@ def save_curves(folder):
         values = [line[name] for line in lines]
         ax.plot(steps, values, ".-")
         ax.set(title=CURVES[name], xlabel="training step")
-        if min(values) > 0:
+        if max(values) > 10 * min(values) > 0:
             ax.set_yscale("log")
     save_chart(folder / "curves.png", figure)
 
