@@ -11,8 +11,6 @@ QUICK or OF_SYSTEMS, or is named in `look_at_pictures`; `measure_flow`); movies;
 
 import argparse
 import ctypes
-import importlib.util
-import io
 import json
 import math
 import os
@@ -22,7 +20,6 @@ import time
 from itertools import combinations_with_replacement
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.func import jacrev, vmap
 from tqdm import tqdm
 
-from hgn import FRAME_TIME, HGN, read_checkpoint, write_file
+from hgn import FRAME_TIME, HGN, read_checkpoint
 from nhf import DENSITIES, NHF, TEST_SEED, Points, RealNVPFlow, seeded
 from physics import (
     SYSTEMS,
@@ -135,13 +132,6 @@ def provenance():
         "numpy": np.__version__,
     }
     return {"command": shlex.join(["python", *sys.argv]), "versions": versions}
-
-
-def write(path, data):
-    """Write bytes to a file, in one piece, and say so. A folder that is missing is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, data)
-    print(f"wrote {path}")
 
 
 def keep_freed_memory():
@@ -651,10 +641,9 @@ def print_table(options, result):
 
 
 # ------------------------------------------------------------------ movies
-SEPARATOR = 2  # screen pixels between clips
-GREY = 0.6  # of separators, and where the truth of a recording has ended
+GREY = 0.6  # of the lines between clips, and where the truth of a recording has ended
 CAPTION_SIZE = 15  # of letters, in screen pixels
-CAPTION_WIDTH = 440  # screen pixels that the longest caption needs
+CAPTION_SPACE = (370, 30)  # screen pixels, width and height, for the longest caption
 STILLS = (0, 0.07, 0.2, 0.5, 1)  # shares of a movie; unequal, so that no period hides motion
 
 
@@ -671,93 +660,74 @@ def save_movies(
     """
     if frames is None:
         frames = min(FRAMES, test.length)
-
-    def truth(speed=1.0):
-        return next(test.truth(frames, speed, show))
-
-    def rollout(q, p, speed=1.0):
-        path, _ = model.rollout(q, p, frames - 1, speed * model.dt)
-        return paint(model, path)
-
-    q, p = model.infer(test.observed[:show])
-    movies = {"rollout": two_rows(truth(), rollout(q, p))}
-    for times in speed:
-        movies[f"speed_{times:g}"] = two_rows(truth(times), rollout(q, p, times))
+    start = model.infer(test.observed[:show])
+    truth = next(test.truth(frames, n=show))
+    movies = {"rollout": two_rows(truth, model, start, frames)}
+    for factor in speed:
+        faster = next(test.truth(frames, factor, show))
+        movies[f"speed_{factor:g}"] = two_rows(faster, model, start, frames, factor)
     if reverse:
-        backward = truth().flip(1)
-        last = [x[:, -1] for x in model.rollout(q, p, backward.shape[1] - 1)]
-        movies["reverse"] = two_rows(backward, rollout(*last, -1.0))
+        q, p = model.rollout(*start, truth.shape[1] - 1)
+        last = (q[:, -1], p[:, -1])
+        movies["reverse"] = two_rows(truth.flip(1), model, last, frames, -1.0)
     if sample:
         drawn = model.sample(sample, frames - 1, generator=seeded(seed))
         movies["samples"] = drawn.cpu().unsqueeze(0)
     times = [round(share * (frames - 1)) for share in STILLS]
-    stills = movies["rollout"][:, 0, times]  # of the first clip: (2, 5, C, H, W)
-    caption = f"{folder.name}: truth above model, frames {times}"
-    save_pictures(folder / "rollout.png", draw_frames(stills, caption, scale))
+    stills = movies["rollout"][:, 0, times]  # of the first clip: (2, 5, C, size, size)
+    path = folder / "rollout.png"
+    draw_frames(stills, f"truth above model, frames {times}", scale).save(path)
+    print(f"wrote {path}")
     for name, movie in movies.items():
-        context = model.context if name == "rollout" else 0
-        save_movie(folder / f"{name}.gif", movie, model.dt, scale, context)
+        save_movie(folder / f"{name}.gif", movie, model.dt, scale)
 
 
-def two_rows(truth, model):
-    """Return clips (n, T, C, H, W) above each other, grey where the truth has ended."""
-    rows = torch.full((2, *model.shape), GREY)
-    rows[0, :, : truth.shape[1]] = truth
-    rows[1] = model
-    return rows
+def two_rows(truth, model, start, frames, speed=1.0):
+    """Return true frames (n, T, C, size, size) above those of a rollout from start = (q, p).
 
-
-def save_movie(path, movie, dt, scale, context=0):
-    """Write a movie (rows, clips, T, C, H, W) as a GIF, whose first frames are the context.
-
-    Where PyAV is installed an .mp4 of all frames comes with it.
+    Returns: (2, n, frames, C, size, size), grey where the truth has ended.
     """
-    title = "truth above model" if len(movie) == 2 else "drawn from the prior"
-    pictures = []
-    for t in range(movie.shape[2]):
-        caption = f"{path.stem}: {title}, frame {t}"
-        if t < context:
-            caption += ", context"
-        pictures.append(draw_frames(movie[:, :, t], caption, scale))
-    times, delays = movie_times(len(pictures), dt)
-    save_pictures(path, [pictures[t] for t in times], duration=delays, loop=0)
-    if importlib.util.find_spec("av"):
-        fps = float(np.clip(1 / dt, 0.01, 1000))  # what players can show
-        how = {"extension": ".mp4", "plugin": "pyav", "codec": "libx264", "fps": fps}
-        write(path.with_suffix(".mp4"), iio.imwrite("<bytes>", pictures, **how))
+    path, _ = model.rollout(*start, frames - 1, speed * model.dt)
+    missing = frames - truth.shape[1]
+    truth = F.pad(truth, (0, 0, 0, 0, 0, 0, 0, missing), value=GREY)
+    return torch.stack((truth, paint(model, path))).cpu()
 
 
-def movie_times(frames, dt):
-    """Return which frames a GIF shows, and for how many milliseconds each.
+def save_movie(path, movie, dt, scale):
+    """Write a movie (rows, clips, T, C, size, size) as a GIF that runs as fast as the physics.
 
     GIF counts in hundredths of a second, and browsers slow down what is shown for less than two of
     them, so of fast clips only every k-th frame is shown. Rounding the times at which frames end,
     not the delays, keeps the whole movie at its true speed.
     """
+    title = "truth above model" if len(movie) == 2 else "drawn from the prior"
     stride = max(1, math.ceil(0.02 / dt - 1e-9))
-    ends = np.arange(0, frames + stride, stride)
-    delays = np.diff(np.rint(100 * dt * ends)).clip(2, 65535)  # 65535: what GIF can store
-    return ends[:-1].tolist(), (10 * delays).tolist()
+    frames = range(0, movie.shape[2], stride)
+    ends = dt * stride * np.arange(len(frames) + 1)
+    delays = np.diff(np.rint(100 * ends)).clip(2, 65535)  # 65535: what GIF can store
+    pictures = [draw_frames(movie[:, :, t], f"{title}, frame {t}", scale) for t in frames]
+    save_gif(path, pictures, (10 * delays).tolist())
 
 
 def draw_frames(frames, caption, scale):
-    """Draw frames (rows, columns, C, H, W) in [0, 1] below a caption: (h, w, 3) bytes."""
+    """Return frames (rows, columns, C, size, size) in [0, 1] below a caption, as one picture."""
     frames = frames.expand(-1, -1, 3, -1, -1)  # grey ones become RGB
-    frames = frames.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
-    frames = F.pad(frames, (0, SEPARATOR, 0, SEPARATOR), value=GREY)
-    sheet = frames.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (h, w, 3)
-    right = max(0, CAPTION_WIDTH - sheet.shape[1])
-    sheet = F.pad(sheet, (0, 0, 0, right, 2 * CAPTION_SIZE, 0), value=1.0)
-    image = Image.fromarray((255 * sheet).round().byte().numpy())
-    font = ImageFont.load_default(CAPTION_SIZE)
-    ImageDraw.Draw(image).text((6, 6), caption, "black", font)
-    return np.asarray(image)
+    frames = F.pad(frames, (0, 1, 0, 1), value=GREY)
+    sheet = frames.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (height, width, 3)
+    sheet = Image.fromarray((255 * sheet).round().byte().numpy())
+    sheet = sheet.resize((scale * sheet.width, scale * sheet.height), Image.Resampling.NEAREST)
+    width, above = CAPTION_SPACE
+    page = Image.new("RGB", (max(width, sheet.width), above + sheet.height), "white")
+    page.paste(sheet, (0, above))
+    ImageDraw.Draw(page).text((6, 6), caption, "black", ImageFont.load_default(CAPTION_SIZE))
+    return page
 
 
-def save_pictures(path, pictures, **options):
-    """Write a picture (h, w, 3) of bytes, or a list of them as a GIF."""
-    kind = {"extension": path.suffix, "plugin": "pillow"}
-    write(path, iio.imwrite("<bytes>", pictures, **kind, **options))
+def save_gif(path, pictures, milliseconds):
+    """Write pictures as a GIF that repeats for ever. milliseconds: of all, or a list of each."""
+    first, *others = pictures
+    first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
+    print(f"wrote {path}")
 
 
 # ------------------------------------------------------------------ charts
@@ -776,9 +746,8 @@ def charts(n):
 
 def save_chart(path, figure):
     """Write a figure as a PNG."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    write(path, file.getvalue())
+    figure.savefig(path)
+    print(f"wrote {path}")
 
 
 @torch.no_grad()
@@ -900,9 +869,10 @@ def save_flow(model, data, path, seed, n=2000):
         draw_potential(ax, model, i, data)
         ax.plot(x, y, ".", color="white", markersize=2)
         ax.set_title(f"points on V of H{i + 1}, step {step} of {len(points) - 1}")
-        FigureCanvasAgg(figure).draw()
-        pictures.append(np.array(figure.canvas.buffer_rgba())[..., :3])
-    save_pictures(path, pictures, duration=STEP_DELAY, loop=0)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pictures.append(Image.fromarray(np.array(canvas.buffer_rgba())).convert("RGB"))
+    save_gif(path, pictures, STEP_DELAY)
 
 
 CURVES = {"loss": "loss", "mse": "pixel error (MSE)", "kl": "KL (nats)"}
@@ -988,7 +958,9 @@ def look(given):
     result = look_at(model, options, folder, given)
     save_curves(folder)
     report["metrics"] = result
-    write(folder / "metrics.json", json.dumps(report, indent=1).encode())
+    path = folder / "metrics.json"
+    path.write_text(json.dumps(report, indent=1))
+    print(f"wrote {path}")
     print_table(options, result)
 
 
@@ -1002,6 +974,7 @@ def look_at_pictures(model, options, folder, given):
         raise ValueError(
             f"the model sees {channels} channel(s), 1 is grey, and these {test.channels}"
         )
+    folder.mkdir(parents=True, exist_ok=True)
     quick = given.pop("quick", False)
     frames = given.setdefault("frames", min(FRAMES, test.length))
     save_movies(model, test, folder, **given)
@@ -1021,6 +994,7 @@ def look_at_flow(model, options, folder, given):
             raise ValueError(f"--{name} is of no use with points: leave it out")
     points = test_set(options, 0)
     print(points.summary)
+    folder.mkdir(parents=True, exist_ok=True)
     save_density(model, points, folder, given.get("seed", 0))
     return measure_flow(model, points)
 
