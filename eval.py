@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch.func import jacrev, vmap
@@ -50,7 +50,7 @@ WINDOW = 30  # frames of the paper's test clips
 FRAMES = 90  # of a rollout
 CLIPS = 64  # to measure on
 FEW = 32  # clips for the measures that take long
-BLOCK = 16  # clips that are decoded and compared at a time, at least as many as --show
+BLOCK = 16  # clips that are painted and compared at a time, for memory
 
 
 # ------------------------------------------------------------------ shared with train.py
@@ -163,11 +163,7 @@ def find_run(where=None, name=None):
         return path / "checkpoint.pt" if path.is_dir() else path
     runs = Path("runs").glob("*/checkpoint.pt")
     for path in sorted(runs, key=os.path.getmtime, reverse=True):
-        try:
-            options = read_run(path)["options"]
-        except ValueError as error:
-            print(f"passed over: {error}")
-            continue
+        options = read_run(path)["options"]
         if name in (None, options["system"], options["density"], options["data"]):
             return path
     path = Path(__file__).parent / "checkpoints" / f"{name or 'mass_spring'}.pt"
@@ -207,7 +203,7 @@ def read_run(path):
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         complete = False
     if not complete:
-        raise ValueError(f"{path} is no model of this version: python train.py makes one")
+        raise ValueError(f"{path} is no model of this version: train anew, or delete it")
     return run
 
 
@@ -227,7 +223,8 @@ class TestClips:
     """Fixed test clips of a simulated system.
 
     Attributes: `observed`, what a model sees, noisy, (n, T, 3, size, size); q and p, the true
-    states at frame 0, (n, bodies, dims); `length`, how many frames have a known truth.
+    states at frame 0, (n, bodies, dims); `angles`, how many of q are angles, all or none; `length`,
+    how many frames have a known truth.
     """
 
     channels = 3
@@ -245,19 +242,19 @@ class TestClips:
         self.observed, q, p = clips(self.system, n, frames, *how)
         self.q = q[:, 0]
         self.p = p[:, 0]
+        self.angles = self.q[0].numel() if self.system.periodic else 0
 
     def path(self, frames, speed=1.0, n=None):
         """Return the true q and p of the first n clips, (n, frames, bodies, dims) each."""
         return simulate(self.system, self.q[:n], self.p[:n], frames, speed * self.dt)
 
     def truth(self, frames, speed=1.0, n=None):
-        """Yield clean frames (BLOCK, frames, 3, size, size) of the first n clips.
+        """Return clean frames (n, frames, 3, size, size) of the first n clips, from frame 0 on.
 
-        They start at frame 0. A negative speed runs backward.
+        A negative speed runs backward.
         """
-        path, _ = self.path(frames, speed, n)
-        for q in path.split(BLOCK):
-            yield render(self.system, q, self.size)
+        q, _ = self.path(frames, speed, n)
+        return render(self.system, q, self.size)
 
 
 class HeldOut(Recordings):
@@ -277,14 +274,14 @@ class HeldOut(Recordings):
         lengths = self.lengths[self.held_out]
         self.length = lengths.median().item()
         self.tested = self.held_out[lengths >= self.length][:n]
-        self.observed = torch.cat(list(self.truth(options["context"])))
+        self.observed = self.truth(options["context"])
 
     def truth(self, frames, speed=1.0, n=None):
-        """Yield frames (BLOCK, T, C, size, size) at `speed`; T < frames where clips have ended."""
+        """Return frames (n, T, C, size, size) at `speed`; T < frames where clips have ended."""
         times = (speed * torch.arange(frames)).round().long()
         times = times[times < self.length]
-        for part in self.tested[:n].split(BLOCK):
-            yield self.frames(part, times.expand(len(part), -1)).to(self.device)
+        tested = self.tested[:n]
+        return self.frames(tested, times.expand(len(tested), -1)).to(self.device)
 
 
 def test_set(options, n, device="cpu"):
@@ -336,12 +333,11 @@ def errors(model, test, start, frames, speed=1.0):
     start: q and p of these clips at frame 0.
     """
     path, _ = model.rollout(*start, frames - 1, speed * model.dt)
-    truths = test.truth(frames, speed, len(path))
-    blocks = [
-        pixel_mse(paint(model, q), truth)
-        for q, truth in zip(path.split(BLOCK), truths, strict=True)
-    ]
-    return torch.cat(blocks)
+    truth = test.truth(frames, speed, len(path))
+    result = []
+    for q, true in zip(path.split(BLOCK), truth.split(BLOCK), strict=True):
+        result.append(pixel_mse(paint(model, q), true))
+    return torch.cat(result)
 
 
 def paint(model, q):
@@ -356,8 +352,7 @@ def pixel_mse(a, b):
 
 def blank_error(test, frames):
     """Return the pixel MSE of a blank prediction, the mean picture of all clips."""
-    truth = torch.cat(list(test.truth(frames)))  # (clips, frames, C, size, size)
-    return truth.var((0, 1), correction=0).mean()
+    return test.truth(frames).var((0, 1), correction=0).mean()
 
 
 def errors_at_other_speeds(model, test, start, frames):
@@ -375,8 +370,8 @@ def errors_under_noise(model, test, start, frames):
         return {}
     path, _ = model.rollout(*start, WINDOW - 1)
     noisy = pixel_mse(paint(model, path), test.observed[:, :WINDOW]).mean()
-    how = {"noise": test.noise, "size": test.size, "generator": seeded(TEST_SEED + 1)}
-    return {"mse_noisy": noisy.item(), "noise_floor": noise_floor(test.system, **how)}
+    floor = noise_floor(test.system, test.noise, test.size, generator=seeded(TEST_SEED + 1))
+    return {"mse_noisy": noisy.item(), "noise_floor": floor}
 
 
 def noise_floor(system, noise="paper", size=32, n=2000, draws=32, generator=None):
@@ -394,7 +389,7 @@ def noise_floor(system, noise="paper", size=32, n=2000, draws=32, generator=None
 
 def learnt_friction(model, test, start, frames):
     """Return the friction gamma of p -> exp(-gamma t) p, if the model learns one."""
-    if getattr(model, "gamma", None) is None:
+    if model.gamma is None:
         return {}
     return {"friction": model.gamma.item() * FRAME_TIME / model.dt}
 
@@ -430,8 +425,7 @@ def symplecticity(model, test, start, frames):
     q, _ = start
     if q.shape[1] > len(q) / 8:  # a linear map of so many numbers fits anything
         return {"symetric": f"left out: {q.shape[1]} numbers in q need {8 * q.shape[1]} --clips"}
-    true_q, true_p = test.path(WINDOW)
-    true = state_rows(true_q, true_p, true_angles(test.system, true_q))
+    true = state_rows(*test.path(WINDOW), test.angles)
     latent = state_rows(*model.rollout(*start, WINDOW - 1), model.angles)
     return symetric(latent, true)
 
@@ -440,8 +434,7 @@ def quality_of_samples(model, test, start, frames):
     """Return which shares of samples show the system and move as it does."""
     if model.deterministic:
         return {"samples_valid": "left out: a deterministic model has no prior to draw from"}
-    count = len(test.observed)
-    samples = model.sample(count, WINDOW - 1, generator=seeded(TEST_SEED + 4))
+    samples = model.sample(len(test.observed), WINDOW - 1, generator=seeded(TEST_SEED + 4))
     valid, obey = judge(test.system, samples, test.dt)
     return {"samples_valid": valid, "samples_obey": obey}
 
@@ -452,28 +445,21 @@ OF_SYSTEMS = (errors_at_other_speeds, valid_frames, symplecticity, quality_of_sa
 
 @torch.no_grad()
 def measure(model, test, frames=FRAMES, measures=QUICK):
-    """Return the figures of all the measures, a dict, under a bar that names each of them.
+    """Return the figures of all the measures, a dict, under a bar of progress.
 
     The model sees the first `context` frames of the test clips only.
     """
     frames = min(frames, test.length)
     start = model.infer(test.observed)
     figures = {}
-    with tqdm(measures, "measuring") as bar:
-        for function in bar:
-            bar.set_postfix_str(function.__name__.replace("_", " "))
-            figures |= function(model, test, start, frames)
+    for function in tqdm(measures, "measuring"):
+        figures |= function(model, test, start, frames)
     return figures
 
 
 def wrap(angle):
     """Return angles in (-pi, pi]."""
     return torch.atan2(angle.sin(), angle.cos())
-
-
-def true_angles(system, q):
-    """Return how many of the coordinates of q (B, ..., bodies, dims) are angles: all or none."""
-    return q[0, 0].numel() if system.periodic else 0
 
 
 def state_rows(q, p, angles):
@@ -503,19 +489,16 @@ def symetric(latent, true, orders=5):
     scale = latent.std(0).clamp(min=1e-9)
     x = (latent - latent.mean(0)) / scale
     y = (true - true.mean(0)) / true.std(0)
-    numbers = range(latent.shape[1])
-    terms = []  # of the polynomials: the numbers of the coordinates that each of them multiplies
     for order in range(1, orders + 1):
-        terms += map(list, combinations_with_replacement(numbers, order))
-        w, r2 = fit_polynomial(x, y, terms)
-        next_terms = math.comb(len(numbers) + order + 1, order + 1)  # with all lower orders
+        w, r2 = fit_polynomial(x, y, order)
+        next_terms = math.comb(latent.shape[1] + order + 1, order + 1)
         if r2 >= 0.9 or next_terms > len(x) / 4:  # so many terms would fit noise
             break
 
     def fitted(x):
-        return true.std(0) * (polynomial(x, terms) @ w)
+        return true.std(0) * (products(x, order) @ w)
 
-    jacobian = vmap(jacrev(fitted))(x[:1000]) / scale  # (n, 2 D, 2 d)
+    jacobian = vmap(jacrev(fitted))(x) / scale  # (n, 2 D, 2 d)
     by_q, by_p = jacobian.chunk(2, 2)
     brackets = by_q @ by_p.mT - by_p @ by_q.mT  # Poisson brackets, (n, 2 D, 2 D)
     P = brackets @ brackets.mT  # the identity, where the map is symplectic
@@ -536,20 +519,24 @@ def moving_directions(states):
     return torch.cat((q @ moving, p @ moving), 1)
 
 
-def polynomial(x, terms):
-    """Return products of the coordinates that each of the terms names: (..., len(terms))."""
-    return torch.stack([x[..., term].prod(-1) for term in terms], -1)
+def products(x, order):
+    """Return all products of one to `order` coordinates of x (..., dim): (..., terms)."""
+    terms = []
+    for factors in range(1, order + 1):
+        for term in combinations_with_replacement(x.unbind(-1), factors):
+            terms.append(torch.stack(term).prod(0))
+    return torch.stack(terms, -1)
 
 
-def fit_polynomial(x, y, terms):
-    """Return the weights of a ridge regression of y (n, m) on polynomial(x, terms), and its R^2.
+def fit_polynomial(x, y, order):
+    """Return the weights of a ridge regression of y (n, m) on products(x, order), and its R^2.
 
     It is fitted to the first half of the rows, and R^2 is that of the other half.
     """
-    A = polynomial(x, terms)
+    A = products(x, order)
     A, A_unseen = (A - A.mean(0)).tensor_split(2)
     y, y_unseen = y.tensor_split(2)
-    ridge = 1e-4 * len(A) * torch.eye(len(terms)).to(A)
+    ridge = 1e-4 * len(A) * torch.eye(A.shape[1]).to(A)
     w = torch.linalg.solve(A.T @ A + ridge, A.T @ y)
     residual = (A_unseen @ w - y_unseen).square().sum() / y_unseen.square().sum()
     return w, 1 - residual.item()
@@ -641,7 +628,7 @@ def print_table(options, result):
 
 
 # ------------------------------------------------------------------ movies
-GREY = 0.6  # of the lines between clips, and where the truth of a recording has ended
+GREY = 0.6  # of the lines between clips
 CAPTION_SIZE = 15  # of letters, in screen pixels
 CAPTION_SPACE = (370, 30)  # screen pixels, width and height, for the longest caption
 STILLS = (0, 0.07, 0.2, 0.5, 1)  # shares of a movie; unequal, so that no period hides motion
@@ -649,48 +636,40 @@ STILLS = (0, 0.07, 0.2, 0.5, 1)  # shares of a movie; unequal, so that no period
 
 @torch.no_grad()
 def save_movies(
-    model, test, folder, frames=None, show=4, reverse=False, speed=(), sample=0, seed=0, scale=8
+    model, test, folder, frames=FRAMES, show=4, reverse=False, speed=(), sample=0, seed=0, scale=8
 ):
     """Write rollout.png, rollout.gif and the movies asked for.
 
-    frames: to roll out, by default 90 or as many as the truth has. show: clips beside each other.
-    reverse: reverse.gif, from the last state back. speed: speed_X.gif of each of these. sample:
-    samples.gif of so many rollouts from the prior, by the seed. scale: screen pixels of a pixel.
+    frames: to roll out, or as many as the truth has. show: clips beside each other. reverse:
+    reverse.gif, from the last state back. speed: speed_X.gif of each of these. sample: samples.gif
+    of so many rollouts from the prior, by the seed. scale: screen pixels of a pixel.
     Raises: ValueError for samples of a model that has no prior.
     """
-    if frames is None:
-        frames = min(FRAMES, test.length)
     start = model.infer(test.observed[:show])
-    truth = next(test.truth(frames, n=show))
-    movies = {"rollout": two_rows(truth, model, start, frames)}
+    truth = test.truth(frames, n=show)
+    movies = {"rollout": two_rows(truth, model, start)}
     for factor in speed:
-        faster = next(test.truth(frames, factor, show))
-        movies[f"speed_{factor:g}"] = two_rows(faster, model, start, frames, factor)
+        faster = test.truth(frames, factor, show)
+        movies[f"speed_{factor:g}"] = two_rows(faster, model, start, factor)
     if reverse:
         q, p = model.rollout(*start, truth.shape[1] - 1)
         last = (q[:, -1], p[:, -1])
-        movies["reverse"] = two_rows(truth.flip(1), model, last, frames, -1.0)
+        movies["reverse"] = two_rows(truth.flip(1), model, last, -1.0)
     if sample:
-        drawn = model.sample(sample, frames - 1, generator=seeded(seed))
+        drawn = model.sample(sample, truth.shape[1] - 1, generator=seeded(seed))
         movies["samples"] = drawn.cpu().unsqueeze(0)
-    times = [round(share * (frames - 1)) for share in STILLS]
+    times = [round(share * (truth.shape[1] - 1)) for share in STILLS]
     stills = movies["rollout"][:, 0, times]  # of the first clip: (2, 5, C, size, size)
-    path = folder / "rollout.png"
-    draw_frames(stills, f"truth above model, frames {times}", scale).save(path)
-    print(f"wrote {path}")
+    picture = draw_frames(stills, f"truth above model, frames {times}", scale)
+    picture.save(folder / "rollout.png")
     for name, movie in movies.items():
         save_movie(folder / f"{name}.gif", movie, model.dt, scale)
 
 
-def two_rows(truth, model, start, frames, speed=1.0):
-    """Return true frames (n, T, C, size, size) above those of a rollout from start = (q, p).
-
-    Returns: (2, n, frames, C, size, size), grey where the truth has ended.
-    """
-    path, _ = model.rollout(*start, frames - 1, speed * model.dt)
-    missing = frames - truth.shape[1]
-    truth = F.pad(truth, (0, 0, 0, 0, 0, 0, 0, missing), value=GREY)
-    return torch.stack((truth, paint(model, path))).cpu()
+def two_rows(truth, model, start, speed=1.0):
+    """Return true frames (n, T, C, size, size) above those of a rollout from start = (q, p)."""
+    path, _ = model.rollout(*start, truth.shape[1] - 1, speed * model.dt)
+    return torch.stack((truth, paint(model, path))).cpu()  # (2, n, T, C, size, size)
 
 
 def save_movie(path, movie, dt, scale):
@@ -705,8 +684,9 @@ def save_movie(path, movie, dt, scale):
     frames = range(0, movie.shape[2], stride)
     ends = dt * stride * np.arange(len(frames) + 1)
     delays = np.diff(np.rint(100 * ends)).clip(2, 65535)  # 65535: what GIF can store
-    pictures = [draw_frames(movie[:, :, t], f"{title}, frame {t}", scale) for t in frames]
-    save_gif(path, pictures, (10 * delays).tolist())
+    first, *others = [draw_frames(movie[:, :, t], f"{title}, frame {t}", scale) for t in frames]
+    milliseconds = (10 * delays).tolist()
+    first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
 
 
 def draw_frames(frames, caption, scale):
@@ -723,18 +703,11 @@ def draw_frames(frames, caption, scale):
     return page
 
 
-def save_gif(path, pictures, milliseconds):
-    """Write pictures as a GIF that repeats for ever. milliseconds: of all, or a list of each."""
-    first, *others = pictures
-    first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
-    print(f"wrote {path}")
-
-
 # ------------------------------------------------------------------ charts
-CELLS = 64  # of a histogram of many points, along each axis
-GRID = 128  # points at which an energy is drawn, along each axis
+MOST_POINTS = 20_000  # of data, and of samples, in a histogram
+GRID = 128  # points at which a density and an energy are drawn, along each axis
 LEVELS = 12  # of an energy, about
-STEP_DELAY = 400  # ms that flow.gif shows a leapfrog step
+STEPS_PER_SECOND = 2.5  # of flow.gif
 MOST_PLANES = 4  # of q and p that phase.png shows
 
 
@@ -742,12 +715,6 @@ def charts(n):
     """Return a figure without a window, and its n charts beside each other."""
     figure = Figure((3.9 * n, 3.3), dpi=150, layout="constrained")
     return figure, figure.subplots(1, n, squeeze=False)[0]
-
-
-def save_chart(path, figure):
-    """Write a figure as a PNG."""
-    figure.savefig(path)
-    print(f"wrote {path}")
 
 
 @torch.no_grad()
@@ -759,13 +726,12 @@ def save_phase(model, test, path, frames=FRAMES, n=10):
     rows = 2 if test.system else 1
     figure = Figure((14, 3 * rows), dpi=100, layout="constrained")
     parts = figure.subfigures(rows, squeeze=False).flat
-    q, p = model.rollout(*model.infer(test.observed[:n]), frames - 1)
     title = "model: a colour for each test clip, a dot for each frame"
-    draw_states(parts[0], title, model, q, p, model.angles)
+    path = model.rollout(*model.infer(test.observed[:n]), frames - 1)
+    draw_states(parts[0], title, model, *path, model.angles)
     if test.system:
-        q, p = test.path(frames, n=n)
-        draw_states(parts[1], "truth", test.system, q, p, true_angles(test.system, q))
-    save_chart(path, figure)
+        draw_states(parts[1], "truth", test.system, *test.path(frames, n=n), test.angles)
+    figure.savefig(path)
 
 
 def draw_states(figure, title, source, q, p, angles):
@@ -780,7 +746,7 @@ def draw_states(figure, title, source, q, p, angles):
     p = p.flatten(2).cpu()
     q = torch.cat((wrap(q[..., :angles]), q[..., angles:]), 2)
     spread = q.std((0, 1))
-    moving = (spread > 0.1 * spread.max()).nonzero().flatten()[:MOST_PLANES].tolist()
+    moving = (spread > 0.1 * spread.max()).nonzero()[:MOST_PLANES, 0].tolist()
     panels = [(torch.arange(H.shape[1]).expand_as(H), H, "frame", "H")]
     for i in moving:
         panels.append((q[..., i], p[..., i], f"q{i + 1}", f"p{i + 1}"))
@@ -794,7 +760,7 @@ def draw_states(figure, title, source, q, p, angles):
 
 
 @torch.no_grad()
-def save_density(model, points, folder, seed=0, n=20_000):
+def save_density(model, points, folder, seed=0):
     """Write density.png: histograms of data and samples, of their first two columns.
 
     In the plane there are the learnt density and, of NHF, each V, too, and flow.gif. Of points on
@@ -802,84 +768,77 @@ def save_density(model, points, folder, seed=0, n=20_000):
     """
     if model.dim == 1:
         return
-    data = points.rows[:n]
+    potentials = len(getattr(model, "H", []))  # RealNVP has none
+    figure, axes = charts(3 + potentials if model.dim == 2 else 2)
+    data = points.rows[:MOST_POINTS]
     samples = model.sample(len(data), seeded(seed))
-    in_plane = model.dim == 2
-    potentials = len(model.H) if in_plane and isinstance(model, NHF) else 0
-    figure, axes = charts(3 + potentials if in_plane else 2)
-    limits = limits_of(data[:, :2])
+    x, y, grid = grid_of(points)
     for ax, title, rows in ((axes[0], "data", data), (axes[1], "samples", samples)):
-        ax.hist2d(rows[:, 0], rows[:, 1], CELLS, range=limits)
+        ax.hist2d(*rows.T[:2], (x[::2], y[::2]))  # cells of two steps of the grid
         ax.set_title(title)
-    if in_plane:
-        x, y, grid = grid_of(limits)
+    if model.dim == 2:
         axes[2].pcolormesh(x, y, model.log_prob(grid, 32, seeded(seed)).exp())
         axes[2].set_title("learnt density")
     for i, ax in enumerate(axes[3:]):
-        draw_potential(ax, model, i, data)
+        draw_potential(ax, model, i, points)
         ax.plot(*data[:500].T, ".", color="red", markersize=1)
         ax.set_title(f"V of H{i + 1}, red: data")
-    save_chart(folder / "density.png", figure)
-    if potentials:
-        save_flow(model, data, folder / "flow.gif", seed)
+    figure.savefig(folder / "density.png")
+    if len(axes) > 3:
+        save_flow(model, points, folder / "flow.gif", seed)
 
 
-def limits_of(points):
-    """Return the limits (2, 2) of the x and the y of points (n, 2), which few outliers move not."""
-    low, high = np.quantile(points, (0.005, 0.995), axis=0)
-    room = 0.2 * (high - low)
-    return np.stack((low - room, high + room), 1)
+def grid_of(points):
+    """Return x and y (GRID,) that cover the first two columns, and the points they span.
 
-
-def grid_of(limits):
-    """Return x and y (GRID,) between limits (2, 2), and the points (GRID, GRID, 2) they span."""
-    x, y = np.linspace(*limits.T, GRID).T
+    They reach 2.5 standard deviations to each side of the mean. Points: (GRID, GRID, 2).
+    """
+    reach = 2.5 * points.scale.norm(dim=1)
+    x, y, *_ = np.linspace(points.shift - reach, points.shift + reach, GRID).T
     return x, y, torch.from_numpy(np.stack(np.meshgrid(x, y), 2))
 
 
-def draw_potential(ax, model, i, data):
-    """Draw V of the flow's Hamiltonian i where the data (n, 2) lie, as colours and contour lines.
+def draw_potential(ax, model, i, points):
+    """Draw V of the flow's Hamiltonian i where the points lie, as colours and contour lines.
 
-    It is cut off at twice the height, above its least value, that the data reach.
+    It is cut off at twice the height, above its least value, that the points reach.
     """
 
     def V(x):
         return model.H[i].V(model.standardise(x)[0])
 
-    x, y, grid = grid_of(limits_of(data))
+    x, y, grid = grid_of(points)
     values = V(grid)
-    reached = V(data).quantile(0.99) - values.min()
-    values = values.clamp(max=values.min() + 2 * reached)
+    lowest = values.min()
+    reached = V(points.held_out).quantile(0.99) - lowest
+    values = values.clamp(max=lowest + 2 * reached)
     ax.contourf(x, y, values, LEVELS)
     ax.contour(x, y, values, LEVELS, colors="white", linewidths=0.5)
     ax.autoscale(False)  # points beyond it shall not widen the chart
 
 
-def save_flow(model, data, path, seed, n=2000):
+def save_flow(model, points, path, seed, n=2000):
     """Write a movie of n points that a flow moves from its base density to the data.
 
-    Every picture shows the points after a leapfrog step, on the V that moves them next.
+    Every picture shows them after a leapfrog step, on the V that moves them next.
     """
     q, _ = model.flow(*model.base_states(n, seeded(seed)))
-    points = model.unstandardise(q).permute(1, 2, 0)  # (times, 2, n)
-    pictures = []
-    for step, (x, y) in enumerate(points):
+    times = model.unstandardise(q).permute(1, 2, 0)  # (steps + 1, 2, n)
+    figure, (ax,) = charts(1)
+
+    def draw(step):
         i = min(step // model.config["steps"], len(model.H) - 1)
-        figure, (ax,) = charts(1)
-        draw_potential(ax, model, i, data)
-        ax.plot(x, y, ".", color="white", markersize=2)
-        ax.set_title(f"points on V of H{i + 1}, step {step} of {len(points) - 1}")
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        pictures.append(Image.fromarray(np.array(canvas.buffer_rgba())).convert("RGB"))
-    save_gif(path, pictures, STEP_DELAY)
+        ax.clear()
+        draw_potential(ax, model, i, points)
+        ax.plot(*times[step], ".", color="white", markersize=2)
+        ax.set_title(f"points on V of H{i + 1}, step {step} of {len(times) - 1}")
 
-
-CURVES = {"loss": "loss", "mse": "pixel error (MSE)", "kl": "KL (nats)"}
+    movie = FuncAnimation(figure, draw, len(times))
+    movie.save(path, writer="pillow", fps=STEPS_PER_SECOND)
 
 
 def save_curves(folder):
-    """Write curves.png: loss, error and KL of metrics.jsonl over the steps, if there are any."""
+    """Write curves.png, where there is a metrics.jsonl: loss, pixel error and KL over the steps."""
     log = folder / "metrics.jsonl"
     if not log.is_file():
         return
@@ -887,16 +846,15 @@ def save_curves(folder):
     lines = [line for line in lines if "loss" in line]
     if not lines:
         return
-    names = [name for name in CURVES if name in lines[0]]
+    names = [name for name in ("loss", "mse", "kl") if name in lines[0]]
     steps = [line["step"] for line in lines]
     figure, axes = charts(len(names))
     for ax, name in zip(axes, names, strict=True):
-        values = [line[name] for line in lines]
-        ax.plot(steps, values, ".-")
-        ax.set(title=CURVES[name], xlabel="training step")
-        if max(values) > 10 * min(values) > 0:
+        ax.plot(steps, [line[name] for line in lines], ".-")
+        ax.set(title=name, xlabel="training step")
+        if name == "mse":
             ax.set_yscale("log")
-    save_chart(folder / "curves.png", figure)
+    figure.savefig(folder / "curves.png")
 
 
 # ------------------------------------------------------------------ the command
@@ -918,7 +876,7 @@ OPTIONS = {
     },
     "of pictures, not of points": {
         "--frames": {"type": number(2, 10_000),
-                     "help": "Frames to roll out (default: 90, of recordings at most their own)."},
+                     "help": "Frames to roll out (default: 90; of recordings at most their own)."},
         "--clips": {"type": number(2, 10_000), "help": f"To measure on (default: {CLIPS})."},
         "--reverse": {"action": "store_true", "help": "reverse.gif: from the last state back."},
         "--speed": {"type": number(1e-3, 1e3, float), "action": "append",
@@ -958,9 +916,7 @@ def look(given):
     result = look_at(model, options, folder, given)
     save_curves(folder)
     report["metrics"] = result
-    path = folder / "metrics.json"
-    path.write_text(json.dumps(report, indent=1))
-    print(f"wrote {path}")
+    (folder / "metrics.json").write_text(json.dumps(report, indent=1))
     print_table(options, result)
 
 
@@ -969,15 +925,10 @@ def look_at_pictures(model, options, folder, given):
     device = next(model.parameters()).device
     test = test_set(options, given.pop("clips", CLIPS), device)
     print(test.summary)
-    channels = model.config["channels"]
-    if test.channels != channels:
-        raise ValueError(
-            f"the model sees {channels} channel(s), 1 is grey, and these {test.channels}"
-        )
     folder.mkdir(parents=True, exist_ok=True)
     quick = given.pop("quick", False)
-    frames = given.setdefault("frames", min(FRAMES, test.length))
-    save_movies(model, test, folder, **given)
+    frames = given.pop("frames", FRAMES)
+    save_movies(model, test, folder, frames, **given)
     save_phase(model, test, folder / "phase.png", frames)
     measures = QUICK
     if not quick:

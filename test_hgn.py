@@ -1746,6 +1746,7 @@ class Perfect:
     dt = 0.125
     context = 7
     deterministic = False
+    gamma = None
 
     def __init__(self, system):
         self.system = system
@@ -2248,7 +2249,7 @@ def test_the_model_of_a_run_is_loaded_by_its_class(trained):
 def test_eval_writes_what_it_says(trained, command):
     shutil.copytree(trained / "runs", "runs")
     words = "--reverse --speed 2 --speed 0.5 --sample 2 --frames 12 --clips 4 --scale 1"
-    assert "wrote" in command("eval", words)
+    assert "figures go to runs/mass_spring" in command("eval", words)
     assert movies_of("mass_spring") == {"rollout", "reverse", "speed_2", "speed_0.5", "samples"}
     report = report_of("mass_spring")
     assert f"eval.py {words}" in report["command"]
@@ -2322,7 +2323,7 @@ def test_models_that_no_run_has_saved_are_measured(command):
     for words in ("mine.pt", "mine.pt --density circles", "flow.pt --system two_body"):
         assert "needs" in command("eval", f"--checkpoint {words}", status=2)
     np.save("grey.npy", np.load("own.npy")[..., :1])
-    assert "1 is grey" in command("eval", "--checkpoint mine.pt --data grey.npy", status=2)
+    assert "(3, 16, 16)" in command("eval", "--checkpoint mine.pt --data grey.npy", status=2)
 
 
 def step_of(name):
