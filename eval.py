@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageOps
 from torch.func import jacrev, vmap
 from tqdm import tqdm
 
@@ -200,7 +200,7 @@ def read_run(path):
         else:
             run = {"options": options_of(checkpoint["config"])}
         complete = run["options"].keys() >= OF_EVERY_RUN
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         complete = False
     if not complete:
         raise ValueError(f"{path} is no model of this version: train anew, or delete it")
@@ -238,8 +238,9 @@ class TestClips:
         self.noise = options["noise"]
         self.dt = options["dt"]
         frames = max(WINDOW, options["context"])
-        how = (self.dt, self.noise, self.size, seeded(TEST_SEED), device)
-        self.observed, q, p = clips(self.system, n, frames, *how)
+        self.observed, q, p = clips(
+            self.system, n, frames, self.dt, self.noise, self.size, seeded(TEST_SEED), device
+        )
         self.q = q[:, 0]
         self.p = p[:, 0]
         self.angles = self.q[0].numel() if self.system.periodic else 0
@@ -334,10 +335,8 @@ def errors(model, test, start, frames, speed=1.0):
     """
     path, _ = model.rollout(*start, frames - 1, speed * model.dt)
     truth = test.truth(frames, speed, len(path))
-    result = []
-    for q, true in zip(path.split(BLOCK), truth.split(BLOCK), strict=True):
-        result.append(pixel_mse(paint(model, q), true))
-    return torch.cat(result)
+    blocks = zip(path.split(BLOCK), truth.split(BLOCK), strict=True)
+    return torch.cat([pixel_mse(paint(model, q), true) for q, true in blocks])
 
 
 def paint(model, q):
@@ -396,8 +395,8 @@ def learnt_friction(model, test, start, frames):
 
 def kept_energy(model, test, start, frames, steps=1000):
     """Return how much H varies along long rollouts, in units of its spread and as a variance."""
-    q, p = start
-    H = model.energy(*model.rollout(q[:FEW], p[:FEW], steps - 1))
+    few = [x[:FEW] for x in start]
+    H = model.energy(*model.rollout(*few, steps - 1))  # (clips, steps)
     figures = {"energy_variance": H.var(1).mean().item()}
     if len(H) > 1:  # one clip has no spread
         figures["energy_std_ratio"] = (H.std(1).median() / H[:, 0].std()).item()
@@ -411,10 +410,10 @@ def valid_frames(model, test, start, frames, length=10 * WINDOW):
     prediction's. This is stricter than the VPT of Higgins et al. (2021).
     """
     limit = 0.1 * blank_error(test, WINDOW)
-    q, p = start
+    few = [x[:FEW] for x in start]
     figures = {}
     for name, speed in (("forward", 1.0), ("backward", -1.0)):
-        error = errors(model, test, (q[:FEW], p[:FEW]), length, speed)
+        error = errors(model, test, few, length, speed)
         valid = (error <= limit).cumprod(1)  # (clips, length); NaN is not valid
         figures[f"strict_vpt_{name}"] = valid.sum(1).double().median().item()
     return figures
@@ -422,9 +421,9 @@ def valid_frames(model, test, start, frames, length=10 * WINDOW):
 
 def symplecticity(model, test, start, frames):
     """Return SyMetric between the model's states and the true ones, along the test clips."""
-    q, _ = start
-    if q.shape[1] > len(q) / 8:  # a linear map of so many numbers fits anything
-        return {"symetric": f"left out: {q.shape[1]} numbers in q need {8 * q.shape[1]} --clips"}
+    dim = start[0].shape[1]
+    if 8 * dim > len(test.observed):  # a linear map of so many numbers fits anything
+        return {"symetric": f"left out: {dim} numbers in q need {8 * dim} --clips"}
     true = state_rows(*test.path(WINDOW), test.angles)
     latent = state_rows(*model.rollout(*start, WINDOW - 1), model.angles)
     return symetric(latent, true)
@@ -491,7 +490,7 @@ def symetric(latent, true, orders=5):
     y = (true - true.mean(0)) / true.std(0)
     for order in range(1, orders + 1):
         w, r2 = fit_polynomial(x, y, order)
-        next_terms = math.comb(latent.shape[1] + order + 1, order + 1)
+        next_terms = products(x[:1], order + 1).shape[1]
         if r2 >= 0.9 or next_terms > len(x) / 4:  # so many terms would fit noise
             break
 
@@ -550,8 +549,7 @@ def judge(system, frames, dt, seen=10):
     true motion from the state that fits its `seen` first frames best.
     """
     q = torch.cat([infer_q(system, block) for block in frames.split(8)])
-    error = pixel_mse(render(system, q, frames.shape[-1]), frames)
-    valid = error.amax(1) <= 5e-4
+    valid = pixel_mse(render(system, q, frames.shape[-1]), frames).amax(1) <= 5e-4
     shown = system.position(q)  # (n, T, bodies, 2)
 
     def motion(start, steps=seen):
@@ -615,9 +613,9 @@ NOTES = {
 }  # on figures of metrics.json
 
 
-def print_table(options, result):
+def print_table(result):
     """Print the figures that `measure` or `measure_flow` returned, or why there are none."""
-    print(f"\n{options['system'] or options['density'] or options['data']}, test data:")
+    print("\nOn test data:")
     if "clips" in result:
         print(f"  {result['clips']} clips; mse_A_B: mean squared error of pixels, frames A to B")
     for name, value in result.items():
@@ -630,7 +628,7 @@ def print_table(options, result):
 # ------------------------------------------------------------------ movies
 GREY = 0.6  # of the lines between clips
 CAPTION_SIZE = 15  # of letters, in screen pixels
-CAPTION_SPACE = (370, 30)  # screen pixels, width and height, for the longest caption
+CAPTION_WIDTH = 370  # screen pixels that the longest caption needs
 STILLS = (0, 0.07, 0.2, 0.5, 1)  # shares of a movie; unequal, so that no period hides motion
 
 
@@ -647,18 +645,19 @@ def save_movies(
     """
     start = model.infer(test.observed[:show])
     truth = test.truth(frames, n=show)
+    steps = truth.shape[1] - 1  # from the first frame to the last
     movies = {"rollout": two_rows(truth, model, start)}
     for factor in speed:
         faster = test.truth(frames, factor, show)
         movies[f"speed_{factor:g}"] = two_rows(faster, model, start, factor)
     if reverse:
-        q, p = model.rollout(*start, truth.shape[1] - 1)
+        q, p = model.rollout(*start, steps)
         last = (q[:, -1], p[:, -1])
         movies["reverse"] = two_rows(truth.flip(1), model, last, -1.0)
     if sample:
-        drawn = model.sample(sample, truth.shape[1] - 1, generator=seeded(seed))
+        drawn = model.sample(sample, steps, generator=seeded(seed))
         movies["samples"] = drawn.cpu().unsqueeze(0)
-    times = [round(share * (truth.shape[1] - 1)) for share in STILLS]
+    times = [round(share * steps) for share in STILLS]
     stills = movies["rollout"][:, 0, times]  # of the first clip: (2, 5, C, size, size)
     picture = draw_frames(stills, f"truth above model, frames {times}", scale)
     picture.save(folder / "rollout.png")
@@ -680,7 +679,7 @@ def save_movie(path, movie, dt, scale):
     not the delays, keeps the whole movie at its true speed.
     """
     title = "truth above model" if len(movie) == 2 else "drawn from the prior"
-    stride = max(1, math.ceil(0.02 / dt - 1e-9))
+    stride = math.ceil(0.02 / dt)
     frames = range(0, movie.shape[2], stride)
     ends = dt * stride * np.arange(len(frames) + 1)
     delays = np.diff(np.rint(100 * ends)).clip(2, 65535)  # 65535: what GIF can store
@@ -696,10 +695,9 @@ def draw_frames(frames, caption, scale):
     sheet = frames.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (height, width, 3)
     sheet = Image.fromarray((255 * sheet).round().byte().numpy())
     sheet = sheet.resize((scale * sheet.width, scale * sheet.height), Image.Resampling.NEAREST)
-    width, above = CAPTION_SPACE
-    page = Image.new("RGB", (max(width, sheet.width), above + sheet.height), "white")
-    page.paste(sheet, (0, above))
-    ImageDraw.Draw(page).text((6, 6), caption, "black", ImageFont.load_default(CAPTION_SIZE))
+    right = max(0, CAPTION_WIDTH - sheet.width)
+    page = ImageOps.expand(sheet, (0, 2 * CAPTION_SIZE, right, 0), "white")
+    ImageDraw.Draw(page).text((6, 6), caption, "black", font_size=CAPTION_SIZE)
     return page
 
 
@@ -727,10 +725,11 @@ def save_phase(model, test, path, frames=FRAMES, n=10):
     figure = Figure((14, 3 * rows), dpi=100, layout="constrained")
     parts = figure.subfigures(rows, squeeze=False).flat
     title = "model: a colour for each test clip, a dot for each frame"
-    path = model.rollout(*model.infer(test.observed[:n]), frames - 1)
-    draw_states(parts[0], title, model, *path, model.angles)
+    q, p = model.rollout(*model.infer(test.observed[:n]), frames - 1)
+    draw_states(parts[0], title, model, q, p, model.angles)
     if test.system:
-        draw_states(parts[1], "truth", test.system, *test.path(frames, n=n), test.angles)
+        q, p = test.path(frames, n=n)
+        draw_states(parts[1], "truth", test.system, q, p, test.angles)
     figure.savefig(path)
 
 
@@ -747,16 +746,16 @@ def draw_states(figure, title, source, q, p, angles):
     q = torch.cat((wrap(q[..., :angles]), q[..., angles:]), 2)
     spread = q.std((0, 1))
     moving = (spread > 0.1 * spread.max()).nonzero()[:MOST_PLANES, 0].tolist()
-    panels = [(torch.arange(H.shape[1]).expand_as(H), H, "frame", "H")]
+    panels = [("H over frames", torch.arange(H.shape[1]).expand_as(H), H)]
     for i in moving:
-        panels.append((q[..., i], p[..., i], f"q{i + 1}", f"p{i + 1}"))
+        panels.append((f"p{i} over q{i}", q[..., i], p[..., i]))
     if len(moving) <= 2:
-        panels += [(q[..., i], V, f"q{i + 1}", "V(q)") for i in moving]
+        panels += [(f"V over q{i}", q[..., i], V) for i in moving]
     figure.suptitle(title)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (x, y, x_label, y_label) in zip(axes, panels, strict=True):
+    for ax, (name, x, y) in zip(axes, panels, strict=True):
         ax.plot(x.T, y.T, ".", markersize=1.5)
-        ax.set(xlabel=x_label, ylabel=y_label)
+        ax.set_title(name)
 
 
 @torch.no_grad()
@@ -782,7 +781,7 @@ def save_density(model, points, folder, seed=0):
     for i, ax in enumerate(axes[3:]):
         draw_potential(ax, model, i, points)
         ax.plot(*data[:500].T, ".", color="red", markersize=1)
-        ax.set_title(f"V of H{i + 1}, red: data")
+        ax.set_title(f"V of H[{i}], red: data")
     figure.savefig(folder / "density.png")
     if len(axes) > 3:
         save_flow(model, points, folder / "flow.gif", seed)
@@ -801,17 +800,14 @@ def grid_of(points):
 def draw_potential(ax, model, i, points):
     """Draw V of the flow's Hamiltonian i where the points lie, as colours and contour lines.
 
-    It is cut off at twice the height, above its least value, that the points reach.
+    It is cut off where it is higher than at 99 of 100 points.
     """
 
     def V(x):
         return model.H[i].V(model.standardise(x)[0])
 
     x, y, grid = grid_of(points)
-    values = V(grid)
-    lowest = values.min()
-    reached = V(points.held_out).quantile(0.99) - lowest
-    values = values.clamp(max=lowest + 2 * reached)
+    values = V(grid).clamp(max=V(points.held_out).quantile(0.99))
     ax.contourf(x, y, values, LEVELS)
     ax.contour(x, y, values, LEVELS, colors="white", linewidths=0.5)
     ax.autoscale(False)  # points beyond it shall not widen the chart
@@ -831,7 +827,7 @@ def save_flow(model, points, path, seed, n=2000):
         ax.clear()
         draw_potential(ax, model, i, points)
         ax.plot(*times[step], ".", color="white", markersize=2)
-        ax.set_title(f"points on V of H{i + 1}, step {step} of {len(times) - 1}")
+        ax.set_title(f"points on V of H[{i}], step {step}")
 
     movie = FuncAnimation(figure, draw, len(times))
     movie.save(path, writer="pillow", fps=STEPS_PER_SECOND)
@@ -897,12 +893,15 @@ def look(given):
     options = run["options"]
     in_run = path.name == "checkpoint.pt"
     name = path.parent.name if in_run else path.stem
-    folder = path.parent if in_run else Path("runs", f"{name}-look")
     if where and data:
         options = options_of(model.config, **data)
-        (label,) = data.values()
-        folder = Path("runs", f"{name}-on-{Path(label).stem}")
+        in_run = False
+    folder = path.parent if in_run else Path("runs", f"{name}-look")
     print(f"{path}: looking; pictures and figures go to {folder}")
+    model.to(device_of(options["model"], given.pop("device", None)))
+    look_at = look_at_flow if options["model"] in FLOWS else look_at_pictures
+    result = look_at(model, options, folder, given)
+    save_curves(folder)
     report = {
         **provenance(),
         "seed": given.get("seed", 0),
@@ -910,14 +909,10 @@ def look(given):
         "checkpoint": str(path),
         "config": options,
         "training": {key: run.get(key) for key in ("command", "versions", "step", "seconds")},
+        "metrics": result,
     }
-    model.to(device_of(options["model"], given.pop("device", None)))
-    look_at = look_at_flow if options["model"] in FLOWS else look_at_pictures
-    result = look_at(model, options, folder, given)
-    save_curves(folder)
-    report["metrics"] = result
     (folder / "metrics.json").write_text(json.dumps(report, indent=1))
-    print_table(options, result)
+    print_table(result)
 
 
 def look_at_pictures(model, options, folder, given):
@@ -940,9 +935,9 @@ def look_at_pictures(model, options, folder, given):
 
 def look_at_flow(model, options, folder, given):
     """Write charts of a flow. Returns: the figures. Raises: ValueError for options of pictures."""
-    for name in given:
-        if f"--{name}" not in OPTIONS["of all models"]:
-            raise ValueError(f"--{name} is of no use with points: leave it out")
+    unused = given.keys() - {"seed", "quick"}
+    if unused:
+        raise ValueError(f"--{unused.pop()} is of no use with points: leave it out")
     points = test_set(options, 0)
     print(points.summary)
     folder.mkdir(parents=True, exist_ok=True)

@@ -2316,10 +2316,10 @@ def test_models_that_no_run_has_saved_are_measured(command):
     frames, _, _ = clips(SYSTEMS["pendulum"], 4, frames=12, size=16, generator=seeded())
     np.save("own.npy", (255 * frames).byte().movedim(2, 4).numpy())
     assert "mse_0_3" in command("eval", f"--checkpoint mine.pt --data own.npy {quick}")
-    assert movies_of("mine-on-own") == {"rollout"}
+    assert movies_of("mine-look") == {"rollout"}
     odd_points(2)
     assert "log_prob_16" in command("eval", "--checkpoint flow.pt --data points.npy")
-    assert movies_of("flow-on-points") == {"flow"}
+    assert movies_of("flow-look") == {"flow"}
     for words in ("mine.pt", "mine.pt --density circles", "flow.pt --system two_body"):
         assert "needs" in command("eval", f"--checkpoint {words}", status=2)
     np.save("grey.npy", np.load("own.npy")[..., :1])

@@ -1075,7 +1075,7 @@ def conclude(run):
     result = recipe.report(model, run.folder)
     run.log(**{name: value for name, value in result.items() if isinstance(value, float)})
     save_curves(run.folder)
-    print_table(vars(run.options), result)
+    print_table(result)
     seconds = time.time() - run.began
     print(f"\n{seconds:.0f} s. Then: python eval.py --checkpoint {run.folder}")
 
