@@ -792,9 +792,9 @@ def grid_of(points):
 
     They reach 2.5 standard deviations to each side of the mean. Points: (GRID, GRID, 2).
     """
-    reach = 2.5 * points.scale.norm(dim=1)
-    x, y, *_ = np.linspace(points.shift - reach, points.shift + reach, GRID).T
-    return x, y, torch.from_numpy(np.stack(np.meshgrid(x, y), 2))
+    line = torch.linspace(-2.5, 2.5, GRID).unsqueeze(1)
+    x, y, *_ = (points.shift + line * points.scale.norm(dim=1)).T
+    return x, y, torch.stack(torch.meshgrid(x, y, indexing="xy"), 2)
 
 
 def draw_potential(ax, model, i, points):
@@ -826,7 +826,7 @@ def save_flow(model, points, path, seed, n=2000):
         i = min(step // model.config["steps"], len(model.H) - 1)
         ax.clear()
         draw_potential(ax, model, i, points)
-        ax.plot(*times[step], ".", color="white", markersize=2)
+        ax.plot(*times[step], ".", color="red", markersize=2)
         ax.set_title(f"points on V of H[{i}], step {step}")
 
     movie = FuncAnimation(figure, draw, len(times))
