@@ -11,32 +11,25 @@ QUICK or OF_SYSTEMS, or is named in `look_at_pictures`; `measure_flow`); movies;
 
 import argparse
 import ctypes
-import difflib
-import importlib.util
-import io
 import json
 import math
 import os
 import shlex
 import sys
 import time
-from itertools import combinations, combinations_with_replacement
+from itertools import combinations_with_replacement
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageOps
 from torch.func import jacrev, vmap
 from tqdm import tqdm
 
-from hgn import FRAME_TIME, HGN, read_checkpoint, write_file
+from hgn import FRAME_TIME, HGN, read_checkpoint
 from nhf import DENSITIES, NHF, TEST_SEED, Points, RealNVPFlow, seeded
 from physics import (
     SYSTEMS,
@@ -57,7 +50,7 @@ WINDOW = 30  # frames of the paper's test clips
 FRAMES = 90  # of a rollout
 CLIPS = 64  # to measure on
 FEW = 32  # clips for the measures that take long
-BLOCK = 32  # clips that are decoded and compared at a time
+BLOCK = 16  # clips that are painted and compared at a time, for memory
 
 
 # ------------------------------------------------------------------ shared with train.py
@@ -78,26 +71,19 @@ def parse_options(description, groups, words=None):
     """Return the options given in the command line (or in `words`), and no others, as a dict.
 
     groups: by title, what argparse is told of the options of each group, by their names. Those of a
-    group whose title begins with "one of" exclude each other. A mistyped option is answered with
-    the one that looks most like it.
+    group whose title begins with "one of" exclude each other.
     """
     # Without a usage text a mistake is answered with one line; --help says more.
     parser = argparse.ArgumentParser(
         description=description, usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS
     )
-    names = []
     for title, options in groups.items():
         group = parser.add_argument_group(title)
         if title.startswith("one of"):
             group = group.add_mutually_exclusive_group()
         for name, how in options.items():
             group.add_argument(name, **how)
-            names.append(name)
-    given, unknown = parser.parse_known_args(words)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], names, 1)
-        parser.error(f"there is no option {unknown[0]}: see {' '.join(near) or '--help'}")
-    return vars(given)
+    return vars(parser.parse_args(words))
 
 
 def number(low, high, kind=int, word=None):
@@ -148,13 +134,6 @@ def provenance():
     return {"command": shlex.join(["python", *sys.argv]), "versions": versions}
 
 
-def write(path, data):
-    """Write bytes to a file, in one piece, and say so. A folder that is missing is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, data)
-    print(f"wrote {path}")
-
-
 def keep_freed_memory():
     """Let glibc keep the memory that tensors free instead of returning it to the system.
 
@@ -184,11 +163,7 @@ def find_run(where=None, name=None):
         return path / "checkpoint.pt" if path.is_dir() else path
     runs = Path("runs").glob("*/checkpoint.pt")
     for path in sorted(runs, key=os.path.getmtime, reverse=True):
-        try:
-            options = read_run(path)["options"]
-        except ValueError as error:
-            print(f"passed over: {error}")
-            continue
+        options = read_run(path)["options"]
         if name in (None, options["system"], options["density"], options["data"]):
             return path
     path = Path(__file__).parent / "checkpoints" / f"{name or 'mass_spring'}.pt"
@@ -197,18 +172,19 @@ def find_run(where=None, name=None):
     return path
 
 
-# The options of a model that no run of train.py saved, beside the arguments it was made with.
-OPTIONS_OF_OTHERS = {
+OWN_ARGUMENT = {"hgn": "arch", "nhf": "hamiltonians", "realnvp": "layers"}  # tells models apart
+OF_EVERY_RUN = {"model", "system", "density", "data", "digest"}  # options that a run must have
+# The options of a run that are no arguments of a model, for a model that is no run's.
+OF_NO_RUN = {
     "system": None, "density": None, "data": None, "digest": None, "noise": 0.0, "clip": 60,
     "stride": 1, "fps": None, "seed": 0,
 }  # fmt: skip
-OF_EVERY_RUN = {"model", "system", "density", "data", "digest"}  # options that a run must have
-OWN_ARGUMENT = {"hgn": "arch", "nhf": "hamiltonians", "realnvp": "layers"}  # tells models apart
 
 
-def options_of(model, config, **data):
-    """Return the options of a model with this config where it is measured on other data."""
-    return {**OPTIONS_OF_OTHERS, **config, "model": model, **data}
+def options_of(config, **data):
+    """Return the options of a run, of a model with this config that is measured on other data."""
+    (model,) = [name for name, argument in OWN_ARGUMENT.items() if argument in config]
+    return {**OF_NO_RUN, **config, "model": model, **data}
 
 
 def read_run(path):
@@ -219,17 +195,16 @@ def read_run(path):
     """
     checkpoint = read_checkpoint(path)
     try:
-        config = checkpoint["config"]
         if "run" in checkpoint:
             run = checkpoint["run"]
         else:
-            model = next(name for name, argument in OWN_ARGUMENT.items() if argument in config)
-            run = {"options": options_of(model, config)}
-        if run["options"].keys() >= OF_EVERY_RUN:
-            return run
-    except (KeyError, TypeError, IndexError, StopIteration):
-        pass
-    raise ValueError(f"{path} is no model of this version: python train.py makes one")
+            run = {"options": options_of(checkpoint["config"])}
+        complete = run["options"].keys() >= OF_EVERY_RUN
+    except (AttributeError, KeyError, TypeError, ValueError):
+        complete = False
+    if not complete:
+        raise ValueError(f"{path} is no model of this version: train anew, or delete it")
+    return run
 
 
 def load(path, device="cpu"):
@@ -248,13 +223,13 @@ class TestClips:
     """Fixed test clips of a simulated system.
 
     Attributes: `observed`, what a model sees, noisy, (n, T, 3, size, size); q and p, the true
-    states at frame 0, (n, bodies, dims); `length`, how many frames have a known truth.
+    states at frame 0, (n, bodies, dims); `angles`, how many of q are angles, all or none; `length`,
+    how many frames have a known truth.
     """
 
     channels = 3
     length = math.inf
-    data = None
-    digest = None
+    digest = None  # what the clips are follows from the options
 
     def __init__(self, options, n, device="cpu"):
         self.summary = options["system"]
@@ -263,29 +238,31 @@ class TestClips:
         self.noise = options["noise"]
         self.dt = options["dt"]
         frames = max(WINDOW, options["context"])
-        how = (self.dt, self.noise, self.size, seeded(TEST_SEED), device)
-        self.observed, q, p = clips(self.system, n, frames, *how)
+        self.observed, q, p = clips(
+            self.system, n, frames, self.dt, self.noise, self.size, seeded(TEST_SEED), device
+        )
         self.q = q[:, 0]
         self.p = p[:, 0]
+        self.angles = self.q[0].numel() if self.system.periodic else 0
 
     def path(self, frames, speed=1.0, n=None):
         """Return the true q and p of the first n clips, (n, frames, bodies, dims) each."""
         return simulate(self.system, self.q[:n], self.p[:n], frames, speed * self.dt)
 
     def truth(self, frames, speed=1.0, n=None):
-        """Yield clean frames (BLOCK, frames, 3, size, size) of the first n clips.
+        """Return clean frames (n, frames, 3, size, size) of the first n clips, from frame 0 on.
 
-        They start at frame 0. A negative speed runs backward.
+        A negative speed runs backward.
         """
-        path, _ = self.path(frames, speed, n)
-        for q in path.split(BLOCK):
-            yield render(self.system, q, self.size)
+        q, _ = self.path(frames, speed, n)
+        return render(self.system, q, self.size)
 
 
-class HeldOut:
-    """Held-out clips of recordings, with the attributes of TestClips but for the true states.
+class HeldOut(Recordings):
+    """Recordings with the attributes of TestClips, of held-out clips, but for the true states.
 
-    Their truth ends: the clips are those that are at least as long as the median of all.
+    Their truth ends: the clips to test on are those that are at least as long as the median of all
+    that are held out, which is `length`.
     """
 
     system = None
@@ -293,25 +270,19 @@ class HeldOut:
 
     def __init__(self, options, n, device="cpu"):
         how = [options[name] for name in ("data", "size", "clip", "stride", "dt", "fps", "seed")]
-        data = Recordings(*how, least=options["context"] + 1)
-        self.data = data
+        super().__init__(*how, least=options["context"] + 1)
         self.device = device
-        self.size = data.size
-        self.channels = data.channels
-        self.dt = data.dt
-        self.summary = data.summary
-        self.digest = data.digest
-        lengths = data.lengths[data.held_out]
+        lengths = self.lengths[self.held_out]
         self.length = lengths.median().item()
-        self.clips = data.held_out[lengths >= self.length][:n]
-        self.observed = torch.cat(list(self.truth(options["context"])))
+        self.tested = self.held_out[lengths >= self.length][:n]
+        self.observed = self.truth(options["context"])
 
     def truth(self, frames, speed=1.0, n=None):
-        """Yield frames (BLOCK, T, C, size, size) at `speed`; T < frames where clips have ended."""
+        """Return frames (n, T, C, size, size) at `speed`; T < frames where clips have ended."""
         times = (speed * torch.arange(frames)).round().long()
         times = times[times < self.length]
-        for part in self.clips[:n].split(BLOCK):
-            yield self.data.frames(part, times.expand(len(part), -1)).to(self.device)
+        tested = self.tested[:n]
+        return self.frames(tested, times.expand(len(tested), -1)).to(self.device)
 
 
 def test_set(options, n, device="cpu"):
@@ -358,12 +329,14 @@ def picture_errors(model, test, start, frames):
 
 
 def errors(model, test, start, frames, speed=1.0):
-    """Return the pixel MSE of rollouts from start = (q, p) against the truth, (clips, frames)."""
+    """Return the pixel MSE of rollouts of the first clips against the truth, (clips, frames).
+
+    start: q and p of these clips at frame 0.
+    """
     path, _ = model.rollout(*start, frames - 1, speed * model.dt)
-    result = []
-    for q, truth in zip(path.split(BLOCK), test.truth(frames, speed), strict=True):
-        result.append(pixel_mse(paint(model, q), truth))
-    return torch.cat(result)
+    truth = test.truth(frames, speed, len(path))
+    blocks = zip(path.split(BLOCK), truth.split(BLOCK), strict=True)
+    return torch.cat([pixel_mse(paint(model, q), true) for q, true in blocks])
 
 
 def paint(model, q):
@@ -377,16 +350,8 @@ def pixel_mse(a, b):
 
 
 def blank_error(test, frames):
-    """Return the pixel MSE of a blank prediction, the mean picture, of all clips."""
-    n = 0
-    total = 0.0
-    squares = 0.0
-    for truth in test.truth(frames):
-        pictures = truth.flatten(0, 1).double()
-        n = n + len(pictures)
-        total = total + pictures.sum(0)
-        squares = squares + pictures.square().sum(0)
-    return (squares / n - (total / n).square()).mean()
+    """Return the pixel MSE of a blank prediction, the mean picture of all clips."""
+    return test.truth(frames).var((0, 1), correction=0).mean()
 
 
 def errors_at_other_speeds(model, test, start, frames):
@@ -404,8 +369,8 @@ def errors_under_noise(model, test, start, frames):
         return {}
     path, _ = model.rollout(*start, WINDOW - 1)
     noisy = pixel_mse(paint(model, path), test.observed[:, :WINDOW]).mean()
-    how = {"noise": test.noise, "size": test.size, "generator": seeded(TEST_SEED + 1)}
-    return {"mse_noisy": noisy.item(), "noise_floor": noise_floor(test.system, **how)}
+    floor = noise_floor(test.system, test.noise, test.size, generator=seeded(TEST_SEED + 1))
+    return {"mse_noisy": noisy.item(), "noise_floor": floor}
 
 
 def noise_floor(system, noise="paper", size=32, n=2000, draws=32, generator=None):
@@ -423,57 +388,44 @@ def noise_floor(system, noise="paper", size=32, n=2000, draws=32, generator=None
 
 def learnt_friction(model, test, start, frames):
     """Return the friction gamma of p -> exp(-gamma t) p, if the model learns one."""
-    if getattr(model, "gamma", None) is None:
+    if model.gamma is None:
         return {}
     return {"friction": model.gamma.item() * FRAME_TIME / model.dt}
 
 
 def kept_energy(model, test, start, frames, steps=1000):
     """Return how much H varies along long rollouts, in units of its spread and as a variance."""
-    q, p = start
-    H = model.energy(*model.rollout(q[:FEW], p[:FEW], steps - 1))
+    few = [x[:FEW] for x in start]
+    H = model.energy(*model.rollout(*few, steps - 1))  # (clips, steps)
     figures = {"energy_variance": H.var(1).mean().item()}
     if len(H) > 1:  # one clip has no spread
         figures["energy_std_ratio"] = (H.std(1).median() / H[:, 0].std()).item()
     return figures
 
 
-def valid_frames(model, test, start, frames, windows=10):
-    """Return for how many frames rollouts forward and backward are valid, medians over clips.
+def valid_frames(model, test, start, frames, length=10 * WINDOW):
+    """Return how many of `length` frames are valid, forward and backward, medians over clips.
 
-    A frame is valid until the first whose error exceeds a tenth of a blank prediction's, which is
-    stricter than the VPT of Higgins et al. (2021). It ends early where most clips have failed.
+    The frames of a clip are valid until the first whose error exceeds a tenth of a blank
+    prediction's. This is stricter than the VPT of Higgins et al. (2021).
     """
     limit = 0.1 * blank_error(test, WINDOW)
+    few = [x[:FEW] for x in start]
     figures = {}
-    for name, dt in (("forward", model.dt), ("backward", -model.dt)):
-        state = [x[:FEW] for x in start]
-        true = [test.q[:FEW], test.p[:FEW]]
-        valid = 1.0
-        count = 0
-        for _ in range(windows):
-            path = model.rollout(*state, WINDOW, dt)
-            true_path = simulate(test.system, *true, WINDOW + 1, dt)
-            truth = render(test.system, true_path[0], test.size)
-            error = pixel_mse(paint(model, path[0]), truth)[:, :-1]
-            good = valid * (error <= limit).cumprod(1)  # NaN is not valid
-            count = count + good.sum(1)
-            valid = good[:, -1:]
-            if valid.mean() < 0.5:  # the median is known
-                break
-            state = [x[:, -1] for x in path]
-            true = [x[:, -1] for x in true_path]
-        figures[f"strict_vpt_{name}"] = count.median().item()
+    for name, speed in (("forward", 1.0), ("backward", -1.0)):
+        error = errors(model, test, few, length, speed)
+        valid = (error <= limit).cumprod(1)  # (clips, length); NaN is not valid
+        figures[f"strict_vpt_{name}"] = valid.sum(1).double().median().item()
     return figures
 
 
 def symplecticity(model, test, start, frames):
     """Return SyMetric between the model's states and the true ones, along the test clips."""
-    q, _ = start
-    if q.shape[1] > len(q) / 8:  # a linear map of so many numbers fits anything
-        return {"symetric": f"left out: {q.shape[1]} numbers in q need {8 * q.shape[1]} --clips"}
-    true = state_rows(test.path(WINDOW), angles_of(test))
-    latent = state_rows(model.rollout(*start, WINDOW - 1), model.angles)
+    dim = start[0].shape[1]
+    if 8 * dim > len(test.observed):  # a linear map of so many numbers fits anything
+        return {"symetric": f"left out: {dim} numbers in q need {8 * dim} --clips"}
+    true = state_rows(*test.path(WINDOW), test.angles)
+    latent = state_rows(*model.rollout(*start, WINDOW - 1), model.angles)
     return symetric(latent, true)
 
 
@@ -481,8 +433,7 @@ def quality_of_samples(model, test, start, frames):
     """Return which shares of samples show the system and move as it does."""
     if model.deterministic:
         return {"samples_valid": "left out: a deterministic model has no prior to draw from"}
-    count = min(2 * FEW, 2 * len(test.observed))
-    samples = model.sample(count, WINDOW - 1, generator=seeded(TEST_SEED + 4))
+    samples = model.sample(len(test.observed), WINDOW - 1, generator=seeded(TEST_SEED + 4))
     valid, obey = judge(test.system, samples, test.dt)
     return {"samples_valid": valid, "samples_obey": obey}
 
@@ -493,17 +444,15 @@ OF_SYSTEMS = (errors_at_other_speeds, valid_frames, symplecticity, quality_of_sa
 
 @torch.no_grad()
 def measure(model, test, frames=FRAMES, measures=QUICK):
-    """Return the figures of all the measures, a dict, under a bar that names each of them.
+    """Return the figures of all the measures, a dict, under a bar of progress.
 
     The model sees the first `context` frames of the test clips only.
     """
     frames = min(frames, test.length)
     start = model.infer(test.observed)
     figures = {}
-    with tqdm(measures, "measuring") as bar:
-        for function in bar:
-            bar.set_postfix_str(function.__name__.replace("_", " "))
-            figures |= function(model, test, start, frames)
+    for function in tqdm(measures, "measuring"):
+        figures |= function(model, test, start, frames)
     return figures
 
 
@@ -512,83 +461,83 @@ def wrap(angle):
     return torch.atan2(angle.sin(), angle.cos())
 
 
-def angles_of(test):
-    """Return how many of the true q are angles: all or none."""
-    return test.q[0].numel() if test.system.periodic else 0
+def state_rows(q, p, angles):
+    """Return every third state of paths q and p (B, T, ...) as rows (B * T / 3, 2 * dim).
 
-
-def state_rows(path, angles):
-    """Return every third state of a path, q and p (B, T, ...), as rows (B * T / 3, 2 * dim).
-
-    The first `angles` of q are counted from their mean at frame 0, so that no path starts beside
-    the cut at pi.
+    The first `angles` of the coordinates are counted from their mean at frame 0, by less than half
+    a turn, so that no path starts beside the cut at pi.
     """
-    q, p = [x[:, ::3].flatten(2).double() for x in path]
-    start = q[:, :1, :angles]
+    q = q[:, ::3].flatten(2).double()  # (B, T / 3, dim)
+    p = p[:, ::3].flatten(2).double()
+    turning = q[..., :angles]
+    start = turning[:, :1]
     mean = torch.atan2(start.sin().mean(0), start.cos().mean(0))
-    q[..., :angles] += wrap(start - mean) - start
-    return torch.cat((q, p), 2).flatten(0, 1)
+    turning = turning - start + wrap(start - mean)
+    return torch.cat((turning, q[..., angles:], p), 2).flatten(0, 1)
 
 
 def symetric(latent, true, orders=5):
     """Return SyMetric (Higgins et al. 2021, arXiv 2111.05986): is latent -> true state symplectic?
 
-    The map is a regression on polynomials, by ridge where the authors have a lasso; a constant
-    factor is allowed. Only directions count in which p spreads by a tenth of the largest spread or
-    more: where a centre of mass hardly moves, no regression sees its Poisson brackets.
+    The map is a regression on polynomials, by ridge where the authors have a lasso. It is
+    symplectic, but for a constant factor, where the Poisson brackets of the true coordinates, as
+    functions of the latent ones, are those of coordinates and their momenta.
     latent: (n, 2 d). true: (n, 2 D). Returns: a dict of R^2, SyMetric and the polynomials' order.
     """
-    d = latent.shape[1] // 2
     true = moving_directions(true)
     scale = latent.std(0).clamp(min=1e-9)
     x = (latent - latent.mean(0)) / scale
     y = (true - true.mean(0)) / true.std(0)
-    terms = []
     for order in range(1, orders + 1):
-        terms += map(list, combinations_with_replacement(range(2 * d), order))
-        w, r2 = fit_polynomial(x, y, terms)
-        next_terms = math.comb(2 * d + order + 1, order + 1)
-        if r2 >= 0.9 or next_terms > len(x) / 4:  # more terms would fit noise
+        w, r2 = fit_polynomial(x, y, order)
+        next_terms = products(x[:1], order + 1).shape[1]
+        if r2 >= 0.9 or next_terms > len(x) / 4:  # so many terms would fit noise
             break
 
     def fitted(x):
-        return polynomial(x, terms) @ w
+        return true.std(0) * (products(x, order) @ w)
 
-    jacobian = vmap(jacrev(fitted))(x[:1000])  # (n, 2 D, 2 d)
-    jacobian = true.std(0)[:, None] * jacobian / scale
-    by_q, by_p = jacobian.split(d, 2)
-    brackets = by_q @ by_p.mT - by_p @ by_q.mT  # Poisson brackets of the true coordinates
-    P = brackets @ brackets.mT
+    jacobian = vmap(jacrev(fitted))(x) / scale  # (n, 2 D, 2 d)
+    by_q, by_p = jacobian.chunk(2, 2)
+    brackets = by_q @ by_p.mT - by_p @ by_q.mT  # Poisson brackets, (n, 2 D, 2 D)
+    P = brackets @ brackets.mT  # the identity, where the map is symplectic
     P = P / P.abs().amax((1, 2)).mean()
-    off = (P - torch.eye(true.shape[1]).to(P)).square().mean()
-    return {"symetric_r2": r2, "symetric": off.item(), "symetric_order": len(terms[-1])}
+    off = (P - torch.eye(len(P[0])).to(P)).square().mean()
+    return {"symetric_r2": r2, "symetric": off.item(), "symetric_order": order}
 
 
 def moving_directions(states):
-    """Return q and p of states (n, 2 D) along the principal directions in which p moves."""
+    """Return q and p of states (n, 2 D) along the principal directions in which p moves.
+
+    That is where p spreads by a tenth of its largest spread or more: where a centre of mass hardly
+    moves, no regression sees its Poisson brackets.
+    """
     q, p = states.chunk(2, 1)
     _, spread, directions = torch.linalg.svd(p - p.mean(0), full_matrices=False)
     moving = directions[spread > 0.1 * spread[0]].mT
     return torch.cat((q @ moving, p @ moving), 1)
 
 
-def polynomial(x, terms):
-    """Return products of the coordinates that each of the terms names: (..., len(terms))."""
-    return torch.stack([x[..., term].prod(-1) for term in terms], -1)
+def products(x, order):
+    """Return all products of one to `order` coordinates of x (..., dim): (..., terms)."""
+    terms = []
+    for factors in range(1, order + 1):
+        for term in combinations_with_replacement(x.unbind(-1), factors):
+            terms.append(torch.stack(term).prod(0))
+    return torch.stack(terms, -1)
 
 
-def fit_polynomial(x, y, terms):
-    """Return the weights of a ridge regression of y (n, m) on polynomial(x, terms), and its R^2.
+def fit_polynomial(x, y, order):
+    """Return the weights of a ridge regression of y (n, m) on products(x, order), and its R^2.
 
     It is fitted to the first half of the rows, and R^2 is that of the other half.
     """
-    A = polynomial(x, terms)
-    A = A - A.mean(0)
-    seen, unseen = A.tensor_split(2)
-    y_seen, y_unseen = y.tensor_split(2)
-    ridge = 1e-4 * len(seen) * torch.eye(len(terms)).to(A)
-    w = torch.linalg.solve(seen.T @ seen + ridge, seen.T @ y_seen)
-    residual = (unseen @ w - y_unseen).square().sum() / y_unseen.square().sum()
+    A = products(x, order)
+    A, A_unseen = (A - A.mean(0)).tensor_split(2)
+    y, y_unseen = y.tensor_split(2)
+    ridge = 1e-4 * len(A) * torch.eye(A.shape[1]).to(A)
+    w = torch.linalg.solve(A.T @ A + ridge, A.T @ y)
+    residual = (A_unseen @ w - y_unseen).square().sum() / y_unseen.square().sum()
     return w, 1 - residual.item()
 
 
@@ -600,18 +549,17 @@ def judge(system, frames, dt, seen=10):
     true motion from the state that fits its `seen` first frames best.
     """
     q = torch.cat([infer_q(system, block) for block in frames.split(8)])
-    excess = pixel_mse(render(system, q, frames.shape[-1]), frames)
+    valid = pixel_mse(render(system, q, frames.shape[-1]), frames).amax(1) <= 5e-4
     shown = system.position(q)  # (n, T, bodies, 2)
 
-    def positions(start, steps=seen):
-        q, p = start.unbind(1)
-        return system.position(simulate(system, q, p, steps, dt)[0])
+    def motion(start, steps=seen):
+        path, _ = simulate(system, *start.unbind(1), steps, dt)
+        return system.position(path)
 
     p = system.inertia * wrap(q[:, 1] - q[:, 0]) / dt  # a rough start for the fit
     start = torch.stack((q[:, 0], p), 1)  # (n, 2, bodies, dims)
-    start = gauss_newton(positions, start, shown[:, :seen], 4, 1e-4, 0.5, 1e-9)
-    distance = (positions(start, shown.shape[1]) - shown).norm(dim=-1).amax((1, 2))
-    valid = excess.amax(1) <= 5e-4
+    start = gauss_newton(motion, start, shown[:, :seen], 4, 1e-4, 0.5, 1e-9)
+    distance = (motion(start, shown.shape[1]) - shown).norm(dim=-1).amax((1, 2))
     obey = valid & (distance <= 0.15)
     return valid.double().mean().item(), obey.double().mean().item()
 
@@ -665,9 +613,9 @@ NOTES = {
 }  # on figures of metrics.json
 
 
-def print_table(options, result):
+def print_table(result):
     """Print the figures that `measure` or `measure_flow` returned, or why there are none."""
-    print(f"\n{options['system'] or options['density'] or options['data']}, test data:")
+    print("\nOn test data:")
     if "clips" in result:
         print(f"  {result['clips']} clips; mse_A_B: mean squared error of pixels, frames A to B")
     for name, value in result.items():
@@ -678,328 +626,231 @@ def print_table(options, result):
 
 
 # ------------------------------------------------------------------ movies
-SEPARATOR = 2  # screen pixels between clips
-GREY = 0.6  # of separators, and where the truth of a recording has ended
+GREY = 0.6  # of the lines between clips
 CAPTION_SIZE = 15  # of letters, in screen pixels
-CAPTION_WIDTH = 440  # screen pixels that the longest caption needs
+CAPTION_WIDTH = 370  # screen pixels that the longest caption needs
 STILLS = (0, 0.07, 0.2, 0.5, 1)  # shares of a movie; unequal, so that no period hides motion
 
 
 @torch.no_grad()
 def save_movies(
-    model, test, folder, frames=None, show=4, reverse=False, speed=(), sample=0, seed=0, scale=8
+    model, test, folder, frames=FRAMES, show=4, reverse=False, speed=(), sample=0, seed=0, scale=8
 ):
     """Write rollout.png, rollout.gif and the movies asked for.
 
-    frames: to roll out, by default 90 or as many as the truth has. show: clips beside each other.
-    reverse: reverse.gif, from the last state back. speed: speed_X.gif of each of these. sample:
-    samples.gif of so many rollouts from the prior, by the seed. scale: screen pixels of a pixel.
+    frames: to roll out, or as many as the truth has. show: clips beside each other. reverse:
+    reverse.gif, from the last state back. speed: speed_X.gif of each of these. sample: samples.gif
+    of so many rollouts from the prior, by the seed. scale: screen pixels of a pixel.
     Raises: ValueError for samples of a model that has no prior.
     """
-    if frames is None:
-        frames = min(FRAMES, test.length)
-
-    def truth(speed=1.0):
-        return next(test.truth(frames, speed, show))
-
-    def rollout(q, p, speed=1.0):
-        path, _ = model.rollout(q, p, frames - 1, speed * model.dt)
-        return paint(model, path)
-
-    q, p = model.infer(test.observed[:show])
-    movies = {"rollout": two_rows(truth(), rollout(q, p))}
-    for times in speed:
-        movies[f"speed_{times:g}"] = two_rows(truth(times), rollout(q, p, times))
+    start = model.infer(test.observed[:show])
+    truth = test.truth(frames, n=show)
+    steps = truth.shape[1] - 1  # from the first frame to the last
+    movies = {"rollout": two_rows(truth, model, start)}
+    for factor in speed:
+        faster = test.truth(frames, factor, show)
+        movies[f"speed_{factor:g}"] = two_rows(faster, model, start, factor)
     if reverse:
-        backward = truth().flip(1)
-        last = [x[:, -1] for x in model.rollout(q, p, backward.shape[1] - 1)]
-        movies["reverse"] = two_rows(backward, rollout(*last, -1.0))
+        q, p = model.rollout(*start, steps)
+        last = (q[:, -1], p[:, -1])
+        movies["reverse"] = two_rows(truth.flip(1), model, last, -1.0)
     if sample:
-        drawn = model.sample(sample, frames - 1, generator=seeded(seed))
+        drawn = model.sample(sample, steps, generator=seeded(seed))
         movies["samples"] = drawn.cpu().unsqueeze(0)
-    times = [round(share * (frames - 1)) for share in STILLS]
-    stills = movies["rollout"][:, 0, times]  # of the first clip: (2, 5, C, H, W)
-    caption = f"{folder.name}: truth above model, frames {times}"
-    save_pictures(folder / "rollout.png", draw_frames(stills, caption, scale))
+    times = [round(share * steps) for share in STILLS]
+    stills = movies["rollout"][:, 0, times]  # of the first clip: (2, 5, C, size, size)
+    picture = draw_frames(stills, f"truth above model, frames {times}", scale)
+    picture.save(folder / "rollout.png")
     for name, movie in movies.items():
-        context = model.context if name == "rollout" else 0
-        save_movie(folder / f"{name}.gif", movie, model.dt, scale, context)
+        save_movie(folder / f"{name}.gif", movie, model.dt, scale)
 
 
-def two_rows(truth, model):
-    """Return clips (n, T, C, H, W) above each other, grey where the truth has ended."""
-    rows = torch.full((2, *model.shape), GREY)
-    rows[0, :, : truth.shape[1]] = truth
-    rows[1] = model
-    return rows
+def two_rows(truth, model, start, speed=1.0):
+    """Return true frames (n, T, C, size, size) above those of a rollout from start = (q, p)."""
+    path, _ = model.rollout(*start, truth.shape[1] - 1, speed * model.dt)
+    return torch.stack((truth, paint(model, path))).cpu()  # (2, n, T, C, size, size)
 
 
-def save_movie(path, movie, dt, scale, context=0):
-    """Write a movie (rows, clips, T, C, H, W) as a GIF, whose first frames are the context.
-
-    Where PyAV is installed an .mp4 of all frames comes with it.
-    """
-    title = "truth above model" if len(movie) == 2 else "drawn from the prior"
-    pictures = []
-    for t in range(movie.shape[2]):
-        caption = f"{path.stem}: {title}, frame {t}"
-        if t < context:
-            caption += ", context"
-        pictures.append(draw_frames(movie[:, :, t], caption, scale))
-    times, delays = movie_times(len(pictures), dt)
-    save_pictures(path, [pictures[t] for t in times], duration=delays, loop=0)
-    if importlib.util.find_spec("av"):
-        fps = float(np.clip(1 / dt, 0.01, 1000))  # what players can show
-        how = {"extension": ".mp4", "plugin": "pyav", "codec": "libx264", "fps": fps}
-        write(path.with_suffix(".mp4"), iio.imwrite("<bytes>", pictures, **how))
-
-
-def movie_times(frames, dt):
-    """Return which frames a GIF shows, and for how many milliseconds each.
+def save_movie(path, movie, dt, scale):
+    """Write a movie (rows, clips, T, C, size, size) as a GIF that runs as fast as the physics.
 
     GIF counts in hundredths of a second, and browsers slow down what is shown for less than two of
     them, so of fast clips only every k-th frame is shown. Rounding the times at which frames end,
     not the delays, keeps the whole movie at its true speed.
     """
-    stride = max(1, math.ceil(0.02 / dt - 1e-9))
-    ends = np.arange(0, frames + stride, stride)
-    delays = np.diff(np.rint(100 * dt * ends)).clip(2, 65535)  # 65535: what GIF can store
-    return ends[:-1].tolist(), (10 * delays).tolist()
+    title = "truth above model" if len(movie) == 2 else "drawn from the prior"
+    stride = math.ceil(0.02 / dt)
+    frames = range(0, movie.shape[2], stride)
+    ends = dt * stride * np.arange(len(frames) + 1)
+    delays = np.diff(np.rint(100 * ends)).clip(2, 65535)  # 65535: what GIF can store
+    first, *others = [draw_frames(movie[:, :, t], f"{title}, frame {t}", scale) for t in frames]
+    milliseconds = (10 * delays).tolist()
+    first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
 
 
 def draw_frames(frames, caption, scale):
-    """Draw frames (rows, columns, C, H, W) in [0, 1] below a caption: (h, w, 3) bytes."""
+    """Return frames (rows, columns, C, size, size) in [0, 1] below a caption, as one picture."""
     frames = frames.expand(-1, -1, 3, -1, -1)  # grey ones become RGB
-    frames = frames.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
-    frames = F.pad(frames, (0, SEPARATOR, 0, SEPARATOR), value=GREY)
-    sheet = frames.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (h, w, 3)
-    right = max(0, CAPTION_WIDTH - sheet.shape[1])
-    sheet = F.pad(sheet, (0, 0, 0, right, 2 * CAPTION_SIZE, 0), value=1.0)
-    image = Image.fromarray((255 * sheet).round().byte().numpy())
-    font = ImageFont.load_default(CAPTION_SIZE)
-    ImageDraw.Draw(image).text((6, 6), caption, "black", font)
-    return np.asarray(image)
-
-
-def save_pictures(path, pictures, **options):
-    """Write a picture (h, w, 3) of bytes, or a list of them as a GIF."""
-    kind = {"extension": path.suffix, "plugin": "pillow"}
-    write(path, iio.imwrite("<bytes>", pictures, **kind, **options))
+    frames = F.pad(frames, (0, 1, 0, 1), value=GREY)
+    sheet = frames.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (height, width, 3)
+    sheet = Image.fromarray((255 * sheet).round().byte().numpy())
+    sheet = sheet.resize((scale * sheet.width, scale * sheet.height), Image.Resampling.NEAREST)
+    right = max(0, CAPTION_WIDTH - sheet.width)
+    page = ImageOps.expand(sheet, (0, 2 * CAPTION_SIZE, right, 0), "white")
+    ImageDraw.Draw(page).text((6, 6), caption, "black", font_size=CAPTION_SIZE)
+    return page
 
 
 # ------------------------------------------------------------------ charts
-CELLS = 64  # of a histogram of many points, along each axis
-GRID = 128  # points at which an energy is drawn, along each axis
-STEP_DELAY = 400  # ms that flow.gif shows a leapfrog step
+MOST_POINTS = 20_000  # of data, and of samples, in a histogram
+GRID = 128  # points at which a density and an energy are drawn, along each axis
+LEVELS = 12  # of an energy, about
+STEPS_PER_SECOND = 2.5  # of flow.gif
 MOST_PLANES = 4  # of q and p that phase.png shows
 
 
-def charts(rows, columns):
-    """Return a figure without a window, and its charts, an array (rows, columns)."""
-    figure = Figure((3.9 * columns, 3.3 * rows), dpi=150, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def finish(ax, title, labels, image=None, unit="in units of K(p)"):
-    """Give a chart its title, the labels of its axes and, if it shows an image, a colour bar."""
-    ax.set(title=title, xlabel=labels[0], ylabel=labels[1])
-    if image is not None:
-        ax.figure.colorbar(image, ax=ax, label=unit)
-
-
-def save_chart(path, figure):
-    """Write a figure in the format that the ending of its path names."""
-    file = io.BytesIO()
-    figure.savefig(file, format=path.suffix[1:])
-    write(path, file.getvalue())
-
-
-def robust_limits(x, least=1e-6):
-    """Return limits (2,) or (dim, 2) for x (n,) or (n, dim) that a few outliers do not move.
-
-    least: room on each side, as a share of x, so that what hardly changes shows as a line.
-    """
-    low, high = np.quantile(x, (0.005, 0.995), axis=0)
-    room = 0.2 * (high - low) + least * np.abs(high)
-    return np.stack((low - room, high + room), -1)
+def charts(n):
+    """Return a figure without a window, and its n charts beside each other."""
+    figure = Figure((3.9 * n, 3.3), dpi=150, layout="constrained")
+    return figure, figure.subplots(1, n, squeeze=False)[0]
 
 
 @torch.no_grad()
-def save_phase(model, test, path, frames=FRAMES, n=24):
-    """Write a chart of n rollouts, H over time, V over q and p over q, above the true ones.
+def save_phase(model, test, path, frames=FRAMES, n=10):
+    """Write a chart of n rollouts and, where the system is known, below it one of the truth.
 
-    Every orbit has the colour of its energy.
+    Ten is the number of colours that matplotlib has.
     """
+    rows = 2 if test.system else 1
+    figure = Figure((14, 3 * rows), dpi=100, layout="constrained")
+    parts = figure.subfigures(rows, squeeze=False).flat
+    title = "model: a colour for each test clip, a dot for each frame"
     q, p = model.rollout(*model.infer(test.observed[:n]), frames - 1)
-    rows = [panels_of("learnt", q, p, model, model.angles)]
+    draw_states(parts[0], title, model, q, p, model.angles)
     if test.system:
-        true = test.path(frames, n=n)
-        rows.append(panels_of("true", *true, test.system, angles_of(test)))
-    figure, axes = charts(len(rows), max(map(len, rows)))
-    figure.suptitle(f"{len(q)} test clips, {frames} frames; the colour of an orbit is its energy")
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for row, panels in zip(axes, rows, strict=True):
-        H = panels[0][1]
-        colours = ScalarMappable(Normalize(*robust_limits(H[:, 0], 0.05)))
-        for ax, (x, y, title, *labels) in zip(row, panels, strict=False):
-            ax.set_axis_on()
-            ax.set_prop_cycle(color=colours.to_rgba(H[:, 0]))
-            ax.plot(x.T, y.T, linewidth=1)
-            finish(ax, title, labels)
-        row[0].set_ylim(robust_limits(H[H.isfinite()], 0.05))
-        figure.colorbar(colours, ax=row[0], label="H at frame 0")
-    save_chart(path, figure)
+        q, p = test.path(frames, n=n)
+        draw_states(parts[1], "truth", test.system, q, p, test.angles)
+    figure.savefig(path)
 
 
-def panels_of(name, q, p, model, angles):
-    """Return what a row of phase.png shows of paths q and p (B, T, ...), H over frames first.
+def draw_states(figure, title, source, q, p, angles):
+    """Draw paths q and p (B, T, ...): H over time, and p over q for the coordinates that move.
 
-    Each panel is x and y (B, T), a title and the labels of the axes. The potential V(q) = H(q, 0)
-    is there if one or two coordinates move. angles: how many of q are angles, which come first.
+    Where one or two coordinates move there is the potential V(q) = H(q, 0), too. source: has the
+    method `energy`. angles: how many of the coordinates are angles, which come first.
     """
-    H = model.energy(q, p).cpu()
-    V = model.energy(q, torch.zeros_like(p)).cpu()
+    H = source.energy(q, p).cpu()
+    V = source.energy(q, torch.zeros_like(p)).cpu()
     q = q.flatten(2).cpu()
     p = p.flatten(2).cpu()
+    q = torch.cat((wrap(q[..., :angles]), q[..., angles:]), 2)
     spread = q.std((0, 1))
-    moving = (spread > 0.1 * spread.max()).nonzero().flatten().tolist()
-    turning = wrap(q[..., :angles])
-    jumps = turning.diff(dim=1).abs() > math.pi
-    turning[:, 1:][jumps] = math.nan  # no line joins the ends of a turn
-    q = torch.cat((turning, q[..., angles:]), 2)
-    frames = torch.arange(H.shape[1]).expand_as(H)
-    panels = [(frames, H, f"{name}: H over time", "frame", "H")]
-    for i in moving[:MOST_PLANES]:
-        if len(moving) <= 2:
-            panels.append((q[..., i], V, f"{name}: V = H(q, 0)", f"q{i + 1}", "V"))
-        panels.append((q[..., i], p[..., i], f"{name}: p over q", f"q{i + 1}", f"p{i + 1}"))
-    return panels
+    moving = (spread > 0.1 * spread.max()).nonzero()[:MOST_PLANES, 0].tolist()
+    panels = [("H over frames", torch.arange(H.shape[1]).expand_as(H), H)]
+    for i in moving:
+        panels.append((f"p{i} over q{i}", q[..., i], p[..., i]))
+    if len(moving) <= 2:
+        panels += [(f"V over q{i}", q[..., i], V) for i in moving]
+    figure.suptitle(title)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (name, x, y) in zip(axes, panels, strict=True):
+        ax.plot(x.T, y.T, ".", markersize=1.5)
+        ax.set_title(name)
 
 
 @torch.no_grad()
-def save_density(model, points, folder, seed=0, form="png", n=20_000):
-    """Write density.png, histograms of data and samples, and flow.gif.
+def save_density(model, points, folder, seed=0):
+    """Write density.png: histograms of data and samples, of their first two columns.
 
-    Of two columns density.png shows the learnt density too and, of NHF, each V; flow.gif shows
-    points that move on V step by step. Of more columns there are the pairs of the first three; of
-    one there is no picture.
+    In the plane there are the learnt density and, of NHF, each V, too, and flow.gif. Of points on
+    a line there is no picture.
     """
     if model.dim == 1:
         return
-    data = points.rows[:n]
+    potentials = len(getattr(model, "H", []))  # RealNVP has none
+    figure, axes = charts(3 + potentials if model.dim == 2 else 2)
+    data = points.rows[:MOST_POINTS]
     samples = model.sample(len(data), seeded(seed))
-    movie = []
-    if model.dim > 2:
-        figure, axes = charts(2, 3)
-        for column, pair in enumerate(combinations(range(3), 2)):
-            draw_histograms(axes[:, column], data, samples, pair)
-    else:
-        hamiltonians = getattr(model, "H", [])  # RealNVP has none
-        figure, ((data_axis, samples_axis, density, *potentials),) = charts(
-            1, 3 + len(hamiltonians)
-        )
-        norm = draw_histograms((data_axis, samples_axis), data, samples, (0, 1))
-        x, y, grid = grid_of(data)
-        learnt = model.log_prob(grid, 32, seeded(seed)).exp()
-        image = density.pcolormesh(x, y, learnt, norm=norm)
-        finish(density, "learnt density", XY, image, "density")
-        for i, ax in enumerate(potentials):
-            movie += draw_hamiltonian(ax, model, i, data, seed)
-    save_chart(folder / f"density.{form}", figure)
-    if movie:
-        save_pictures(folder / "flow.gif", movie, duration=STEP_DELAY, loop=0)
-
-
-def draw_histograms(axes, data, samples, pair):
-    """Draw two columns of data and of samples. Returns their scale of colours.
-
-    The lowest colour is that of a single point of the data in a cell: a histogram tells no less.
-    """
-    norm = LogNorm(clip=True)
-    limits = robust_limits(data[:, pair])
-    cells = min(CELLS, 8 + len(data) // 200)  # a cell of few points tells little
-    labels = [f"x{i + 1}" for i in pair]
-    for ax, title, points in ((axes[0], "data", data), (axes[1], "samples", samples)):
-        x, y = points[:, pair].T
-        *_, image = ax.hist2d(x, y, cells, range=limits, density=True, norm=norm)
-        finish(ax, title, labels, image, "density")
-    return norm
+    x, y, grid = grid_of(points)
+    for ax, title, rows in ((axes[0], "data", data), (axes[1], "samples", samples)):
+        ax.hist2d(*rows.T[:2], (x[::2], y[::2]))  # cells of two steps of the grid
+        ax.set_title(title)
+    if model.dim == 2:
+        axes[2].pcolormesh(x, y, model.log_prob(grid, 32, seeded(seed)).exp())
+        axes[2].set_title("learnt density")
+    for i, ax in enumerate(axes[3:]):
+        draw_potential(ax, model, i, points)
+        ax.plot(*data[:500].T, ".", color="red", markersize=1)
+        ax.set_title(f"V of H[{i}], red: data")
+    figure.savefig(folder / "density.png")
+    if len(axes) > 3:
+        save_flow(model, points, folder / "flow.gif", seed)
 
 
 def grid_of(points):
-    """Return x and y (GRID,) and the points (GRID, GRID, 2) they span, where `points` lie."""
-    x, y = [np.linspace(*limits, GRID) for limits in robust_limits(points)]
-    return x, y, torch.from_numpy(np.stack(np.meshgrid(x, y), 2))
+    """Return x and y (GRID,) that cover the first two columns, and the points they span.
 
-
-XY = ("x1", "x2")  # columns of points
-
-
-def draw_energy(ax, energy, points, title=""):
-    """Draw an energy with contour lines where `points` (n, 2) lie, above its minimum there."""
-    x, y, grid = grid_of(points)
-    values = energy(grid)
-    lowest = values.min()
-    highest = (energy(points).quantile(0.99) - lowest).item()
-    levels = MaxNLocator(12).tick_values(0, 2 * highest)  # points take half of the colours
-    image = ax.contourf(x, y, values - lowest, levels, extend="max")
-    ax.contour(x, y, values - lowest, levels, colors="white", linewidths=0.5)
-    finish(ax, title, XY, image)
-    ax.autoscale(False)  # points beyond it shall not widen the chart
-
-
-def draw_hamiltonian(chart, model, i, data, seed):
-    """Draw V of the flow's Hamiltonian i with some of the data.
-
-    Returns pictures of points that move on it, step by step.
+    They reach 2.5 standard deviations to each side of the mean. Points: (GRID, GRID, 2).
     """
-    steps = model.config["steps"]
-    name = f"V of H{i + 1}"
+    line = torch.linspace(-2.5, 2.5, GRID).unsqueeze(1)
+    x, y, *_ = (points.shift + line * points.scale.norm(dim=1)).T
+    return x, y, torch.stack(torch.meshgrid(x, y, indexing="xy"), 2)
+
+
+def draw_potential(ax, model, i, points):
+    """Draw V of the flow's Hamiltonian i where the points lie, as colours and contour lines.
+
+    It is cut off where it is higher than at 99 of 100 points.
+    """
 
     def V(x):
         return model.H[i].V(model.standardise(x)[0])
 
-    draw_energy(chart, V, data, f"{name}, red: data")
-    chart.plot(*data[:500].T, ".", color="red", markersize=1)
-    figure, ((ax,),) = charts(1, 1)
-    draw_energy(ax, V, data)
-    (dots,) = ax.plot([], [], ".", color="white", markersize=2)
-    q, _ = model.flow(*model.base_states(2000, seeded(seed)))
-    path = model.unstandardise(q[:, i * steps :]).permute(1, 2, 0)  # (steps + 1, 2, n) and more
-    pictures = []
-    for step in range(steps + 1):
-        dots.set_data(*path[step])
-        ax.set_title(f"points on {name}, step {step} of {steps}")
-        pictures.append(pixels(figure))
-    return pictures
+    x, y, grid = grid_of(points)
+    values = V(grid).clamp(max=V(points.held_out).quantile(0.99))
+    ax.contourf(x, y, values, LEVELS)
+    ax.contour(x, y, values, LEVELS, colors="white", linewidths=0.5)
+    ax.autoscale(False)  # points beyond it shall not widen the chart
 
 
-def pixels(figure):
-    """Return a figure as a picture (h, w, 3) of bytes."""
-    FigureCanvasAgg(figure).draw()
-    return np.array(figure.canvas.buffer_rgba())[..., :3]
+def save_flow(model, points, path, seed, n=2000):
+    """Write a movie of n points that a flow moves from its base density to the data.
+
+    Every picture shows them after a leapfrog step, on the V that moves them next.
+    """
+    q, _ = model.flow(*model.base_states(n, seeded(seed)))
+    times = model.unstandardise(q).permute(1, 2, 0)  # (steps + 1, 2, n)
+    figure, (ax,) = charts(1)
+
+    def draw(step):
+        i = min(step // model.config["steps"], len(model.H) - 1)
+        ax.clear()
+        draw_potential(ax, model, i, points)
+        ax.plot(*times[step], ".", color="red", markersize=2)
+        ax.set_title(f"points on V of H[{i}], step {step}")
+
+    movie = FuncAnimation(figure, draw, len(times))
+    movie.save(path, writer="pillow", fps=STEPS_PER_SECOND)
 
 
-CURVES = {"loss": "loss", "mse": "pixel error (MSE)", "kl": "KL (nats)"}
-
-
-def save_curves(folder, form="png"):
-    """Write curves.png, the loss, error and KL of metrics.jsonl, if there is one."""
+def save_curves(folder):
+    """Write curves.png, where there is a metrics.jsonl: loss, pixel error and KL over the steps."""
     log = folder / "metrics.jsonl"
-    lines = log.read_text().splitlines() if log.is_file() else []
-    logged = [line for line in map(json.loads, lines) if "loss" in line]
-    if not logged:
+    if not log.is_file():
         return
-    names = [name for name in CURVES if name in logged[0]]
-    figure, axes = charts(1, len(names))
-    for ax, name in zip(axes[0], names, strict=True):
-        values = [line[name] for line in logged]
-        ax.plot([line["step"] for line in logged], values, ".-")
-        finish(ax, CURVES[name], ("training step", name))
-        if max(values) > 10 * min(values) > 0:
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    if not lines:
+        return
+    names = [name for name in ("loss", "mse", "kl") if name in lines[0]]
+    steps = [line["step"] for line in lines]
+    figure, axes = charts(len(names))
+    for ax, name in zip(axes, names, strict=True):
+        ax.plot(steps, [line[name] for line in lines], ".-")
+        ax.set(title=name, xlabel="training step")
+        if name == "mse":
             ax.set_yscale("log")
-    save_chart(folder / f"curves.{form}", figure)
+    figure.savefig(folder / "curves.png")
 
 
 # ------------------------------------------------------------------ the command
@@ -1017,14 +868,11 @@ OPTIONS = {
                                                     "(default: the newest run)."},
         "--seed": {"type": number(0, 2**63 - 1), "help": "Of samples (default: 0)."},
         "--device": {"help": "cpu, cuda, cuda:1 (default: a GPU if there is one; points: cpu)."},
-        "--format": {"choices": ("png", "pdf", "svg"), "help": "Of charts (default: png)."},
         "--quick": {"action": "store_true", "help": "Pictures and their errors alone."},
     },
     "of pictures, not of points": {
-        "--export": {"action": "store_true",
-                     "help": "states.npz: q, p and H of the clips shown, and the true ones."},
         "--frames": {"type": number(2, 10_000),
-                     "help": "Frames to roll out (default: 90, of recordings at most their own)."},
+                     "help": "Frames to roll out (default: 90; of recordings at most their own)."},
         "--clips": {"type": number(2, 10_000), "help": f"To measure on (default: {CLIPS})."},
         "--reverse": {"action": "store_true", "help": "reverse.gif: from the last state back."},
         "--speed": {"type": number(1e-3, 1e3, float), "action": "append",
@@ -1034,7 +882,6 @@ OPTIONS = {
         "--scale": {"type": number(1, 16), "help": "Screen pixels of a pixel (default: 8)."},
     },
 }  # fmt: skip
-OF_MOVIES = ("frames", "show", "reverse", "speed", "sample", "scale")  # for save_movies
 
 
 def look(given):
@@ -1042,23 +889,19 @@ def look(given):
     where = given.pop("checkpoint", None)
     data = {name: given.pop(name) for name in ("system", "density", "data") if name in given}
     path = find_run(where, *data.values())
-    device = given.pop("device", None)
     model, run = load(path)
     options = run["options"]
     in_run = path.name == "checkpoint.pt"
     name = path.parent.name if in_run else path.stem
-    folder = Path("runs") / f"{name}-look"
     if where and data:
-        options = options_of(options["model"], model.config, **data)
-        (label,) = data.values()
-        folder = Path("runs") / f"{name}-on-{Path(label).stem}"
-    elif in_run:
-        folder = path.parent
+        options = options_of(model.config, **data)
+        in_run = False
+    folder = path.parent if in_run else Path("runs", f"{name}-look")
     print(f"{path}: looking; pictures and figures go to {folder}")
+    model.to(device_of(options["model"], given.pop("device", None)))
     look_at = look_at_flow if options["model"] in FLOWS else look_at_pictures
-    model.to(device_of(options["model"], device))
     result = look_at(model, options, folder, given)
-    save_curves(folder, given.get("format", "png"))
+    save_curves(folder)
     report = {
         **provenance(),
         "seed": given.get("seed", 0),
@@ -1068,58 +911,37 @@ def look(given):
         "training": {key: run.get(key) for key in ("command", "versions", "step", "seconds")},
         "metrics": result,
     }
-    write(folder / "metrics.json", json.dumps(report, indent=1).encode())
-    print_table(options, result)
+    (folder / "metrics.json").write_text(json.dumps(report, indent=1))
+    print_table(result)
 
 
 def look_at_pictures(model, options, folder, given):
     """Write movies and charts of a model of pictures, then measure it. Returns: the figures."""
     device = next(model.parameters()).device
-    test = test_set(options, given.get("clips", CLIPS), device)
+    test = test_set(options, given.pop("clips", CLIPS), device)
     print(test.summary)
-    if test.channels != model.config["channels"]:
-        seen = model.config["channels"]
-        raise ValueError(f"the model sees {seen} channel(s), 1 is grey, and these {test.channels}")
-    frames = given.get("frames", min(FRAMES, test.length))
-    seed = given.get("seed", 0)
-    movies = {name: given[name] for name in OF_MOVIES if name in given}
-    save_movies(model, test, folder, seed=seed, **movies)
-    save_phase(model, test, folder / f"phase.{given.get('format', 'png')}", frames)
-    if given.get("export"):
-        export(model, test, folder, frames, given.get("show", 4))
+    folder.mkdir(parents=True, exist_ok=True)
+    quick = given.pop("quick", False)
+    frames = given.pop("frames", FRAMES)
+    save_movies(model, test, folder, frames, **given)
+    save_phase(model, test, folder / "phase.png", frames)
     measures = QUICK
-    if not given.get("quick"):
+    if not quick:
         measures += (kept_energy,)
         if test.system:
             measures += OF_SYSTEMS
     return measure(model, test, frames, measures)
 
 
-@torch.no_grad()
-def export(model, test, folder, frames, n):
-    """Write states.npz: q and p (n, frames, ...), H (n, frames) and times of n clips.
-
-    Where the system is known, true_q, true_p and true_H are those of the truth.
-    """
-    q, p = model.rollout(*model.infer(test.observed[:n]), frames - 1)
-    states = {"times": test.dt * torch.arange(frames), "q": q, "p": p}
-    states["H"] = model.energy(q, p)
-    if test.system:
-        q, p = test.path(frames, n=n)
-        states |= {"true_q": q, "true_p": p, "true_H": test.system.energy(q, p)}
-    file = io.BytesIO()
-    np.savez(file, **{name: x.cpu().numpy() for name, x in states.items()})
-    write(folder / "states.npz", file.getvalue())
-
-
 def look_at_flow(model, options, folder, given):
     """Write charts of a flow. Returns: the figures. Raises: ValueError for options of pictures."""
-    for name in given:
-        if f"--{name}" not in OPTIONS["of all models"]:
-            raise ValueError(f"--{name} is of no use with points: leave it out")
+    unused = given.keys() - {"seed", "quick"}
+    if unused:
+        raise ValueError(f"--{unused.pop()} is of no use with points: leave it out")
     points = test_set(options, 0)
     print(points.summary)
-    save_density(model, points, folder, given.get("seed", 0), given.get("format", "png"))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_density(model, points, folder, given.get("seed", 0))
     return measure_flow(model, points)
 
 

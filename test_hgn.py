@@ -1698,6 +1698,7 @@ class Perfect:
     dt = 0.125
     context = 7
     deterministic = False
+    gamma = None
 
     def __init__(self, system):
         self.system = system
@@ -2180,8 +2181,8 @@ def trained(tmp_path_factory):
 
 def test_train_writes_what_it_says(trained):
     files = {path.name for path in (trained / "runs/mass_spring").iterdir()}
-    charts = {"rollout.gif", "rollout.png", "curves.png"}
-    assert files - {"rollout.mp4"} == {"checkpoint.pt", "metrics.jsonl"} | charts
+    pictures = {"rollout.gif", "rollout.png", "curves.png"}
+    assert files == {"checkpoint.pt", "metrics.jsonl"} | pictures
     checkpoint = saved("mass_spring", trained)
     run = checkpoint["run"]
     assert run["step"] == 24
@@ -2200,7 +2201,7 @@ def test_the_model_of_a_run_is_loaded_by_its_class(trained):
 def test_eval_writes_what_it_says(trained, command):
     shutil.copytree(trained / "runs", "runs")
     words = "--reverse --speed 2 --speed 0.5 --sample 2 --frames 12 --clips 4 --scale 1"
-    assert "wrote" in command("eval", words)
+    assert "figures go to runs/mass_spring" in command("eval", words)
     assert movies_of("mass_spring") == {"rollout", "reverse", "speed_2", "speed_0.5", "samples"}
     report = report_of("mass_spring")
     assert f"eval.py {words}" in report["command"]
@@ -2218,39 +2219,14 @@ def test_eval_writes_what_it_says(trained, command):
     assert milliseconds == pytest.approx(12 * 125, rel=0.05)  # as fast as the physics
 
 
-def test_a_movie_comes_as_mp4_too(trained, command):
-    av = pytest.importorskip("av")
-    shutil.copytree(trained / "runs", "runs")
-    command("eval", "--quick --frames 7 --clips 2 --show 2 --scale 3")
-    with av.open("runs/mass_spring/rollout.mp4") as film:
-        times = [frame.time for frame in film.decode(video=0)]
-    assert times == pytest.approx([0.125 * t for t in range(7)], abs=1e-3)
-
-
 def test_a_quick_look_leaves_out_what_takes_long(trained, command):
     shutil.copytree(trained / "runs", "runs")
-    said = command("eval", "--quick --frames 6 --clips 2 --show 1 --scale 1 --format pdf")
+    said = command("eval", "--quick --frames 6 --clips 2 --show 1 --scale 1")
     assert "mse_0_5" in said
     assert "strict_vpt" not in said
     for name in ("phase", "curves"):
-        assert Path(f"runs/mass_spring/{name}.pdf").read_bytes().startswith(b"%PDF")
-
-
-def test_states_are_exported(trained, command):
-    """A mass on a spring: q at neighbouring times obeys the cosine's recurrence, of omega = 2."""
-    shutil.copytree(trained / "runs", "runs")
-    command("eval", "--export --quick --frames 9 --clips 4 --show 3 --scale 1")
-    states = np.load("runs/mass_spring/states.npz")
-    assert states["times"] == pytest.approx(0.125 * np.arange(9))
-    assert states["q"].shape == states["p"].shape == (3, 9, 2)
-    q = states["true_q"][:, :, 0, 0]
-    assert q[:, 2:] + q[:, :-2] == pytest.approx(2 * math.cos(2 * 0.125) * q[:, 1:-1])
-    true_H = q**2 + states["true_p"][:, :, 0, 0] ** 2
-    assert states["true_H"] == pytest.approx(true_H)
-    model, _ = load("runs/mass_spring")
-    with torch.no_grad():
-        H = model.energy(*(torch.from_numpy(states[name][:, 4]) for name in "qp"))
-    assert states["H"][:, 4] == pytest.approx(H.numpy(), rel=1e-5)
+        with Image.open(f"runs/mass_spring/{name}.png") as chart:
+            assert chart.width > 500
 
 
 def test_a_turn_of_an_angle_does_not_change_the_state_that_is_compared():
@@ -2261,8 +2237,8 @@ def test_a_turn_of_an_angle_does_not_change_the_state_that_is_compared():
     turns = torch.randint(-1, 2, (40, 1, 6), generator=seeded(1)).double()
     turns[..., angles:] = 0
     q[..., :angles] *= 0.3
-    rows = evaluation.state_rows((q, p), angles)
-    close(evaluation.state_rows((q + 2 * math.pi * turns, p), angles), rows)
+    rows = evaluation.state_rows(q, p, angles)
+    close(evaluation.state_rows(q + 2 * math.pi * turns, p, angles), rows)
 
 
 def test_energy_of_paths_is_that_of_their_states():
@@ -2292,14 +2268,14 @@ def test_models_that_no_run_has_saved_are_measured(command):
     frames, _, _ = clips(SYSTEMS["pendulum"], 4, frames=12, size=16, generator=seeded())
     np.save("own.npy", (255 * frames).byte().movedim(2, 4).numpy())
     assert "mse_0_3" in command("eval", f"--checkpoint mine.pt --data own.npy {quick}")
-    assert movies_of("mine-on-own") == {"rollout"}
+    assert movies_of("mine-look") == {"rollout"}
     odd_points(2)
     assert "log_prob_16" in command("eval", "--checkpoint flow.pt --data points.npy")
-    assert movies_of("flow-on-points") == {"flow"}
+    assert movies_of("flow-look") == {"flow"}
     for words in ("mine.pt", "mine.pt --density circles", "flow.pt --system two_body"):
         assert "needs" in command("eval", f"--checkpoint {words}", status=2)
     np.save("grey.npy", np.load("own.npy")[..., :1])
-    assert "1 is grey" in command("eval", "--checkpoint mine.pt --data grey.npy", status=2)
+    assert "(3, 16, 16)" in command("eval", "--checkpoint mine.pt --data grey.npy", status=2)
 
 
 def step_of(name):
@@ -2920,7 +2896,7 @@ MISTAKES = {
         --protocol paper --data nowhere.npy; --protocol paper --noise 0;
         --density rings --model realnvp --hamiltonians 2""",
     "eval": """--density rings; --checkpoint nowhere.pt; --frames 0; --speed inf; --device tpu;
-        --system pendulum --density rings""",
+        --system pendulum --density rings; --colour red""",
 }
 TYPED = []
 for script, mistakes in MISTAKES.items():

@@ -387,8 +387,8 @@ class PictureRecipe(Recipe):
 
     def __init__(self, options, test, device, compile=False):
         super().__init__(options, test, device, compile)
-        if test.data:
-            self.source = RecordedClips(test.data, device)
+        if options.data:
+            self.source = RecordedClips(test, device)
         else:
             self.source = SimulatedClips(options, device)
         self.beta = torch.tensor(options.beta, device=device)
@@ -986,7 +986,7 @@ def conclude(run):
     result = recipe.report(model, run.folder)
     run.log(**{name: value for name, value in result.items() if isinstance(value, float)})
     save_curves(run.folder)
-    print_table(vars(run.options), result)
+    print_table(result)
     seconds = time.time() - run.began
     print(f"\n{seconds:.0f} s. Then: python eval.py --checkpoint {run.folder}")
 
