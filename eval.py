@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.func import jacrev, vmap
 from tqdm import tqdm
 
-from hgn import FRAME_TIME, HGN, read_checkpoint
+from hgn import FRAME_TIME, HGN, __version__, read_checkpoint
 from nhf import DENSITIES, NHF, TEST_SEED, Points, RealNVPFlow, seeded
 from physics import (
     SYSTEMS,
@@ -127,6 +127,7 @@ def device_of(model, name=None):
 def provenance():
     """Return what is needed to make a written result again: the command and the versions."""
     versions = {
+        "hgn": __version__,
         "python": sys.version.split()[0],
         "torch": str(torch.__version__),
         "numpy": np.__version__,

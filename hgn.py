@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+__version__ = "1.0"  # of all files here; it goes up where what is computed changes
+
 
 def compiled_once(step):
     """Let torch.compile compile `step` once instead of unrolling each of its calls."""

@@ -2663,6 +2663,31 @@ def test_the_speed_is_measured(command):
     assert all(row["s"] > 0 for row in table)
 
 
+# ----------------------------------------------------------------------------- what comes with it
+
+# Figures from before 1.0 and the models they were measured on, see results/README.md.
+FROM_BEFORE = {"bench-cpu.json", "bench-cuda.json", "damped_pendulum.json", "damped_spring.json",
+               "film.json", "flows.json", "mass_spring.json", "mass_spring.pt", "noisy.json",
+               "paper-2500.json", "paper.json", "paper_mass_spring.json", "paper_mass_spring.pt",
+               "scenes.json", "two_body.json", "two_body.pt"}  # fmt: skip
+
+
+def versions_in(report):
+    """The versions of hgn.py that made the parts of a report, wherever they stand in it."""
+    if not isinstance(report, dict):
+        return set()
+    found = {report["versions"].get("hgn")} if "versions" in report else set()
+    return found.union(*(versions_in(part) for part in report.values()))
+
+
+def test_figures_and_models_are_of_this_version():
+    for path in [*HERE.glob("results/*.json"), *HERE.glob("checkpoints/*.pt")]:
+        if path.name in FROM_BEFORE:
+            continue
+        report = json.loads(path.read_text()) if path.suffix == ".json" else load(path)[1]
+        assert versions_in(report) == {hgn.__version__}, path
+
+
 # -------------------------------------------------------------------------------- compiled and GPU
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
