@@ -197,20 +197,18 @@ UNRESOLVED = (
 )
 
 
-def initial_states(system, n, generator=None, device=None):
+def initial_states(system, n, generator=None, device="cpu"):
     """n random initial states q, p, (n, bodies, dims) each, float64, on `device`.
 
-    They are drawn on the generator's device: a CPU generator gives the same states everywhere.
+    They are drawn on the CPU, by a generator of the CPU, so that they are the same everywhere.
     """
-    source = "cpu" if generator is None else generator.device
 
     def uniform(low, high, *shape):
         numbers = torch.rand(shape, generator=generator, dtype=torch.float64)
         return low + (high - low) * numbers
 
-    with torch.device(source):
-        q, p = system.initial(n, uniform)
-    return q.to(device or source), p.to(device or source)
+    q, p = system.initial(n, uniform)
+    return q.to(device), p.to(device)
 
 
 def simulate(system, q, p, frames, dt=FRAME_TIME):
@@ -313,14 +311,16 @@ def render(system, q, size=32):
 
 
 def jitter(system, q, noise=0.0, generator=None):
-    """q plus observation noise: a Gaussian of sigma `noise`, or "paper" for the paper's sigma."""
+    """q plus observation noise: a Gaussian of sigma `noise`, or "paper" for the paper's sigma.
+
+    It is drawn on the CPU, as the initial states are.
+    """
     sigma = system.noise if noise == "paper" else noise
-    source = q.device if generator is None else generator.device
-    gaussian = torch.randn(q.shape, generator=generator, device=source, dtype=q.dtype)
+    gaussian = torch.randn(q.shape, generator=generator, dtype=q.dtype)
     return q + sigma * gaussian.to(q.device)
 
 
-def clips(system, n, frames=30, dt=FRAME_TIME, noise=0.0, size=32, generator=None, device=None):
+def clips(system, n, frames=30, dt=FRAME_TIME, noise=0.0, size=32, generator=None, device="cpu"):
     """n random clips (n, frames, 3, size, size), and their true q and p (n, frames, bodies, dims).
 
     noise: as of `jitter`; q and p are without it.
