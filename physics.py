@@ -281,7 +281,7 @@ def advance(system, start, dt):
 
 
 CPU_BLOCK = 256  # frames painted at once on a CPU, which stay in its cache
-GPU_PIXELS = 2**25  # painted at once on a GPU, for each body
+GPU_BLOCK = 8192
 
 
 def render(system, q, size=32):
@@ -292,11 +292,11 @@ def render(system, q, size=32):
     """
     pixels = size / (2 * system.half_width)  # for each world unit
     centres = pixels * system.position(q).flatten(0, 1).float()  # (B * T, bodies, 2)
-    frames = torch.empty(len(centres), 3, size, size, device=q.device)
-    colours = torch.tensor((BACKGROUND, *system.colours)).to(q.device, non_blocking=True)
-    background, *colours = colours[:, :, None, None]  # (3, 1, 1) each
     line = torch.arange(size, device=q.device) - (size - 1) / 2  # of pixels, from left or top
-    block = CPU_BLOCK if q.device.type == "cpu" else GPU_PIXELS // size**2
+    background = torch.tensor(BACKGROUND, device=q.device).view(3, 1, 1)
+    colours = torch.tensor(system.colours, device=q.device).view(-1, 3, 1, 1)
+    frames = torch.empty(len(centres), 3, size, size, device=q.device)
+    block = CPU_BLOCK if q.device.type == "cpu" else GPU_BLOCK
     for part, out in zip(centres.split(block), frames.split(block), strict=True):
         x, y = part.split(1, -1)  # (n, bodies, 1) each
         dx = (line - x).square().unsqueeze(-2)
