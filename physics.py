@@ -1,6 +1,6 @@
 """Every source of clips: simulated systems, exact and rendered, and the user's own recordings.
 
-Needs torch and numpy, for recordings Pillow, and for films PyAV. The constants, initial states and
+Needs torch, numpy and Pillow, and for films PyAV. The constants, initial states and
 colours of the first four systems are those of Toth et al. (ICLR 2020), section 4, as published with
 its reproduction (Balsells Rodas et al. 2021); the other systems are our own.
 
@@ -13,6 +13,7 @@ import math
 import re
 import warnings
 import zlib
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps, ImageSequence
 
 # ---------------------------------------------------------------------------------------- systems
 
@@ -298,14 +300,14 @@ def render(system, q, size=32):
     frames = torch.empty(len(centres), 3, size, size, device=q.device)
     block = CPU_BLOCK if q.device.type == "cpu" else GPU_BLOCK
     for part, out in zip(centres.split(block), frames.split(block), strict=True):
-        x, y = part.split(1, -1)  # (n, bodies, 1) each
-        dx = (line - x).square().unsqueeze(-2)
-        dy = (line + y).square().unsqueeze(-1)  # as y is upward
-        distance = (dx + dy).sqrt_()  # (n, bodies, size, size)
-        share = distance.neg_().add_(system.radius * pixels + 0.5).clamp_(0, 1)
         out.copy_(background)
-        for disc, colour in zip(share.split(1, 1), colours, strict=True):
-            out.addcmul_(disc, colour)
+        for centre, colour in zip(part.unbind(1), colours, strict=True):
+            x, y = centre.split(1, 1)  # (n, 1) each
+            dx = (line - x).square().view(-1, 1, 1, size)
+            dy = (line + y).square().view(-1, 1, size, 1)  # as y is upward
+            distance = (dx + dy).sqrt_()  # (n, 1, size, size)
+            share = distance.neg_().add_(system.radius * pixels + 0.5).clamp_(0, 1)
+            out.addcmul_(share, colour)
         out.clamp_(max=1)
     return frames.view(*q.shape[:2], 3, size, size)
 
@@ -387,11 +389,9 @@ WHITE = {
     "bool": 1, "float16": 1, "float32": 1, "float64": 1, "float128": 1, "uint16": 65535,
 }  # fmt: skip
 DARK = 0.1  # recordings in which nothing is brighter are taken to be of the wrong scale
-PAUSE = 5  # steps: where a frame lasts longer, the recording is cut after one step of it
 ROUNDING = 0.0101  # seconds to which a GIF rounds the durations of its frames
 DYING = 0.25  # held-out clips that move less than this share of the others are warned of
 UNLIKE = 1.03  # ratio of the steps of two films from which they must not be mixed
-NAMED = 3  # how many of the files that were passed over are named, so that the line stays short
 
 
 @contextmanager
@@ -442,12 +442,11 @@ def read_points(path):
 
 
 @dataclass
-class Part:
-    """Frames (T, size, size, C) in a row, at even steps, of a recording that may have paused."""
+class Film:
+    """A recording: its frames (T, size, size, C), at even steps, and the seconds of a step."""
 
-    film: int  # the number of the recording
     frames: np.ndarray
-    seconds: float = 0.0  # from frame to frame; 0 is unknown
+    step: float = 0.0  # unknown
 
 
 def as_films(array):
@@ -470,55 +469,54 @@ def as_films(array):
     return array
 
 
-def parts_of_array(path, size):
-    """A Part of every clip in an array file, and a list of what to say about them."""
+def read_array_films(path, size):
+    """A Film of every clip in an array file, and a list of what to say about them."""
     array = read_array(path)
-    parts = []
+    films = []
     with reading(path):
-        films = as_films(array)
-        for i, frames in enumerate(films):
+        clips = as_films(array)
+        for frames in clips:
             if size is None:
                 size = usual_size(frames[0])
             if frames.shape[1:3] != (size, size):
                 frames = np.stack([square(frame, size) for frame in frames])
-            parts.append(Part(i, frames))
+            films.append(Film(frames))
     name = array.dtype.name
-    layout = f"shape {array.shape} read as clips, time, rows, columns, channels {films.shape}"
-    return parts, [layout, f"of {name}, white is {WHITE.get(name, 255)}"]
+    layout = f"shape {array.shape} read as clips, time, rows, columns, channels {clips.shape}"
+    return films, [layout, f"of {name}, white is {WHITE.get(name, 255)}"]
 
 
 def film_frames(path):
-    """Frames (H, W, 3) of a film, upright and with square pixels, and the second each begins at."""
+    """Frames (H, W, 3) of a film, upright, and the second each begins at, None if unknown."""
     try:
         import av
     except ImportError:
         raise ImportError("films need `pip install av`") from None
     with av.open(path) as film:
         for frame in film.decode(video=0):
-            shape = film.streams.video[0].sample_aspect_ratio or 1  # of a pixel
-            pixels = frame.to_ndarray(format="rgb24", width=round(frame.width * shape))
+            pixels = frame.to_ndarray(format="rgb24")
             yield np.rot90(pixels, frame.rotation // 90), frame.time
+
+
+def rgb(picture):
+    """The pixels (H, W, 3) of a picture of Pillow. What is transparent shows white."""
+    if picture.mode[0] in "IF":  # grey, integers of 16 or more bits or floats
+        white = 65535 if picture.mode[0] == "I" else 1
+        grey = np.asarray(picture, "float32") / white
+        return np.dstack([grey, grey, grey])
+    white = Image.new("RGBA", picture.size, "white")
+    opaque = Image.alpha_composite(white, picture.convert("RGBA"))
+    return np.asarray(opaque.convert("RGB"))
 
 
 def picture_frames(path):
     """Frames (H, W, 3) of a picture or GIF, and the second each begins at, 0 if unknown."""
-    from PIL import Image, ImageOps, ImageSequence
-
     seconds = 0.0
     with Image.open(path) as file:
         for picture in ImageSequence.Iterator(file):
-            picture = ImageOps.exif_transpose(picture)  # as the camera was held
-            if picture.mode[0] in "IF":  # grey, integers of 16 or more bits or floats
-                white = 65535 if picture.mode[0] == "I" else 1
-                frame = np.dstack([np.asarray(picture, "float32") / white] * 3)
-            else:  # what is transparent shows white
-                white = Image.new("RGBA", picture.size, "white")
-                opaque = Image.alpha_composite(white, picture.convert("RGBA"))
-                frame = np.asarray(opaque.convert("RGB"))
-            yield frame, seconds
+            upright = ImageOps.exif_transpose(picture)  # as the camera was held
+            yield rgb(upright), seconds
             seconds += file.info.get("duration", 0) / 1000
-            if file.format == "MPO":  # a phone's picture, followed by others of its own use
-                break
 
 
 def read_frames(path, size):
@@ -532,33 +530,26 @@ def read_frames(path, size):
                 size = usual_size(frame)
             frames.append(square(frame, size))
             times.append(seconds)
-        if not frames:
-            raise ValueError("it holds no frames")
-    if None in times:  # some films have none
-        times = [0.0] * len(times)
-    return np.stack(frames), np.array(times)
+        return np.stack(frames), np.array(times, float)  # NaN where unknown
 
 
 def even_steps(times):
-    """The frames to show at even steps, of those that begin at times (n,), and the step.
+    """The numbers of the frames to show at even steps, of those that begin at times (n,), and the
+    step, 0 where times are unknown.
 
-    The step is the median of the frames' durations, averaged over those that differ by rounding; 0
-    where times are unknown. Shown is what was there in the middle of each step. The frames are
-    numbers, in one array for each part between two pauses.
+    The step is the median of the frames' durations, averaged over those that differ by rounding.
+    Shown is what was there in the middle of each step.
     """
     durations = np.diff(times)
-    median = np.median(durations) if len(durations) else 0
-    if median <= 0:
-        return [np.arange(len(times))], 0.0
+    if len(durations) == 0 or not np.median(durations) > 0:
+        return np.arange(len(times)), 0.0
+    median = np.median(durations)
     off = abs(durations - median)
     rounding = max(0.2 * median, ROUNDING, off.min())
     step = durations[off <= rounding].mean().item()
-    shown = []
-    for part in np.split(times, 1 + np.flatnonzero(durations > PAUSE * step)):
-        steps = round((part[-1] - part[0]) / step)
-        middles = part[0] + step * (0.5 + np.arange(1 + steps))
-        shown.append(np.searchsorted(times, middles, side="right") - 1)
-    return shown, step
+    steps = round((times[-1] - times[0]) / step)
+    middles = times[0] + step * (0.5 + np.arange(1 + steps))
+    return np.searchsorted(times, middles, side="right") - 1, step
 
 
 def unit_range(x):
@@ -578,8 +569,6 @@ def usual_size(frame):
 
 def square(frame, size):
     """The middle square of (H, W, C), resized: bytes (size, size, C)."""
-    from PIL import Image, ImageOps
-
     channels = []
     for channel in np.moveaxis(unit_range(frame), 2, 0):
         box = Image.Resampling.BOX  # a pixel is the mean of its area
@@ -587,22 +576,14 @@ def square(frame, size):
     return np.rint(255 * np.dstack(channels)).astype("uint8")
 
 
-def numbers_in(path, number=r"(\d+(?:\.\d+)?)"):
-    """A key that sorts names as people do: frame10 after frame9, and t0.05 before t0.1."""
-    parts = re.split(number, path.name)
-    return [float(part) if part[:1].isdecimal() else part for part in parts]
-
-
 def in_order(paths):
-    """Paths in the order of the numbers in their names.
+    """Paths in the order of the whole numbers in their names: frame10 after frame9."""
 
-    A point is decimal unless two names would have one number then, as cam1.1 and cam1.10.
-    """
-    paths = sorted(paths)
-    decimals = {tuple(numbers_in(path)) for path in paths}
-    if len(decimals) < len(paths):
-        return sorted(paths, key=partial(numbers_in, number=r"(\d+)"))
-    return sorted(paths, key=numbers_in)
+    def words_and_numbers(path):
+        parts = re.split(r"(\d+)", path.name)
+        return [int(part) if part.isdecimal() else part for part in parts]
+
+    return sorted(paths, key=words_and_numbers)
 
 
 def is_known(path):
@@ -611,51 +592,44 @@ def is_known(path):
 
 
 def list_files(path):
-    """The films and pictures in a folder and in the folders in it, and the names of all else."""
+    """The films and pictures in a folder and in the folders in it, and how much else is there."""
     if path.is_file():
-        return [path], []
+        return [path], 0
     with reading(path):
         top = in_order(path.iterdir())
         folders = [x for x in top if x.is_dir() and x.name[0] != "."]
         inside = [x for folder in folders for x in in_order(folder.iterdir())]
     files = [x for x in top + inside if is_known(x)]
-    known = {*files, *folders}
-    passed_over = [x.name for x in top + inside if x not in known]
-    return files, passed_over
+    return files, len(top) + len(inside) - len(folders) - len(files)
 
 
-def parts_of_files(path, size):
-    """The Parts of all films, and a list of what to say about them.
+def read_films(path, size):
+    """The Films of all files, and a list of what to say about them.
 
     A film is what a file holds; the single pictures in a folder are another one.
     """
-    files, passed_over = list_files(path)
-    names = ", ".join(passed_over[:NAMED])
-    notes = [f"passed over: {len(passed_over)} file(s) or folder(s) {names}"]
-    films = {}  # by the file or folder: lists of frames, and of their times
+    files, others = list_files(path)
+    notes = [f"passed over: {others} file(s) or folder(s)"]
+    recordings = defaultdict(list)  # by the file or folder: pairs of frames and their times
     for file in files:
         frames, times = read_frames(file, size)
         size = frames.shape[1]  # the first picture decides it
         name = file if len(frames) > 1 else file.parent
-        film = films.setdefault(name, ([], []))
-        film[0].append(frames)
-        film[1].append(times)
-    parts = []
-    for i, (name, film) in enumerate(films.items()):
-        frames, times = map(np.concatenate, film)
+        recordings[name].append((frames, times))
+    films = []
+    for name, pairs in recordings.items():
+        frames, times = map(np.concatenate, zip(*pairs, strict=True))
         shown, step = even_steps(times)
-        parts += [Part(i, frames[numbers], step) for numbers in shown]
-        durations = np.diff(times)
-        if step > 0 and np.ptp(durations) > max(0.25 * step, ROUNDING):
-            own = f"{durations.min():.3g} to {durations.max():.3g} s"
-            notes.append(f"{name.name}: frames of {own} brought to steps of {step:.3g} s")
-    return parts, notes[: 1 + NAMED]
+        films.append(Film(frames[shown], step))
+        if not np.array_equal(shown, np.arange(len(frames))):
+            notes.append(f"{name.name}: uneven frames brought to steps of {step:.3g} s")
+    return films, notes
 
 
-def cut(part, clip):
-    """A Part as clips of `clip` to almost twice as many frames, or as many as there are."""
-    ends = range(clip, len(part.frames) - clip + 1, clip)
-    return [replace(part, frames=x) for x in np.split(part.frames, ends)]
+def cut(frames, length):
+    """Frames as clips of `length` to almost twice as many, or as many as there are."""
+    ends = range(length, len(frames) - length + 1, length)
+    return np.split(frames, ends)
 
 
 def hold_out(films, seed):
@@ -680,7 +654,7 @@ def motion(clip):
     return np.square(np.diff(unit_range(clip), axis=0)).mean()
 
 
-def frame_time(path, parts, dt, fps):
+def frame_time(path, films, dt, fps):
     """Seconds between frames, as asked for or as the files say. Raises: ValueError."""
     if dt and fps:
         raise ValueError("--dt and --fps say the same: give one of them")
@@ -688,11 +662,10 @@ def frame_time(path, parts, dt, fps):
         return dt
     if fps:
         return 1 / fps
-    recorded = [part.seconds for part in parts]
-    if max(recorded) > UNLIKE * min(recorded):
-        cure = "convert them, or set all by --fps"
-        raise ValueError(f"{path} has films of unlike rates: {cure}")
-    return recorded[0] or FRAME_TIME
+    steps = [film.step for film in films]
+    if max(steps) > UNLIKE * min(steps):
+        raise ValueError(f"{path} has films of unlike rates: convert them, or set all by --fps")
+    return steps[0] or FRAME_TIME
 
 
 class Recordings:
@@ -715,44 +688,43 @@ class Recordings:
 
     def __init__(self, path, size=None, clip=60, stride=1, dt=None, fps=None, seed=0, least=6):
         path = Path(path)
-        read = parts_of_array if path.suffix.lower() in ARRAYS else parts_of_files
-        parts, notes = read(path, size)
-        parts = [replace(part, frames=part.frames[::stride]) for part in parts]
-        long = [part for part in parts if len(part.frames) >= least]
+        read = read_array_films if path.suffix.lower() in ARRAYS else read_films
+        films, notes = read(path, size)
+        films = [Film(film.frames[::stride], film.step) for film in films]
+        long = [film for film in films if len(film.frames) >= least]
         clip = max(clip, least)
         if len(long) == 1:
             clip = min(clip, len(long[0].frames) // 2)  # one half is held out
         if not long or clip < least:
-            raise ValueError(
-                f"{path} must hold one recording of {2 * least} frames or several of {least}: "
-                f"films, pictures or a .npy file; {notes[0]}"
-            )
-        clips = [x for part in long for x in cut(part, clip)]
-        moving = [x for x in clips if (x.frames != x.frames[0]).any()]
+            need = f"one recording of {2 * least} frames or several of {least}"
+            raise ValueError(f"{path} must hold {need}: films, pictures or an array; {notes[0]}")
+        self.dt = stride * frame_time(path, long, dt, fps)
+        every = [(x, i) for i, film in enumerate(long) for x in cut(film.frames, clip)]
+        moving = [(x, i) for x, i in every if (x != x[0]).any()]
         if len(moving) < 2:
             raise ValueError(f"nothing moves in most of {path}: cut out what stands still")
-        self.dt = stride * frame_time(path, long, dt, fps)
-        self.clips = [x.frames for x in moving]
+        self.clips, film_of = zip(*moving, strict=True)
         if all((x == x[..., :1]).all() for x in self.clips):  # all are grey
             self.clips = [x[..., :1] for x in self.clips]
         self.size, self.channels = self.clips[0].shape[2:]
         self.lengths = torch.tensor([len(x) for x in self.clips])
-        self.train, self.held_out = hold_out([x.film for x in moving], seed)
+        self.train, self.held_out = hold_out(film_of, seed)
         crc = 0
         for x in self.clips:
             crc = zlib.crc32(x.tobytes(), crc)
-        self.digest = f"{self.lengths.sum()} frames, CRC {crc:x}"
-        too_short = len(parts) - len(long)
-        still = len(clips) - len(moving)
+        total = self.lengths.sum()
+        self.digest = f"{total} frames, CRC {crc:x}"
         found = (
-            f"{path}: recordings {len({x.film for x in moving})}, clips {len(moving)}, frames "
-            f"{self.lengths.sum()} of {self.size} x {self.size}, {1 / self.dt:.4g} a second"
+            f"{path}: recordings {len(set(film_of))}, clips {len(moving)}, frames {total} of "
+            f"{self.size} x {self.size}, {1 / self.dt:.4g} a second"
         )
+        too_short = len(films) - len(long)
+        still = len(every) - len(moving)
         left_out = f"left out: {too_short} too short, {still} in which nothing moves"
-        self.summary = "; ".join((found, left_out, *notes)) + self.warning(path)
+        self.summary = "; ".join((found, left_out, *notes, *self.warnings(path)))
 
-    def warning(self, path):
-        """What makes errors on the held-out clips say little, as text to append; else no text.
+    def warnings(self, path):
+        """What makes errors on the held-out clips say little, a list of one line or none.
 
         Raises: ValueError for pixels beyond white and where all clips are almost black.
         """
@@ -761,8 +733,8 @@ class Recordings:
         if not any(unit_range(clip).max() > DARK for clip in self.clips):
             raise ValueError(f"{path} is dark: scale it; of 16-bit integers 65535 is white")
         if motions[self.held_out].mean() > DYING * motions[self.train].mean():
-            return ""
-        return "; the clips held out hardly move: record again, or several times"
+            return []
+        return ["the clips held out hardly move: record again, or several times"]
 
     def frames(self, clips, times):
         """Frames (B, n, C, size, size) in [0, 1] of clips (B,) at times (B, n)."""
