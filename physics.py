@@ -476,8 +476,7 @@ def read_array_films(path, size):
     with reading(path):
         clips = as_films(array)
         for frames in clips:
-            if size is None:
-                size = usual_size(frames[0])
+            size = size_of(frames[0], size)
             if frames.shape[1:3] != (size, size):
                 frames = np.stack([square(frame, size) for frame in frames])
             films.append(Film(frames))
@@ -526,8 +525,7 @@ def read_frames(path, size):
     with reading(path):
         decode = picture_frames if path.suffix.lower() in PICTURES else film_frames
         for frame, seconds in decode(path):
-            if size is None:
-                size = usual_size(frame)
+            size = size_of(frame, size)
             frames.append(square(frame, size))
             times.append(seconds)
         return np.stack(frames), np.array(times, float)  # NaN where unknown
@@ -541,9 +539,9 @@ def even_steps(times):
     Shown is what was there in the middle of each step.
     """
     durations = np.diff(times)
-    if len(durations) == 0 or not np.median(durations) > 0:
+    median = np.median(durations) if len(durations) else 0
+    if not median > 0:  # as NaN is not either
         return np.arange(len(times)), 0.0
-    median = np.median(durations)
     off = abs(durations - median)
     rounding = max(0.2 * median, ROUNDING, off.min())
     step = durations[off <= rounding].mean().item()
@@ -561,8 +559,10 @@ def unit_range(x):
     return x
 
 
-def usual_size(frame):
-    """The size of squared pictures like (H, W, C) where none is asked for."""
+def size_of(frame, size=None):
+    """The size to give pictures: the one asked for, else that of (H, W, C) if it suits, else 32."""
+    if size is not None:
+        return size
     side = min(frame.shape[:2])
     return side if side in range(16, 129, 8) else 32
 
@@ -626,10 +626,24 @@ def read_films(path, size):
     return films, notes
 
 
-def cut(frames, length):
-    """Frames as clips of `length` to almost twice as many, or as many as there are."""
-    ends = range(length, len(frames) - length + 1, length)
-    return np.split(frames, ends)
+def moving_clips(films, length):
+    """Clips of `length` to almost twice as many frames, or of as many as a film has.
+
+    Returns: those in which something moves, the number of the film that each is of, and how many
+    clips stand still.
+    """
+    clips = []
+    film_of = []
+    still = 0
+    for i, film in enumerate(films):
+        ends = range(length, len(film.frames) - length + 1, length)
+        for clip in np.split(film.frames, ends):
+            if (clip == clip[0]).all():
+                still += 1
+            else:
+                clips.append(clip)
+                film_of.append(i)
+    return clips, film_of, still
 
 
 def hold_out(films, seed):
@@ -699,11 +713,9 @@ class Recordings:
             need = f"one recording of {2 * least} frames or several of {least}"
             raise ValueError(f"{path} must hold {need}: films, pictures or an array; {notes[0]}")
         self.dt = stride * frame_time(path, long, dt, fps)
-        every = [(x, i) for i, film in enumerate(long) for x in cut(film.frames, clip)]
-        moving = [(x, i) for x, i in every if (x != x[0]).any()]
-        if len(moving) < 2:
+        self.clips, film_of, still = moving_clips(long, clip)
+        if len(self.clips) < 2:
             raise ValueError(f"nothing moves in most of {path}: cut out what stands still")
-        self.clips, film_of = zip(*moving, strict=True)
         if all((x == x[..., :1]).all() for x in self.clips):  # all are grey
             self.clips = [x[..., :1] for x in self.clips]
         self.size, self.channels = self.clips[0].shape[2:]
@@ -715,11 +727,10 @@ class Recordings:
         total = self.lengths.sum()
         self.digest = f"{total} frames, CRC {crc:x}"
         found = (
-            f"{path}: recordings {len(set(film_of))}, clips {len(moving)}, frames {total} of "
+            f"{path}: recordings {len(set(film_of))}, clips {len(film_of)}, frames {total} of "
             f"{self.size} x {self.size}, {1 / self.dt:.4g} a second"
         )
         too_short = len(films) - len(long)
-        still = len(every) - len(moving)
         left_out = f"left out: {too_short} too short, {still} in which nothing moves"
         self.summary = "; ".join((found, left_out, *notes, *self.warnings(path)))
 
