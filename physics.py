@@ -1,6 +1,6 @@
 """Every source of clips: simulated systems, exact and rendered, and the user's own recordings.
 
-Needs torch and numpy, for recordings Pillow, and for films PyAV. The constants, initial states and
+Needs torch, numpy and Pillow, and for films PyAV. The constants, initial states and
 colours of the first four systems are those of Toth et al. (ICLR 2020), section 4, as published with
 its reproduction (Balsells Rodas et al. 2021); the other systems are our own.
 
@@ -13,15 +13,18 @@ import math
 import re
 import warnings
 import zlib
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps, ImageSequence
 
 # ---------------------------------------------------------------------------------------- systems
 
@@ -37,10 +40,10 @@ def unchanged(x):
 
 @dataclass(frozen=True)
 class System:
-    """A physical system, H(q, p) = K(q, p) + V(q), and how it looks.
+    """A physical system, H(q, p) = p^2 / (2 inertia) + V(q), and how it looks.
 
     States q and p have shape (..., bodies, dims). Units are the paper's, in which 0.125 passes from
-    frame to frame. Without `force`, the equations of motion are the gradients of H by autograd.
+    frame to frame.
 
     Args:
         colours: for each body the RGB, in [0, 1], that it adds to the grey background.
@@ -48,15 +51,13 @@ class System:
         half_width: the picture shows [-half_width, half_width] squared, in world units.
         initial: a function of n and uniform that gives q and p, (n, bodies, dims) each, where
             uniform(low, high, *shape) draws random numbers.
-        potential: V(q), (..., bodies, dims) -> (...).
-        force: -dV/dq, of the shape of q; written out it makes the simulation faster.
-        kinetic: K(q, p), two states (..., bodies, dims) -> (...), unless it is p^2 / (2 inertia).
+        potential: V(q), (..., bodies, dims) -> (...), which autograd can differentiate.
         inertia: the mass m, or m l^2 for an angle.
         noise: sigma of the paper's observation noise on every coordinate of q.
         position: q -> the centres of the discs, (..., bodies, 2), y upward, unless q is just that.
         locate: the inverse of position.
         periodic: whether q are angles.
-        friction: gamma of dp/dt = -dH/dq - gamma p.
+        friction: gamma of dp/dt = -dV/dq - gamma p.
     Raises: ValueError for a position without locate.
     """
 
@@ -65,8 +66,6 @@ class System:
     half_width: float
     initial: Callable
     potential: Callable
-    force: Callable = None
-    kinetic: Callable = None
     inertia: float = 0.5
     noise: float = 0.1
     position: Callable = unchanged
@@ -80,46 +79,24 @@ class System:
 
     def energy(self, q, p):
         """H of states (..., bodies, dims), (...)."""
-        if self.kinetic:
-            return self.kinetic(q, p) + self.potential(q)
-        return (p * (p / self.inertia)).sum((-2, -1)) / 2 + self.potential(q)
+        return p.square().sum((-2, -1)) / (2 * self.inertia) + self.potential(q)
 
     @torch.enable_grad()
-    def hamiltons_equations(self, q, p):
-        """dH/dp and -dH/dq of states (..., bodies, dims), by autograd."""
+    def force(self, q):
+        """-dV/dq of positions (..., bodies, dims), by autograd."""
         q = q.detach().requires_grad_()
-        p = p.detach().requires_grad_()
-        H = self.energy(q, p).sum()
-        slope, velocity = torch.autograd.grad(H, (q, p), materialize_grads=True)
-        return velocity, -slope
+        (slope,) = torch.autograd.grad(self.potential(q).sum(), q)
+        return -slope
 
-    def derivatives(self, q, p):
-        """dq/dt and dp/dt of states (..., bodies, dims)."""
-        if self.force:
-            velocity = p / self.inertia
-            force = self.force(q)
-        else:
-            velocity, force = self.hamiltons_equations(q, p)
-        return velocity, force - self.friction * p
-
-    def check(self, q, p):
-        """Raises: ValueError where the functions of the system do not fit each other."""
+    def check(self, q):
+        """Raises: ValueError where the functions of the system do not fit q (n, bodies, dims)."""
         n = len(q)
-        shapes = (*self.energy(q, p).shape, *self.position(q).shape)
-        if shapes != (n, n, len(self.colours), 2):
+        centres = (n, len(self.colours), 2)
+        if self.potential(q).shape != (n,) or self.position(q).shape != centres:
             raise ValueError(
-                "potential and kinetic of a System must give (...) for q and p (..., bodies, "
-                "dims), and position (..., bodies, 2), with as many bodies as colours"
+                "potential of a System must give (...) for q (..., bodies, dims), and position "
+                "(..., bodies, 2), with as many bodies as colours"
             )
-        if self.force:
-            expected = torch.stack(self.hamiltons_equations(q, p))
-            written = torch.stack((p / self.inertia, self.force(q)))
-            error = (written - expected).abs()
-            if (error > SLOPE_TOLERANCE * (1 + expected.abs())).any():
-                raise ValueError(
-                    "force(q) of a System must be minus the gradient of its potential(q), and "
-                    "kinetic(q, p) be p^2 / (2 inertia): correct one of them, or leave force out"
-                )
 
 
 # mass_spring: m = 0.5, k = 2. q is the displacement along x.
@@ -134,10 +111,6 @@ def polar_state(low, high, n, uniform):
 
 def spring_potential(q):
     return q.square().sum((-2, -1))
-
-
-def spring_force(q):
-    return -2 * q
 
 
 def along_x(q):
@@ -155,19 +128,14 @@ def pendulum_potential(q):
     return 1.5 * (1 - q.cos()).sum((-2, -1))
 
 
-def pendulum_force(q):
-    return -1.5 * q.sin()
+def rod_end(angle):
+    """The end of a rod of length 1 at an angle (..., 1), (..., 2)."""
+    return torch.cat((angle.sin(), -angle.cos()), -1)
 
 
-def rod_ends(q):
-    """The ends of a chain of rods of length 1 at angles q (..., rods, 1), (..., rods, 2)."""
-    return torch.cat((q.sin(), -q.cos()), -1).cumsum(-2)
-
-
-def rod_angles(ends):
-    """The inverse of `rod_ends`, whatever the length of the rods."""
-    rods = F.pad(ends, (0, 0, 1, 0)).diff(dim=-2)  # the first one starts at the origin
-    x, y = rods.split(1, -1)
+def rod_angle(end):
+    """The inverse of `rod_end`, whatever the length of the rod."""
+    x, y = end.split(1, -1)
     return torch.atan2(x, -y)
 
 
@@ -188,70 +156,31 @@ def orbit(bodies, low, high, speed, n, uniform):
     return q, p * (1 + 0.1 * uniform(-1, 1, n, bodies, 2))
 
 
-def pairs(q):
-    """For every cyclic shift of the bodies: the vectors from each to another, and 1 / distance."""
-    for shift in range(1, q.shape[-2]):
-        d = q.roll(-shift, -2) - q  # (..., bodies, 2)
-        x, y = d.unbind(-1)
-        yield d, torch.addcmul(x * x, y, y).rsqrt_().unsqueeze(-1)
-
-
 def gravity_potential(q):
-    return -0.5 * sum(inverse.sum((-2, -1)) for _, inverse in pairs(q))  # each pair comes twice
-
-
-def gravity_force(q):
-    return sum(d * (inverse * inverse * inverse) for d, inverse in pairs(q))
-
-
-# double_pendulum: m = 0.5 and l = 1 of both, g = 3. q are the angles from below. It is chaotic.
-
-
-def two_angles(n, uniform):
-    q = uniform(-1.5, 1.5, n, 2, 1)
-    return q, uniform(-0.5, 0.5, n, 2, 1)
-
-
-def double_potential(q):
-    first, second = q.squeeze(-1).cos().unbind(-1)
-    return 4.5 - 3 * first - 1.5 * second
-
-
-def double_kinetic(q, p):
-    """p M^-1 p / 2 with M = ((1, c / 2), (c / 2, 1 / 2)), where c = cos(q2 - q1)."""
-    q1, q2 = q.squeeze(-1).unbind(-1)
-    p1, p2 = p.squeeze(-1).unbind(-1)
-    c = (q2 - q1).cos()
-    return (p1 * (p1 - 2 * c * p2) + 2 * p2 * p2) / (2 - c * c)
+    """The sum of -1 / distance over all pairs of bodies."""
+    pairs = combinations(q.unbind(-2), 2)
+    return -sum(1 / (a - b).norm(dim=-1) for a, b in pairs)
 
 
 # A new system is one more entry here. It must give `colours` (one for each body), `radius`,
-# `half_width`, `initial` and `potential`; `inertia`, or `kinetic`, where K is not p^2;
-# `position` and `locate`, unless q is where the discs are; and `periodic`, if q are angles. `force`
-# makes the simulation two to four times as fast.
+# `half_width`, `initial` and `potential`; `inertia`, unless it is 0.5; `position` and `locate`,
+# unless q is where the discs are; and `periodic`, if q are angles.
 SYSTEMS = {
     "mass_spring": System(
         colours=(YELLOW,), radius=0.5, half_width=2.0, initial=partial(polar_state, 0.1, 1.0),
-        potential=spring_potential, force=spring_force, position=along_x, locate=x_coordinate,
+        potential=spring_potential, position=along_x, locate=x_coordinate,
     ),
     "pendulum": System(
         colours=(YELLOW,), radius=0.5, half_width=2.0, initial=partial(polar_state, 1.3, 2.3),
-        potential=pendulum_potential, force=pendulum_force, position=rod_ends, locate=rod_angles,
-        periodic=True,
+        potential=pendulum_potential, position=rod_end, locate=rod_angle, periodic=True,
     ),
     "two_body": System(
         colours=(YELLOW, RED), radius=0.375, half_width=3.0, inertia=1.0, noise=0.05,
-        initial=partial(orbit, 2, 0.5, 1.5, 0.5), potential=gravity_potential, force=gravity_force,
+        initial=partial(orbit, 2, 0.5, 1.5, 0.5), potential=gravity_potential,
     ),
     "three_body": System(
         colours=(YELLOW, RED, GREEN), radius=0.28125, half_width=3.0, inertia=1.0, noise=0.2,
         initial=partial(orbit, 3, 0.9, 1.2, 3**-0.25), potential=gravity_potential,
-        force=gravity_force,
-    ),
-    "double_pendulum": System(
-        colours=(YELLOW, RED), radius=0.4, half_width=2.5, initial=two_angles,
-        potential=double_potential, kinetic=double_kinetic, position=rod_ends, locate=rod_angles,
-        periodic=True,
     ),
 }  # fmt: skip
 SYSTEMS["damped_spring"] = replace(SYSTEMS["mass_spring"], friction=0.1)
@@ -260,35 +189,32 @@ SYSTEMS["damped_pendulum"] = replace(SYSTEMS["pendulum"], friction=0.1)
 
 # -------------------------------------------------------------------------------------- simulation
 
-FRAME_TIME = 0.125  # the paper's time between frames, and the longest step of the simulator
-TOLERANCE = 1e-9  # relative change of the energy above which a motion is computed in more parts
-MOST_PARTS = 256  # of a step; where these do not resolve a very close meeting, there is a warning
-SLOPE_TOLERANCE = 1e-6  # relative difference of a written force from the gradient of the potential
-CONVERGED = 1e-13  # change of the derivatives at which the stages of a step count as solved
+FRAME_TIME = 0.125  # the paper's time between frames
+LEAPFROGS = 5  # are extrapolated, of 1, 2, ..., 5 steps: a method of order 10
+TOLERANCE = 1e-10  # change of a coordinate, also relative, by the last refinement
+SHORTEST = FRAME_TIME / 256  # step; where it does not resolve a close meeting, there is a warning
 UNRESOLVED = (
-    "a simulated motion is wrong: its energy is not kept, or it is not finite, however small the "
-    "steps, as where bodies all but collide; start from other states, or leave such clips out"
+    "a simulated motion is wrong: it is not finite, or does not settle however short the steps, as "
+    "where bodies all but collide; start from other states, or leave such clips out"
 )
 
 
-def initial_states(system, n, generator=None, device=None):
+def initial_states(system, n, generator=None, device="cpu"):
     """n random initial states q, p, (n, bodies, dims) each, float64, on `device`.
 
-    They are drawn on the generator's device: a CPU generator gives the same states everywhere.
+    They are drawn on the CPU, by a generator of the CPU, so that they are the same everywhere.
     """
-    source = "cpu" if generator is None else generator.device
 
     def uniform(low, high, *shape):
         numbers = torch.rand(shape, generator=generator, dtype=torch.float64)
         return low + (high - low) * numbers
 
-    with torch.device(source):
-        q, p = system.initial(n, uniform)
-    return q.to(device or source), p.to(device or source)
+    q, p = system.initial(n, uniform)
+    return q.to(device), p.to(device)
 
 
 def simulate(system, q, p, frames, dt=FRAME_TIME):
-    """True trajectories in float64, by the method of Gauss and Legendre.
+    """True trajectories in float64, by extrapolated leapfrogs, see `advance`.
 
     q, p: initial states (B, bodies, dims). frames: how many, with the initial one. dt: from frame
     to frame; negative runs backward. Returns: q, p, (B, frames, bodies, dims) each.
@@ -297,74 +223,67 @@ def simulate(system, q, p, frames, dt=FRAME_TIME):
     """
     if frames < 1:
         raise ValueError(f"frames must be at least 1, not {frames}")
+    system.check(q)
     path = [torch.stack((q, p)).double()]  # (2, B, bodies, dims)
-    system.check(*path[0][:, :8])  # some of the states tell
     for _ in range(frames - 1):
         path.append(advance(system, path[-1], dt))
     q, p = torch.stack(path, 2)
     return q, p
 
 
-def advance(system, start, dt, refined=1):
-    """States (q, p), stacked, after a time dt. Those whose energy changed are done again, finer."""
-    state = start
-    energy = system.energy(*start)
-    parts = math.ceil(abs(dt) / FRAME_TIME) * refined
-    for _ in range(parts):
-        state, lost = gauss_legendre_step(system, state, dt / parts)
-        energy = energy - lost
-    error = (system.energy(*state) - energy).abs()
-    bad = ~(error <= TOLERANCE * (1 + energy.abs()))  # NaN is bad as well
+def leapfrog(system, state, dt, steps):
+    """States (q, p), stacked, after a time dt in so many steps. Friction acts between two kicks."""
+    q, p = state
+    h = dt / steps
+    drift = h / (2 * system.inertia)
+    damping = math.exp(-system.friction * h)
+    for _ in range(steps):
+        q = q + drift * p
+        kick = h / 2 * system.force(q)
+        p = damping * (p + kick) + kick
+        q = q + drift * p
+    return torch.stack((q, p))
+
+
+def extrapolate(states):
+    """The limit of states after 1, 2, ... steps, and what it was before the last refinement.
+
+    A symmetric method such as the leapfrog errs by a series in 1 / steps^2. By Neville's scheme,
+    each round takes the next term of it away.
+    """
+    for term in range(1, len(states)):
+        before = states
+        states = []
+        for n, (coarse, fine) in enumerate(pairwise(before), 1):
+            ratio = (n + term) / n
+            states.append(fine + (fine - coarse) / (ratio**2 - 1))
+    return states[0], before[-1]
+
+
+def advance(system, start, dt):
+    """States (q, p), stacked, after a time dt, by the method of Gragg, Bulirsch and Stoer.
+
+    It extrapolates leapfrogs (Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I,
+    II.9). Motions for which the last refinement still tells are done again in two halves.
+    """
+    states = [leapfrog(system, start, dt, n) for n in range(1, LEAPFROGS + 1)]
+    end, before = extrapolate(states)
+    settled = torch.isclose(end, before, TOLERANCE, TOLERANCE)  # which NaN never is
+    bad = ~settled.all((0, 2, 3))  # (B,)
     if bad.any():
-        if refined < MOST_PARTS:
-            state[:, bad] = advance(system, start[:, bad], dt, 4 * refined)
+        if abs(dt) > SHORTEST:
+            middle = advance(system, start[:, bad], dt / 2)
+            end[:, bad] = advance(system, middle, dt / 2)
         else:
             warnings.warn(UNRESOLVED, stacklevel=2)  # of equal text, which Python shows once
-    return state
-
-
-@cache
-def gauss_legendre(stages, device):
-    """The coefficients A (stages, stages) and b (stages,) of Gauss and Legendre's method.
-
-    It is symplectic and of order 2 * stages (Hairer, Lubich & Wanner, Geometric Numerical
-    Integration, II.1.3): its c are the nodes of Gauss's quadrature on [0, 1], and A and b integrate
-    the polynomials of a degree below `stages` exactly, from 0 to c and from 0 to 1.
-    """
-    nodes, _ = np.polynomial.legendre.leggauss(stages)  # on [-1, 1]
-    c = torch.from_numpy(nodes + 1).unsqueeze(1) / 2
-    powers = c ** torch.arange(stages)
-    orders = torch.arange(1.0, stages + 1, dtype=torch.float64)
-    inverse = powers.inverse()
-    A = (c * powers / orders) @ inverse
-    b = (1 / orders) @ inverse
-    return A.to(device), b.to(device)
-
-
-def gauss_legendre_step(system, state, h, iterations=16):
-    """One step of length h: the states (q, p), stacked, and the energy that friction took, (B,).
-
-    k: their derivatives at the stages, (2, stages, B, bodies, dims), by fixed-point iteration.
-    """
-    A, b = gauss_legendre(6, state.device)
-    first = torch.stack(system.derivatives(*state))
-    k = torch.stack([first] * len(b), 1)
-    for _ in range(iterations):
-        last = k
-        stages = state.unsqueeze(1) + h * torch.einsum("ij,sj...->si...", A, k)
-        k = torch.stack(system.derivatives(*stages))
-        if (k - last).abs().max() < CONVERGED:
-            break
-    power = (stages[1] * k[0]).sum((2, 3))  # p dq/dt, (stages, B)
-    lost = h * system.friction * torch.einsum("j,jb->b", b, power)
-    return state + h * torch.einsum("j,sj...->s...", b, k), lost
+    return end
 
 
 # --------------------------------------------------------------------------------------- rendering
 
 
 CPU_BLOCK = 256  # frames painted at once on a CPU, which stay in its cache
-GPU_PIXELS = 2**25  # painted at once on a GPU, for each body
+GPU_BLOCK = 8192
 
 
 def render(system, q, size=32):
@@ -375,33 +294,35 @@ def render(system, q, size=32):
     """
     pixels = size / (2 * system.half_width)  # for each world unit
     centres = pixels * system.position(q).flatten(0, 1).float()  # (B * T, bodies, 2)
-    frames = torch.empty(len(centres), 3, size, size, device=q.device)
-    colours = torch.tensor((BACKGROUND, *system.colours)).to(q.device, non_blocking=True)
-    background, *colours = colours[:, :, None, None]  # (3, 1, 1) each
     line = torch.arange(size, device=q.device) - (size - 1) / 2  # of pixels, from left or top
-    block = CPU_BLOCK if q.device.type == "cpu" else GPU_PIXELS // size**2
+    background = torch.tensor(BACKGROUND, device=q.device).view(3, 1, 1)
+    colours = torch.tensor(system.colours, device=q.device).view(-1, 3, 1, 1)
+    frames = torch.empty(len(centres), 3, size, size, device=q.device)
+    block = CPU_BLOCK if q.device.type == "cpu" else GPU_BLOCK
     for part, out in zip(centres.split(block), frames.split(block), strict=True):
-        x, y = part.split(1, -1)  # (n, bodies, 1) each
-        dx = (line - x).square().unsqueeze(-2)
-        dy = (line + y).square().unsqueeze(-1)  # as y is upward
-        distance = (dx + dy).sqrt_()  # (n, bodies, size, size)
-        share = distance.neg_().add_(system.radius * pixels + 0.5).clamp_(0, 1)
         out.copy_(background)
-        for disc, colour in zip(share.split(1, 1), colours, strict=True):
-            out.addcmul_(disc, colour)
+        for centre, colour in zip(part.unbind(1), colours, strict=True):
+            x, y = centre.split(1, 1)  # (n, 1) each
+            dx = (line - x).square().view(-1, 1, 1, size)
+            dy = (line + y).square().view(-1, 1, size, 1)  # as y is upward
+            distance = (dx + dy).sqrt_()  # (n, 1, size, size)
+            share = distance.neg_().add_(system.radius * pixels + 0.5).clamp_(0, 1)
+            out.addcmul_(share, colour)
         out.clamp_(max=1)
     return frames.view(*q.shape[:2], 3, size, size)
 
 
 def jitter(system, q, noise=0.0, generator=None):
-    """q plus observation noise: a Gaussian of sigma `noise`, or "paper" for the paper's sigma."""
+    """q plus observation noise: a Gaussian of sigma `noise`, or "paper" for the paper's sigma.
+
+    It is drawn on the CPU, as the initial states are.
+    """
     sigma = system.noise if noise == "paper" else noise
-    source = q.device if generator is None else generator.device
-    gaussian = torch.randn(q.shape, generator=generator, device=source, dtype=q.dtype)
+    gaussian = torch.randn(q.shape, generator=generator, dtype=q.dtype)
     return q + sigma * gaussian.to(q.device)
 
 
-def clips(system, n, frames=30, dt=FRAME_TIME, noise=0.0, size=32, generator=None, device=None):
+def clips(system, n, frames=30, dt=FRAME_TIME, noise=0.0, size=32, generator=None, device="cpu"):
     """n random clips (n, frames, 3, size, size), and their true q and p (n, frames, bodies, dims).
 
     noise: as of `jitter`; q and p are without it.
@@ -468,11 +389,9 @@ WHITE = {
     "bool": 1, "float16": 1, "float32": 1, "float64": 1, "float128": 1, "uint16": 65535,
 }  # fmt: skip
 DARK = 0.1  # recordings in which nothing is brighter are taken to be of the wrong scale
-PAUSE = 5  # steps: where a frame lasts longer, the recording is cut after one step of it
 ROUNDING = 0.0101  # seconds to which a GIF rounds the durations of its frames
 DYING = 0.25  # held-out clips that move less than this share of the others are warned of
 UNLIKE = 1.03  # ratio of the steps of two films from which they must not be mixed
-NAMED = 3  # how many of the files that were passed over are named, so that the line stays short
 
 
 @contextmanager
@@ -523,12 +442,11 @@ def read_points(path):
 
 
 @dataclass
-class Part:
-    """Frames (T, size, size, C) in a row, at even steps, of a recording that may have paused."""
+class Film:
+    """A recording: its frames (T, size, size, C), at even steps, and the seconds of a step."""
 
-    film: int  # the number of the recording
     frames: np.ndarray
-    seconds: float = 0.0  # from frame to frame; 0 is unknown
+    step: float = 0.0  # unknown
 
 
 def as_films(array):
@@ -551,55 +469,53 @@ def as_films(array):
     return array
 
 
-def parts_of_array(path, size):
-    """A Part of every clip in an array file, and a list of what to say about them."""
+def read_array_films(path, size):
+    """A Film of every clip in an array file, and a list of what to say about them."""
     array = read_array(path)
-    parts = []
+    films = []
     with reading(path):
-        films = as_films(array)
-        for i, frames in enumerate(films):
-            if size is None:
-                size = usual_size(frames[0])
+        clips = as_films(array)
+        for frames in clips:
+            size = size_of(frames[0], size)
             if frames.shape[1:3] != (size, size):
                 frames = np.stack([square(frame, size) for frame in frames])
-            parts.append(Part(i, frames))
+            films.append(Film(frames))
     name = array.dtype.name
-    layout = f"shape {array.shape} read as clips, time, rows, columns, channels {films.shape}"
-    return parts, [layout, f"of {name}, white is {WHITE.get(name, 255)}"]
+    layout = f"shape {array.shape} read as clips, time, rows, columns, channels {clips.shape}"
+    return films, [layout, f"of {name}, white is {WHITE.get(name, 255)}"]
 
 
 def film_frames(path):
-    """Frames (H, W, 3) of a film, upright and with square pixels, and the second each begins at."""
+    """Frames (H, W, 3) of a film, upright, and the second each begins at, None if unknown."""
     try:
         import av
     except ImportError:
         raise ImportError("films need `pip install av`") from None
     with av.open(path) as film:
         for frame in film.decode(video=0):
-            shape = film.streams.video[0].sample_aspect_ratio or 1  # of a pixel
-            pixels = frame.to_ndarray(format="rgb24", width=round(frame.width * shape))
+            pixels = frame.to_ndarray(format="rgb24")
             yield np.rot90(pixels, frame.rotation // 90), frame.time
+
+
+def rgb(picture):
+    """The pixels (H, W, 3) of a picture of Pillow. What is transparent shows white."""
+    if picture.mode[0] in "IF":  # grey, integers of 16 or more bits or floats
+        white = 65535 if picture.mode[0] == "I" else 1
+        grey = np.asarray(picture, "float32") / white
+        return np.dstack([grey, grey, grey])
+    white = Image.new("RGBA", picture.size, "white")
+    opaque = Image.alpha_composite(white, picture.convert("RGBA"))
+    return np.asarray(opaque.convert("RGB"))
 
 
 def picture_frames(path):
     """Frames (H, W, 3) of a picture or GIF, and the second each begins at, 0 if unknown."""
-    from PIL import Image, ImageOps, ImageSequence
-
     seconds = 0.0
     with Image.open(path) as file:
         for picture in ImageSequence.Iterator(file):
-            picture = ImageOps.exif_transpose(picture)  # as the camera was held
-            if picture.mode[0] in "IF":  # grey, integers of 16 or more bits or floats
-                white = 65535 if picture.mode[0] == "I" else 1
-                frame = np.dstack([np.asarray(picture, "float32") / white] * 3)
-            else:  # what is transparent shows white
-                white = Image.new("RGBA", picture.size, "white")
-                opaque = Image.alpha_composite(white, picture.convert("RGBA"))
-                frame = np.asarray(opaque.convert("RGB"))
-            yield frame, seconds
+            upright = ImageOps.exif_transpose(picture)  # as the camera was held
+            yield rgb(upright), seconds
             seconds += file.info.get("duration", 0) / 1000
-            if file.format == "MPO":  # a phone's picture, followed by others of its own use
-                break
 
 
 def read_frames(path, size):
@@ -609,37 +525,29 @@ def read_frames(path, size):
     with reading(path):
         decode = picture_frames if path.suffix.lower() in PICTURES else film_frames
         for frame, seconds in decode(path):
-            if size is None:
-                size = usual_size(frame)
+            size = size_of(frame, size)
             frames.append(square(frame, size))
             times.append(seconds)
-        if not frames:
-            raise ValueError("it holds no frames")
-    if None in times:  # some films have none
-        times = [0.0] * len(times)
-    return np.stack(frames), np.array(times)
+        return np.stack(frames), np.array(times, float)  # NaN where unknown
 
 
 def even_steps(times):
-    """The frames to show at even steps, of those that begin at times (n,), and the step.
+    """The numbers of the frames to show at even steps, of those that begin at times (n,), and the
+    step, 0 where times are unknown.
 
-    The step is the median of the frames' durations, averaged over those that differ by rounding; 0
-    where times are unknown. Shown is what was there in the middle of each step. The frames are
-    numbers, in one array for each part between two pauses.
+    The step is the median of the frames' durations, averaged over those that differ by rounding.
+    Shown is what was there in the middle of each step.
     """
     durations = np.diff(times)
     median = np.median(durations) if len(durations) else 0
-    if median <= 0:
-        return [np.arange(len(times))], 0.0
+    if not median > 0:  # as NaN is not either
+        return np.arange(len(times)), 0.0
     off = abs(durations - median)
     rounding = max(0.2 * median, ROUNDING, off.min())
     step = durations[off <= rounding].mean().item()
-    shown = []
-    for part in np.split(times, 1 + np.flatnonzero(durations > PAUSE * step)):
-        steps = round((part[-1] - part[0]) / step)
-        middles = part[0] + step * (0.5 + np.arange(1 + steps))
-        shown.append(np.searchsorted(times, middles, side="right") - 1)
-    return shown, step
+    steps = round((times[-1] - times[0]) / step)
+    middles = times[0] + step * (0.5 + np.arange(1 + steps))
+    return np.searchsorted(times, middles, side="right") - 1, step
 
 
 def unit_range(x):
@@ -651,16 +559,16 @@ def unit_range(x):
     return x
 
 
-def usual_size(frame):
-    """The size of squared pictures like (H, W, C) where none is asked for."""
+def size_of(frame, size=None):
+    """The size to give pictures: the one asked for, else that of (H, W, C) if it suits, else 32."""
+    if size is not None:
+        return size
     side = min(frame.shape[:2])
     return side if side in range(16, 129, 8) else 32
 
 
 def square(frame, size):
     """The middle square of (H, W, C), resized: bytes (size, size, C)."""
-    from PIL import Image, ImageOps
-
     channels = []
     for channel in np.moveaxis(unit_range(frame), 2, 0):
         box = Image.Resampling.BOX  # a pixel is the mean of its area
@@ -668,22 +576,14 @@ def square(frame, size):
     return np.rint(255 * np.dstack(channels)).astype("uint8")
 
 
-def numbers_in(path, number=r"(\d+(?:\.\d+)?)"):
-    """A key that sorts names as people do: frame10 after frame9, and t0.05 before t0.1."""
-    parts = re.split(number, path.name)
-    return [float(part) if part[:1].isdecimal() else part for part in parts]
-
-
 def in_order(paths):
-    """Paths in the order of the numbers in their names.
+    """Paths in the order of the whole numbers in their names: frame10 after frame9."""
 
-    A point is decimal unless two names would have one number then, as cam1.1 and cam1.10.
-    """
-    paths = sorted(paths)
-    decimals = {tuple(numbers_in(path)) for path in paths}
-    if len(decimals) < len(paths):
-        return sorted(paths, key=partial(numbers_in, number=r"(\d+)"))
-    return sorted(paths, key=numbers_in)
+    def words_and_numbers(path):
+        parts = re.split(r"(\d+)", path.name)
+        return [int(part) if part.isdecimal() else part for part in parts]
+
+    return sorted(paths, key=words_and_numbers)
 
 
 def is_known(path):
@@ -692,51 +592,58 @@ def is_known(path):
 
 
 def list_files(path):
-    """The films and pictures in a folder and in the folders in it, and the names of all else."""
+    """The films and pictures in a folder and in the folders in it, and how much else is there."""
     if path.is_file():
-        return [path], []
+        return [path], 0
     with reading(path):
         top = in_order(path.iterdir())
         folders = [x for x in top if x.is_dir() and x.name[0] != "."]
         inside = [x for folder in folders for x in in_order(folder.iterdir())]
     files = [x for x in top + inside if is_known(x)]
-    known = {*files, *folders}
-    passed_over = [x.name for x in top + inside if x not in known]
-    return files, passed_over
+    return files, len(top) + len(inside) - len(folders) - len(files)
 
 
-def parts_of_files(path, size):
-    """The Parts of all films, and a list of what to say about them.
+def read_films(path, size):
+    """The Films of all files, and a list of what to say about them.
 
     A film is what a file holds; the single pictures in a folder are another one.
     """
-    files, passed_over = list_files(path)
-    names = ", ".join(passed_over[:NAMED])
-    notes = [f"passed over: {len(passed_over)} file(s) or folder(s) {names}"]
-    films = {}  # by the file or folder: lists of frames, and of their times
+    files, others = list_files(path)
+    notes = [f"passed over: {others} file(s) or folder(s)"]
+    recordings = defaultdict(list)  # by the file or folder: pairs of frames and their times
     for file in files:
         frames, times = read_frames(file, size)
         size = frames.shape[1]  # the first picture decides it
         name = file if len(frames) > 1 else file.parent
-        film = films.setdefault(name, ([], []))
-        film[0].append(frames)
-        film[1].append(times)
-    parts = []
-    for i, (name, film) in enumerate(films.items()):
-        frames, times = map(np.concatenate, film)
+        recordings[name].append((frames, times))
+    films = []
+    for name, pairs in recordings.items():
+        frames, times = map(np.concatenate, zip(*pairs, strict=True))
         shown, step = even_steps(times)
-        parts += [Part(i, frames[numbers], step) for numbers in shown]
-        durations = np.diff(times)
-        if step > 0 and np.ptp(durations) > max(0.25 * step, ROUNDING):
-            own = f"{durations.min():.3g} to {durations.max():.3g} s"
-            notes.append(f"{name.name}: frames of {own} brought to steps of {step:.3g} s")
-    return parts, notes[: 1 + NAMED]
+        films.append(Film(frames[shown], step))
+        if not np.array_equal(shown, np.arange(len(frames))):
+            notes.append(f"{name.name}: uneven frames brought to steps of {step:.3g} s")
+    return films, notes
 
 
-def cut(part, clip):
-    """A Part as clips of `clip` to almost twice as many frames, or as many as there are."""
-    ends = range(clip, len(part.frames) - clip + 1, clip)
-    return [replace(part, frames=x) for x in np.split(part.frames, ends)]
+def moving_clips(films, length):
+    """Clips of `length` to almost twice as many frames, or of as many as a film has.
+
+    Returns: those in which something moves, the number of the film that each is of, and how many
+    clips stand still.
+    """
+    clips = []
+    film_of = []
+    still = 0
+    for i, film in enumerate(films):
+        ends = range(length, len(film.frames) - length + 1, length)
+        for clip in np.split(film.frames, ends):
+            if (clip == clip[0]).all():
+                still += 1
+            else:
+                clips.append(clip)
+                film_of.append(i)
+    return clips, film_of, still
 
 
 def hold_out(films, seed):
@@ -761,7 +668,7 @@ def motion(clip):
     return np.square(np.diff(unit_range(clip), axis=0)).mean()
 
 
-def frame_time(path, parts, dt, fps):
+def frame_time(path, films, dt, fps):
     """Seconds between frames, as asked for or as the files say. Raises: ValueError."""
     if dt and fps:
         raise ValueError("--dt and --fps say the same: give one of them")
@@ -769,11 +676,10 @@ def frame_time(path, parts, dt, fps):
         return dt
     if fps:
         return 1 / fps
-    recorded = [part.seconds for part in parts]
-    if max(recorded) > UNLIKE * min(recorded):
-        cure = "convert them, or set all by --fps"
-        raise ValueError(f"{path} has films of unlike rates: {cure}")
-    return recorded[0] or FRAME_TIME
+    steps = [film.step for film in films]
+    if max(steps) > UNLIKE * min(steps):
+        raise ValueError(f"{path} has films of unlike rates: convert them, or set all by --fps")
+    return steps[0] or FRAME_TIME
 
 
 class Recordings:
@@ -796,44 +702,40 @@ class Recordings:
 
     def __init__(self, path, size=None, clip=60, stride=1, dt=None, fps=None, seed=0, least=6):
         path = Path(path)
-        read = parts_of_array if path.suffix.lower() in ARRAYS else parts_of_files
-        parts, notes = read(path, size)
-        parts = [replace(part, frames=part.frames[::stride]) for part in parts]
-        long = [part for part in parts if len(part.frames) >= least]
+        read = read_array_films if path.suffix.lower() in ARRAYS else read_films
+        films, notes = read(path, size)
+        films = [Film(film.frames[::stride], film.step) for film in films]
+        long = [film for film in films if len(film.frames) >= least]
         clip = max(clip, least)
         if len(long) == 1:
             clip = min(clip, len(long[0].frames) // 2)  # one half is held out
         if not long or clip < least:
-            raise ValueError(
-                f"{path} must hold one recording of {2 * least} frames or several of {least}: "
-                f"films, pictures or a .npy file; {notes[0]}"
-            )
-        clips = [x for part in long for x in cut(part, clip)]
-        moving = [x for x in clips if (x.frames != x.frames[0]).any()]
-        if len(moving) < 2:
-            raise ValueError(f"nothing moves in most of {path}: cut out what stands still")
+            need = f"one recording of {2 * least} frames or several of {least}"
+            raise ValueError(f"{path} must hold {need}: films, pictures or an array; {notes[0]}")
         self.dt = stride * frame_time(path, long, dt, fps)
-        self.clips = [x.frames for x in moving]
+        self.clips, film_of, still = moving_clips(long, clip)
+        if len(self.clips) < 2:
+            raise ValueError(f"nothing moves in most of {path}: cut out what stands still")
         if all((x == x[..., :1]).all() for x in self.clips):  # all are grey
             self.clips = [x[..., :1] for x in self.clips]
         self.size, self.channels = self.clips[0].shape[2:]
         self.lengths = torch.tensor([len(x) for x in self.clips])
-        self.train, self.held_out = hold_out([x.film for x in moving], seed)
+        self.train, self.held_out = hold_out(film_of, seed)
         crc = 0
         for x in self.clips:
             crc = zlib.crc32(x.tobytes(), crc)
-        self.digest = f"{self.lengths.sum()} frames, CRC {crc:x}"
-        too_short = len(parts) - len(long)
-        still = len(clips) - len(moving)
+        total = self.lengths.sum()
+        self.digest = f"{total} frames, CRC {crc:x}"
         found = (
-            f"{path}: recordings {len({x.film for x in moving})}, clips {len(moving)}, frames "
-            f"{self.lengths.sum()} of {self.size} x {self.size}, {1 / self.dt:.4g} a second"
+            f"{path}: recordings {len(set(film_of))}, clips {len(film_of)}, frames {total} of "
+            f"{self.size} x {self.size}, {1 / self.dt:.4g} a second"
         )
+        too_short = len(films) - len(long)
         left_out = f"left out: {too_short} too short, {still} in which nothing moves"
-        self.summary = "; ".join((found, left_out, *notes)) + self.warning(path)
+        self.summary = "; ".join((found, left_out, *notes, *self.warnings(path)))
 
-    def warning(self, path):
-        """What makes errors on the held-out clips say little, as text to append; else no text.
+    def warnings(self, path):
+        """What makes errors on the held-out clips say little, a list of one line or none.
 
         Raises: ValueError for pixels beyond white and where all clips are almost black.
         """
@@ -842,8 +744,8 @@ class Recordings:
         if not any(unit_range(clip).max() > DARK for clip in self.clips):
             raise ValueError(f"{path} is dark: scale it; of 16-bit integers 65535 is white")
         if motions[self.held_out].mean() > DYING * motions[self.train].mean():
-            return ""
-        return "; the clips held out hardly move: record again, or several times"
+            return []
+        return ["the clips held out hardly move: record again, or several times"]
 
     def frames(self, clips, times):
         """Frames (B, n, C, size, size) in [0, 1] of clips (B,) at times (B, n)."""

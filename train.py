@@ -288,9 +288,9 @@ def average_together(tensors):
 POOL = 64  # batches whose trajectories are simulated together, which is faster
 
 
-def generator_of(seed, number, device="cpu"):
+def generator_of(seed, number):
     """A generator of its own for batch `number`, so that a resumed run draws what it would have."""
-    return torch.Generator(device).manual_seed((seed << 20) + number)
+    return torch.Generator().manual_seed((seed << 20) + number)
 
 
 class SimulatedClips:
@@ -300,7 +300,7 @@ class SimulatedClips:
         self.options = options
         self.system = SYSTEMS[options.system]
         self.device = device
-        self.lengths = torch.tensor([options.window], device=device)
+        self.lengths = torch.tensor([options.window])
         self.reach = self.lengths  # a row starts so far from its clip's end, or at the horizon
         self.train_clips = torch.zeros_like(self.lengths)  # all clips of a batch have this length
         self.pool = None
@@ -310,29 +310,28 @@ class SimulatedClips:
         options = self.options
         if self.pool != step // POOL:
             self.pool = step // POOL
-            seeds = generator_of(options.seed, self.pool, self.device)
+            seeds = generator_of(options.seed, self.pool)
             q, p = initial_states(self.system, options.batch_size * POOL, seeds, self.device)
             self.q, _ = simulate(self.system, q, p, options.window, options.dt)
         q = self.q.chunk(POOL)[step % POOL]  # (B, window, bodies, dims)
-        q = q.take_along_dim(times[..., None, None], 1)
+        q = q.take_along_dim(times[..., None, None].to(self.device), 1)
         q = jitter(self.system, q, options.noise, generator)
         return render(self.system, q[part], options.size)
 
 
 class RecordedClips:
-    """Clips of recordings. They are drawn on the CPU and brought to the device."""
+    """Clips of recordings."""
 
     def __init__(self, recordings, device):
         self.recordings = recordings
-        self.target = device
-        self.device = torch.device("cpu")
+        self.device = device
         self.lengths = recordings.lengths
         self.reach = self.lengths // 2  # they are long, and start anywhere in their first half
         self.train_clips = recordings.train
 
     def frames(self, step, clips, times, generator, part):
         """Frames (B, n, C, size, size) of clips (B, 1) at times (B, n), those of a part of B."""
-        return self.recordings.frames(clips[part].flatten(), times[part]).to(self.target)
+        return self.recordings.frames(clips[part].flatten(), times[part]).to(self.device)
 
 
 # -------------------------------------------------------------------------- the four kinds of run
@@ -423,15 +422,16 @@ class PictureRecipe(Recipe):
     def draw(self, step):
         """What batch `step` is made of, for its recipe to put together.
 
+        It is drawn on the CPU, so that it is the same on every device.
         Returns: the times (B, row) of frames in a row, other times (B, targets) counted from the
         first of the row, and a function of times (B, n) that gives the frames of this process.
         """
         source = self.source
-        generator = generator_of(self.options.seed, FIRST_BATCH + step, source.device)
+        generator = generator_of(self.options.seed, FIRST_BATCH + step)
 
         def below(limits, n=1):  # random integers from 0 to limit - 1, (B, n)
             shape = (self.options.batch_size, n)
-            return (torch.rand(shape, generator=generator, device=source.device) * limits).long()
+            return (torch.rand(shape, generator=generator) * limits).long()
 
         def frames(times):  # (B, n) -> (B, n, C, size, size)
             return source.frames(step, clips, times, generator, self.part)
@@ -442,7 +442,7 @@ class PictureRecipe(Recipe):
         ahead = source.reach[clips].clamp(max=horizon)
         first = below(length - ahead.clamp(min=self.row - 1))
         times = below((length - first).clamp(max=horizon + 1), self.options.targets or 0)
-        return first + torch.arange(self.row, device=source.device), times, frames
+        return first + torch.arange(self.row), times, frames
 
     def noise(self, model):
         """Noise for z, (B, ...), of which each process takes its part."""
