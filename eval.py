@@ -17,7 +17,6 @@ import os
 import shlex
 import sys
 import time
-from itertools import combinations_with_replacement
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,6 @@ import torch.nn.functional as F
 from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps
-from torch.func import jacrev, vmap
 from tqdm import tqdm
 
 from hgn import FRAME_TIME, HGN, __version__, read_checkpoint
@@ -35,8 +33,6 @@ from physics import (
     SYSTEMS,
     Recordings,
     clips,
-    gauss_newton,
-    infer_q,
     initial_states,
     jitter,
     read_points,
@@ -420,27 +416,8 @@ def valid_frames(model, test, start, frames, length=10 * WINDOW):
     return figures
 
 
-def symplecticity(model, test, start, frames):
-    """Return SyMetric between the model's states and the true ones, along the test clips."""
-    dim = start[0].shape[1]
-    if 8 * dim > len(test.observed):  # a linear map of so many numbers fits anything
-        return {"symetric": f"left out: {dim} numbers in q need {8 * dim} --clips"}
-    true = state_rows(*test.path(WINDOW), test.angles)
-    latent = state_rows(*model.rollout(*start, WINDOW - 1), model.angles)
-    return symetric(latent, true)
-
-
-def quality_of_samples(model, test, start, frames):
-    """Return which shares of samples show the system and move as it does."""
-    if model.deterministic:
-        return {"samples_valid": "left out: a deterministic model has no prior to draw from"}
-    samples = model.sample(len(test.observed), WINDOW - 1, generator=seeded(TEST_SEED + 4))
-    valid, obey = judge(test.system, samples, test.dt)
-    return {"samples_valid": valid, "samples_obey": obey}
-
-
 QUICK = (picture_errors, errors_under_noise, learnt_friction)
-OF_SYSTEMS = (errors_at_other_speeds, valid_frames, symplecticity, quality_of_samples)
+OF_SYSTEMS = (errors_at_other_speeds, valid_frames)
 
 
 @torch.no_grad()
@@ -460,109 +437,6 @@ def measure(model, test, frames=FRAMES, measures=QUICK):
 def wrap(angle):
     """Return angles in (-pi, pi]."""
     return torch.atan2(angle.sin(), angle.cos())
-
-
-def state_rows(q, p, angles):
-    """Return every third state of paths q and p (B, T, ...) as rows (B * T / 3, 2 * dim).
-
-    The first `angles` of the coordinates are counted from their mean at frame 0, by less than half
-    a turn, so that no path starts beside the cut at pi.
-    """
-    q = q[:, ::3].flatten(2).double()  # (B, T / 3, dim)
-    p = p[:, ::3].flatten(2).double()
-    turning = q[..., :angles]
-    start = turning[:, :1]
-    mean = torch.atan2(start.sin().mean(0), start.cos().mean(0))
-    turning = turning - start + wrap(start - mean)
-    return torch.cat((turning, q[..., angles:], p), 2).flatten(0, 1)
-
-
-def symetric(latent, true, orders=5):
-    """Return SyMetric (Higgins et al. 2021, arXiv 2111.05986): is latent -> true state symplectic?
-
-    The map is a regression on polynomials, by ridge where the authors have a lasso. It is
-    symplectic, but for a constant factor, where the Poisson brackets of the true coordinates, as
-    functions of the latent ones, are those of coordinates and their momenta.
-    latent: (n, 2 d). true: (n, 2 D). Returns: a dict of R^2, SyMetric and the polynomials' order.
-    """
-    true = moving_directions(true)
-    scale = latent.std(0).clamp(min=1e-9)
-    x = (latent - latent.mean(0)) / scale
-    y = (true - true.mean(0)) / true.std(0)
-    for order in range(1, orders + 1):
-        w, r2 = fit_polynomial(x, y, order)
-        next_terms = products(x[:1], order + 1).shape[1]
-        if r2 >= 0.9 or next_terms > len(x) / 4:  # so many terms would fit noise
-            break
-
-    def fitted(x):
-        return true.std(0) * (products(x, order) @ w)
-
-    jacobian = vmap(jacrev(fitted))(x) / scale  # (n, 2 D, 2 d)
-    by_q, by_p = jacobian.chunk(2, 2)
-    brackets = by_q @ by_p.mT - by_p @ by_q.mT  # Poisson brackets, (n, 2 D, 2 D)
-    P = brackets @ brackets.mT  # the identity, where the map is symplectic
-    P = P / P.abs().amax((1, 2)).mean()
-    off = (P - torch.eye(len(P[0])).to(P)).square().mean()
-    return {"symetric_r2": r2, "symetric": off.item(), "symetric_order": order}
-
-
-def moving_directions(states):
-    """Return q and p of states (n, 2 D) along the principal directions in which p moves.
-
-    That is where p spreads by a tenth of its largest spread or more: where a centre of mass hardly
-    moves, no regression sees its Poisson brackets.
-    """
-    q, p = states.chunk(2, 1)
-    _, spread, directions = torch.linalg.svd(p - p.mean(0), full_matrices=False)
-    moving = directions[spread > 0.1 * spread[0]].mT
-    return torch.cat((q @ moving, p @ moving), 1)
-
-
-def products(x, order):
-    """Return all products of one to `order` coordinates of x (..., dim): (..., terms)."""
-    terms = []
-    for factors in range(1, order + 1):
-        for term in combinations_with_replacement(x.unbind(-1), factors):
-            terms.append(torch.stack(term).prod(0))
-    return torch.stack(terms, -1)
-
-
-def fit_polynomial(x, y, order):
-    """Return the weights of a ridge regression of y (n, m) on products(x, order), and its R^2.
-
-    It is fitted to the first half of the rows, and R^2 is that of the other half.
-    """
-    A = products(x, order)
-    A, A_unseen = (A - A.mean(0)).tensor_split(2)
-    y, y_unseen = y.tensor_split(2)
-    ridge = 1e-4 * len(A) * torch.eye(A.shape[1]).to(A)
-    w = torch.linalg.solve(A.T @ A + ridge, A.T @ y)
-    residual = (A_unseen @ w - y_unseen).square().sum() / y_unseen.square().sum()
-    return w, 1 - residual.item()
-
-
-def judge(system, frames, dt, seen=10):
-    """Return which shares of clips (n, T, 3, S, S) show the system, and move as it does.
-
-    A clip shows the system where painting the state read off every frame has a pixel MSE of 5e-4
-    at most. It moves as the system does where it also stays within 0.15, in world units, of the
-    true motion from the state that fits its `seen` first frames best.
-    """
-    q = torch.cat([infer_q(system, block) for block in frames.split(8)])
-    valid = pixel_mse(render(system, q, frames.shape[-1]), frames).amax(1) <= 5e-4
-    shown = system.position(q)  # (n, T, bodies, 2)
-
-    def motion(start, steps=seen):
-        path, _ = simulate(system, *start.unbind(1), steps, dt)
-        return system.position(path)
-
-    p = system.inertia * wrap(q[:, 1] - q[:, 0]) / dt  # a rough start for the fit
-    start = torch.stack((q[:, 0], p), 1)  # (n, 2, bodies, dims)
-    start = gauss_newton(motion, start, shown[:, :seen], 4, 1e-4, 0.5, 1e-9)
-    distance = (motion(start, shown.shape[1]) - shown).norm(dim=-1).amax((1, 2))
-    obey = valid & (distance <= 0.15)
-    return valid.double().mean().item(), obey.double().mean().item()
 
 
 # ------------------------------------------------------------------ measures of flows
@@ -603,10 +477,6 @@ NOTES = {
     "friction": "gamma of p -> exp(-gamma t) p, one over the unit of --dt",
     "energy_std_ratio": "std of H along 1,000 frames over that across clips: 0 where H is kept",
     "strict_vpt_forward": "frames until the error exceeds a tenth of a blank picture's, median",
-    "symetric_r2": "R^2 of the map from latent to true states; SyMetric passes above 0.9",
-    "symetric": "how far that map is from symplectic; SyMetric passes below 0.05",
-    "samples_valid": "share of samples that are pictures of the system",
-    "samples_obey": "share of samples that move as the system does, to 0.15 of its units",
     "standard_error": "of log_prob, as the points are a sample",
     "entropy": "of the true density: the least -log_prob of any model",
     "elbo": "lower bound of log p(x) by one draw, nats",

@@ -1,6 +1,6 @@
 """Every source of clips: simulated systems, exact and rendered, and the user's own recordings.
 
-Needs torch, numpy and Pillow, and for films PyAV. The constants, initial states and
+Needs torch and numpy, for recordings Pillow, and for films PyAV. The constants, initial states and
 colours of the first four systems are those of Toth et al. (ICLR 2020), section 4, as published with
 its reproduction (Balsells Rodas et al. 2021); the other systems are our own.
 
@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, ImageSequence
 
 # ---------------------------------------------------------------------------------------- systems
 
@@ -332,51 +331,6 @@ def clips(system, n, frames=30, dt=FRAME_TIME, noise=0.0, size=32, generator=Non
     return render(system, jitter(system, q, noise, generator), size), q, p
 
 
-# ------------------------------------------------------------------------- states read off pictures
-
-
-def gauss_newton(f, x, target, steps, h, longest, damping):
-    """x (n, ...) whose f(x) (n, ...) is nearest to target, by damped Gauss-Newton steps.
-
-    h: of the central differences for the slopes of f. longest: how far a step moves a coordinate.
-    """
-    one = torch.eye(x[0].numel()).to(x)
-    shifts = h * torch.cat((one, -one)).view(-1, 1, *x.shape[1:])  # (2 * dim, 1, ...)
-    for _ in range(steps):
-        values = f((x + shifts).flatten(0, 1)).to(x)
-        ahead, behind = values.reshape(2, len(one), len(x), -1)
-        J = (ahead - behind).permute(1, 2, 0) / (2 * h)  # (n, m, dim)
-        error = (target - f(x)).to(x).reshape(len(x), -1, 1)
-        step = torch.linalg.solve(J.mT @ J + damping * one, J.mT @ error)
-        x = x + step.reshape(x.shape).clamp(-longest, longest)
-    return x
-
-
-def infer_q(system, frames):
-    """The true system's q (n, T, bodies, dims) that frames (n, T, 3, S, S) show.
-
-    It starts at the centroids of the pixels whose colour is nearest to that of each body.
-    """
-    size = frames.shape[-1]
-    pictures = frames.flatten(0, 1)  # (n * T, 3, S, S)
-    light = pictures - torch.tensor(BACKGROUND).to(frames).view(3, 1, 1)
-    colours = F.normalize(torch.tensor(system.colours).to(frames))
-    share = torch.einsum("ncyx,bc->nbyx", light, colours).clamp(min=1e-9)
-    share = share * (share == share.amax(1, keepdim=True))
-    pixels = torch.arange(size).to(frames) - (size - 1) / 2
-    line = pixels * 2 * system.half_width / size
-    grid = torch.stack(torch.meshgrid(line, -line, indexing="xy"))  # (2, S, S), y upward
-    mass = share.sum((2, 3)).unsqueeze(2) + 1e-9
-    centre = torch.einsum("nbyx,dyx->nbd", share, grid) / mass
-
-    def painted(q):
-        return render(system, q.unsqueeze(1), size).squeeze(1)
-
-    start = system.locate(centre).double()
-    q = gauss_newton(painted, start, pictures, steps=2, h=0.01, longest=0.2, damping=1e-3)
-    return q.unflatten(0, frames.shape[:2])
-
-
 # ------------------------------------------------------------------------------- the user's files
 
 ARRAYS = (".npy", ".npz", ".csv")
@@ -499,6 +453,8 @@ def film_frames(path):
 
 def rgb(picture):
     """The pixels (H, W, 3) of a picture of Pillow. What is transparent shows white."""
+    from PIL import Image
+
     if picture.mode[0] in "IF":  # grey, integers of 16 or more bits or floats
         white = 65535 if picture.mode[0] == "I" else 1
         grey = np.asarray(picture, "float32") / white
@@ -510,6 +466,8 @@ def rgb(picture):
 
 def picture_frames(path):
     """Frames (H, W, 3) of a picture or GIF, and the second each begins at, 0 if unknown."""
+    from PIL import Image, ImageOps, ImageSequence
+
     seconds = 0.0
     with Image.open(path) as file:
         for picture in ImageSequence.Iterator(file):
@@ -569,6 +527,8 @@ def size_of(frame, size=None):
 
 def square(frame, size):
     """The middle square of (H, W, C), resized: bytes (size, size, C)."""
+    from PIL import Image, ImageOps
+
     channels = []
     for channel in np.moveaxis(unit_range(frame), 2, 0):
         box = Image.Resampling.BOX  # a pixel is the mean of its area

@@ -38,13 +38,10 @@ import train
 from eval import (
     OF_SYSTEMS,
     TestClips,
-    judge,
     kept_energy,
     load,
     measure,
     noise_floor,
-    symetric,
-    symplecticity,
     valid_frames,
 )
 from hgn import (
@@ -70,13 +67,13 @@ from physics import (
     SYSTEMS,
     Recordings,
     clips,
-    infer_q,
     initial_states,
     read_points,
     render,
     simulate,
     unchanged,
 )
+from results.measures import infer_q, judge, quality_of_samples, symetric, symplecticity
 
 # The mark `slow` is registered nowhere, as the tests need no file but this one.
 warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
@@ -1722,7 +1719,8 @@ def test_measures_of_a_perfect_model():
 
 def test_physical_measures_of_a_perfect_model():
     test = TestClips(options_of_test("pendulum", 7), 8)
-    result = measure(Perfect(SYSTEMS["pendulum"]), test, 2, OF_SYSTEMS)
+    measures = (*OF_SYSTEMS, symplecticity, quality_of_samples)
+    result = measure(Perfect(SYSTEMS["pendulum"]), test, 2, measures)
     for name in ("backward", "double_speed", "half_speed"):
         assert result[f"mse_{name}"] < 5e-5
     assert result["strict_vpt_forward"] == result["strict_vpt_backward"] == 300
@@ -2592,7 +2590,7 @@ def test_a_deterministic_model_has_no_samples_to_judge(command, on_loss):
     command("train", f"--deterministic --size 16 {TINY}", status=143)
     model, run = load("runs/mass_spring")
     test = TestClips(run["options"], 2)
-    samples = evaluation.quality_of_samples(model, test, model.infer(test.observed), 12)
+    samples = quality_of_samples(model, test, model.infer(test.observed), 12)
     assert "deterministic" in samples["samples_valid"]
 
 

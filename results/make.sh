@@ -38,7 +38,11 @@ from pathlib import Path
 file, *runs = sys.argv[1:]
 reports = {}
 for run in runs:
-    report = json.loads(Path(f"runs/made-{run}/metrics.json").read_text())
+    folder = Path(f"runs/made-{run}")
+    report = json.loads((folder / "metrics.json").read_text())
+    measures = folder / "measures.json"  # of measures.py
+    if measures.exists():
+        report["metrics"] |= json.loads(measures.read_text())["metrics"]
     if report["config"]["data"]:
         report["config"]["data"] = Path(report["config"]["data"]).name
     reports[run] = report
@@ -51,7 +55,8 @@ systems() {
   look=(--reverse --speed 2 --speed 0.5 --sample 4)
   local name
   for name in mass_spring pendulum two_body three_body; do
-    learn "$name" --system "$name"
+    learn "$name" --system "$name" --steps 8000 --substeps 2
+    python results/measures.py "runs/made-$name"
     python - "runs/made-$name" "checkpoints/$name.pt" <<'PYTHON'
 import sys
 
