@@ -1730,7 +1730,7 @@ def test_physical_measures_of_a_perfect_model():
 
 
 class Failing(Perfect):
-    """It paints the truth until the frame at which each of its clips fails, and then grey."""
+    """It paints the truth but for one frame of each clip, at which it fails: that is black."""
 
     def __init__(self, system, test, last):
         super().__init__(system)
@@ -1748,7 +1748,7 @@ class Failing(Perfect):
         return torch.cat((path_q, left), 2), torch.cat((path_p, left), 2)
 
     def decode(self, q):
-        good = q[..., -1] > 0
+        good = q[..., -1] != 0
         return super().decode(q[..., :-1]) * good[..., None, None, None]
 
 
