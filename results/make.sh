@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-parts="systems drawing others noise scenes film flows bench"
+parts="systems drawing others noise scenes film flows unequal bench"
 look=()  # options of eval.py, which each part sets
 
 # learn NAME OPTIONS...: train and measure the run of this name.
@@ -233,6 +233,45 @@ flows() {
   gather flows "${runs[@]}"
   cp runs/made-eight_gaussians-nhf-0/density.png results/eight_gaussians.png
   cp runs/made-eight_gaussians-nhf-0/flow.gif results/eight_gaussians.gif
+}
+
+# What one H costs where wells have unequal weights: nine Gaussians on a grid, of weights 1 to 9.
+unequal() {
+  look=()
+  local n
+  python - <<'PYTHON'
+import numpy as np
+
+g = np.random.default_rng(0)
+places = np.array([(x, y) for y in (-2, 0, 2) for x in (-2, 0, 2)])
+which = g.choice(9, 50_000, p=np.arange(1, 10) / 45)
+np.save("runs/unequal.npy", places[which] + 0.3 * g.standard_normal((50_000, 2)))
+PYTHON
+  for n in 1 2; do
+    learn "unequal-$n" --data runs/unequal.npy --hamiltonians "$n"
+  done
+  gather unequal unequal-1 unequal-2
+  python - <<'PYTHON'
+import json
+from pathlib import Path
+
+import torch
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+from eval import load, test_set
+
+places = torch.tensor([(x, y) for y in (-2.0, 0.0, 2.0) for x in (-2.0, 0.0, 2.0)])
+weights = Categorical(torch.arange(1.0, 10.0))
+truth = MixtureSameFamily(weights, Independent(Normal(places, 0.3), 1))
+path = Path("results/unequal.json")
+reports = json.loads(path.read_text())
+for name, report in reports.items():
+    _, run = load(f"runs/made-{name}")
+    points = test_set(run["options"], 0).held_out[: report["metrics"]["points"]]
+    best = truth.log_prob(points).mean().item()
+    report["metrics"]["gap"] = best - report["metrics"]["log_prob_256"]
+path.write_text(json.dumps(reports, indent=1))
+PYTHON
 }
 
 # The training step of the compact model, on the CPU of this machine.
