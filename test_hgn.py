@@ -1762,7 +1762,7 @@ def test_valid_frames_end_where_half_of_the_clips_have_failed():
 def test_a_figure_that_is_left_out_says_why():
     test = TestClips(options_of_test("two_body", 7), 5)
     result = measure(Perfect(SYSTEMS["two_body"]), test, 2, [symplecticity])
-    assert "32 --clips" in result["symetric"]
+    assert "32 clips" in result["symetric"]
 
 
 def symplectic_pairs():
@@ -2195,6 +2195,13 @@ def test_a_quick_look_leaves_out_what_takes_long(trained, command):
     for name in ("phase", "curves"):
         with Image.open(f"runs/mass_spring/{name}.png") as chart:
             assert chart.width > 500
+
+
+def test_a_run_keeps_its_options_where_its_own_data_is_named(trained, command):
+    shutil.copytree(trained / "runs", "runs")
+    words = "--checkpoint runs/mass_spring --quick --frames 6 --clips 2 --show 1 --scale 1 --system"
+    assert "mse_noisy" in command("eval", f"{words} mass_spring")
+    assert "mse_noisy" not in command("eval", f"{words} pendulum")
 
 
 def test_a_turn_of_an_angle_does_not_change_the_state_that_is_compared():
@@ -2632,7 +2639,8 @@ def test_the_speed_is_measured(command):
     words = f"{TINY} --size 16".split()
     subprocess.run([sys.executable, HERE / "results/bench.py", *words], check=True)
     table = json.loads(Path("runs/bench.json").read_text())["table"]
-    assert [row["what"] for row in table][1:] == ["batch", "training step"]
+    names = [row["what"] for row in table]
+    assert names[1:] == ["batch", "trajectories of a pool, and a batch", "training step"]
     assert all(row["s"] > 0 for row in table)
 
 

@@ -340,7 +340,7 @@ class RecordedClips:
 
 HGN_ARGUMENTS = ("arch", "context", "latent", "integrator", "substeps", "periodic", "f_psi",
                  "deterministic", "friction")  # fmt: skip
-TEST_CLIPS = 100  # that a run is measured on at its end; eval.py takes more
+TEST_CLIPS = 100  # that a run is measured on at its end
 MOST_PIXELS = 5e8  # of a batch: more would take gigabytes
 FIRST_BATCH = 2**19  # numbers of generators: batches start here, pools of trajectories at zero
 
@@ -799,7 +799,7 @@ def fit_prior(prior, mean, logvar, rounds=4000, seed=0, lr=5e-3):
     step = stepper(prior, losses, optimisers)
     for i in tqdm(range(rounds), "fitting the prior", disable=RANK > 0):
         set_rate(optimisers, lr, i, rounds)
-        some = torch.randint(len(mean), (min(512, rounds),), device=mean.device)
+        some = torch.randint(len(mean), (512,), device=mean.device)
         z = prior.draw(mean[some], logvar[some])
         step(z, mean[some], logvar[some])
 

@@ -54,9 +54,19 @@ def bench(given):
     a = torch.randn(4096, 4096, device=recipe.device)
     table = [timed("matmul of 4096, TFLOP", 2 * 4096**3 / 1e12, torch.matmul, a, a)]
     table.append(timed("batch", options.batch_size, recipe.batch, options.steps))
+    if options.system:
+
+        def draw():  # with the trajectories of POOL batches
+            recipe.source.pool = None
+            recipe.batch(options.steps)
+
+        n = train.POOL * options.batch_size
+        table.append(timed("trajectories of a pool, and a batch", n, draw))
     if isinstance(step, train.Graphed):
         what = "training step, kernel by kernel"
         table.append(timed(what, options.batch_size, step.step, *batch))
+        for _ in range(train.Graphed.warm_up):  # the next call captures the graph
+            step(*batch)
     table.append(timed("training step", options.batch_size, step, *batch))
     threads = torch.get_num_threads()
     report = {**provenance(), "threads": threads, "config": vars(options), "table": table}

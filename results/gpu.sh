@@ -79,8 +79,8 @@ in_part() {  # the same as part, for the functions above; a training that is sto
 # The tests that need a GPU.
 part tests python -m pytest -q -k cuda test_hgn.py
 
-# The training step: kernel by kernel, as a graph, compiled, compiled and as a graph. Memory, the
-# seconds to the first step and the speed of the simulator are in the same tables.
+# The training step, kernel by kernel and as a graph. Memory, the seconds to the first step and the
+# speed of the simulator are in the same tables.
 for batch in $batches; do
   for arch in compact paper; do
     in_part "bench-$arch-$batch" bench --arch "$arch" --batch-size "$batch" $small
@@ -119,7 +119,6 @@ for arch in ("compact", "paper"):
     options = train.settle(train.parse(["--arch", arch, *sys.argv[1:]]))
     recipe = train.recipe_of(options, device)
     model = recipe.build().to(device)
-    recipe.prepare(model)
     step = train.step_of(recipe, model, train.optimisers_of(recipe, model))
     with CountOperations() as count:
         step(*recipe.batch(0))

@@ -56,7 +56,9 @@ systems() {
   local name
   for name in mass_spring pendulum two_body three_body; do
     learn "$name" --system "$name" --steps 8000 --substeps 2
-    python results/measures.py "runs/made-$name"
+    if [ ! -e "runs/made-$name/measures.json" ]; then
+      python results/measures.py "runs/made-$name"
+    fi
     python - "runs/made-$name" "checkpoints/$name.pt" <<'PYTHON'
 import sys
 

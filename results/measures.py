@@ -42,7 +42,7 @@ def symplecticity(model, test, start, frames):
     """Return SyMetric between the model's states and the true ones, along the test clips."""
     dim = start[0].shape[1]
     if 8 * dim > len(test.observed):  # a linear map of so many numbers fits anything
-        return {"symetric": f"left out: {dim} numbers in q need {8 * dim} --clips"}
+        return {"symetric": f"left out: {dim} numbers in q need {8 * dim} clips"}
     true = state_rows(*test.path(WINDOW), test.angles)
     latent = state_rows(*model.rollout(*start, WINDOW - 1), model.angles)
     return symetric(latent, true)
@@ -220,6 +220,8 @@ def look(given):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", help="the folder of a run, or a checkpoint")
     run_main(look, vars(parser.parse_args()))
