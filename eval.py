@@ -725,15 +725,16 @@ def save_curves(folder):
 
 
 # ------------------------------------------------------------------ the command
+OF_DATA = {
+    "--system": {"choices": SYSTEMS, "metavar": "NAME", "help": f"A system: {', '.join(SYSTEMS)}."},
+    "--density": {"choices": DENSITIES, "metavar": "NAME",
+                  "help": f"A density of points: {', '.join(DENSITIES)}."},
+    "--data": {"type": os.path.abspath, "metavar": "PATH",
+               "help": "Recordings or points of your own."},
+}  # fmt: skip
 OPTIONS = {
-    "one of these: the newest run of it or, of the model given, what to measure it on at its dt": {
-        "--system": {"choices": SYSTEMS, "metavar": "NAME",
-                     "help": f"A system: {', '.join(SYSTEMS)}."},
-        "--density": {"choices": DENSITIES, "metavar": "NAME",
-                      "help": f"A density of points: {', '.join(DENSITIES)}."},
-        "--data": {"type": os.path.abspath, "metavar": "PATH",
-                   "help": "Recordings or points of your own."},
-    },
+    "one of these: the newest run of it or, of the model given, what to measure it on at its dt":
+        OF_DATA,
     "of all models": {
         "--checkpoint": {"metavar": "PATH", "help": "A checkpoint or the folder of a run "
                                                     "(default: the newest run)."},
