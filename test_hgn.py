@@ -73,7 +73,14 @@ from physics import (
     simulate,
     unchanged,
 )
-from results.measures import infer_q, judge, quality_of_samples, symetric, symplecticity
+from results.measures import (
+    infer_q,
+    judge,
+    quality_of_samples,
+    state_rows,
+    symetric,
+    symplecticity,
+)
 
 # The mark `slow` is registered nowhere, as the tests need no file but this one.
 warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
@@ -2212,8 +2219,8 @@ def test_a_turn_of_an_angle_does_not_change_the_state_that_is_compared():
     turns = torch.randint(-1, 2, (40, 1, 6), generator=seeded(1)).double()
     turns[..., angles:] = 0
     q[..., :angles] *= 0.3
-    rows = evaluation.state_rows(q, p, angles)
-    close(evaluation.state_rows(q + 2 * math.pi * turns, p, angles), rows)
+    rows = state_rows(q, p, angles)
+    close(state_rows(q + 2 * math.pi * turns, p, angles), rows)
 
 
 def test_energy_of_paths_is_that_of_their_states():
