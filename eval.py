@@ -477,8 +477,13 @@ NOTES = {
     "mse_noisy": "against noisy pictures, frames 0 to 29",
     "noise_floor": "the least mse_noisy that any model can reach",
     "friction": "gamma of p -> exp(-gamma t) p, one over the unit of --dt",
-    "energy_std_ratio": "std of H along 1,000 frames over that across 32 clips: 0 where H is kept",
-    "strict_vpt_forward": "frames until the error exceeds a tenth of blank_mse, median of 32 clips",
+    "energy_std_ratio": "std of H along 1,000 frames, over that across (at most 32) clips",
+    "strict_vpt_forward": "frames until a tenth of blank_mse, median of (at most 32) clips",
+    "energy_variance": "of H along 1,000 frames, in the model's own units",
+    "mse_backward": "of 30 frames back in time",
+    "mse_double_speed": "of 30 frames, twice as fast",
+    "mse_half_speed": "of 30 frames, half as fast",
+    "us_per_log_prob_16": "microseconds a point, of log_prob with 16 draws of p",
     "standard_error": "of log_prob, as the points are a sample",
     "entropy": "of the true density: the least -log_prob of any model",
     "elbo": "lower bound of log p(x) by one draw, nats",
@@ -647,10 +652,14 @@ def save_density(model, points, folder, seed=0):
         ax.hist2d(*rows.T[:2], (x[::2], y[::2]))  # cells of two steps of the grid
         ax.set_title(title)
     if model.dim == 2:
-        axes[2].pcolormesh(x, y, model.log_prob(grid, 32, seeded(seed)).exp())
+        density = model.log_prob(grid, 32, seeded(seed)).exp()
+        highest = density.quantile(0.999)  # of few samples some points are much too high
+        image = axes[2].pcolormesh(x, y, density, vmax=highest)
+        figure.colorbar(image, ax=axes[2])
         axes[2].set_title("learnt density")
     for i, ax in enumerate(axes[3:]):
-        draw_potential(ax, model, i, points)
+        image = draw_potential(ax, model, i, points)
+        figure.colorbar(image, ax=ax, label="in units of K(p)")
         ax.plot(*data[:500].T, ".", color="red", markersize=1)
         ax.set_title(f"V of H[{i}], red: data")
     figure.savefig(folder / "density.png")
@@ -671,7 +680,7 @@ def grid_of(points):
 def draw_potential(ax, model, i, points):
     """Draw V of the flow's Hamiltonian i where the points lie, as colours and contour lines.
 
-    It is cut off where it is higher than at 99 of 100 points.
+    It is cut off where it is higher than at 99 of 100 points. Returns: the colours.
     """
 
     def V(x):
@@ -679,9 +688,10 @@ def draw_potential(ax, model, i, points):
 
     x, y, grid = grid_of(points)
     values = V(grid).clamp(max=V(points.held_out).quantile(0.99))
-    ax.contourf(x, y, values, LEVELS)
+    image = ax.contourf(x, y, values, LEVELS)
     ax.contour(x, y, values, LEVELS, colors="white", linewidths=0.5)
     ax.autoscale(False)  # points beyond it shall not widen the chart
+    return image
 
 
 def save_flow(model, points, path, seed, n=2000):
@@ -742,7 +752,7 @@ OPTIONS = {
         "--device": {"help": "cpu, cuda, cuda:1 (default: a GPU if there is one; points: cpu)."},
     },
     "of pictures, not of points": {
-        "--quick": {"action": "store_true", "help": "Pictures and their errors alone."},
+        "--quick": {"action": "store_true", "help": "Movies, charts and errors alone."},
         "--frames": {"type": number(2, 10_000),
                      "help": "Frames to roll out (default: 90; of recordings at most their own)."},
         "--clips": {"type": number(2, 10_000), "help": f"To measure on (default: {CLIPS})."},

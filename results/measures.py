@@ -216,7 +216,7 @@ def look(given):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "measures.json").write_text(json.dumps(report, indent=1))
     for name, value in figures.items():
-        print(f"{name:<16}{value}")
+        print(f"{name:<16}{value:.4g}" if isinstance(value, float) else f"{name:<16}{value}")
 
 
 if __name__ == "__main__":
