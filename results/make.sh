@@ -53,9 +53,13 @@ PYTHON
 # The models that come with the code, and their movies.
 systems() {
   look=(--reverse --speed 2 --speed 0.5 --sample 4)
-  local name
+  local name longer
   for name in mass_spring pendulum two_body three_body; do
-    learn "$name" --system "$name" --steps 8000 --substeps 2
+    longer=()
+    if [ "$name" = pendulum ] || [ "$name" = three_body ]; then
+      longer=(--steps 8000 --substeps 2)
+    fi
+    learn "$name" --system "$name" "${longer[@]}"
     if [ ! -e "runs/made-$name/measures.json" ]; then
       python results/measures.py "runs/made-$name"
     fi
