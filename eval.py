@@ -555,6 +555,8 @@ def save_movie(path, movie, dt, scale):
     not the delays, keeps the whole movie at its true speed.
     """
     title = "truth above model" if len(movie) == 2 else "drawn from the prior"
+    if path.stem not in ("rollout", "samples"):
+        title = f"{path.stem}: {title}"  # which way and how fast time runs
     stride = math.ceil(0.02 / dt)
     frames = range(0, movie.shape[2], stride)
     ends = dt * stride * np.arange(len(frames) + 1)
