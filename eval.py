@@ -46,7 +46,7 @@ WINDOW = 30  # frames of the paper's test clips
 FRAMES = 90  # of a rollout
 CLIPS = 64  # to measure on
 FEW = 32  # clips for the measures that take long
-BLOCK = 16  # clips that are painted and compared at a time, for memory
+BLOCK = 16  # clips that a model paints at a time, for memory
 
 
 # ------------------------------------------------------------------ shared with train.py
@@ -56,8 +56,9 @@ def run_main(function, given):
     try:
         function(given)
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise  # of torch's many errors this one alone is not a fault of the code
+        of_torch = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+        if of_torch and "can't allocate memory" not in str(error):
+            raise  # it is a fault of the code
         message = str(error) or "there is not enough memory"
         print(f"error: {message.splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
