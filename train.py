@@ -53,8 +53,8 @@ OF_RECORDINGS = {"size": None, "dt": None, "fps": None, "stride": 1, "clip": 60,
 OF_HGN = {"model": "hgn", "latent": None, "integrator": None, "substeps": 1, "friction": False,
           "context": 5, "deterministic": False, "geco": None, "beta": 1e-3}  # fmt: skip
 OF_KINDS = {
-    "compact": OF_HGN | {"arch": "compact", "targets": 8, "periodic": None, "steps": 4000,
-                         "batch_size": 16, "lr": 4e-3},
+    "compact": OF_HGN | {"arch": "compact", "targets": 8, "periodic": None, "steps": 2000,
+                         "batch_size": 32, "lr": 4e-3},
     "paper": OF_HGN | {"arch": "paper", "f_psi": True, "targets": None, "steps": 5000,
                        "batch_size": 16, "lr": 1.5e-4},
     "nhf": {"model": "nhf", "hamiltonians": 1, "leapfrog_steps": 2, "kinetic": "quadratic",
@@ -495,7 +495,7 @@ class CompactRecipe(PictureRecipe):
     # Parameters whose name starts like this learn at so many times --lr; the first that fits.
     lr_scales = (("decoder.picture", 0.3), ("decoder", 3.0), ("encoder.filters", 0.1))
     muon = True
-    frames_of_prior = 163840  # of the clips whose states the prior is fitted to
+    clips_of_prior = 8192  # whose states the prior is fitted to
     first_horizon = 3  # frames that the first steps roll out
 
     @staticmethod
@@ -545,8 +545,8 @@ class CompactRecipe(PictureRecipe):
         # Every process does the same here: this recipe takes whole batches.
         short = vars(options) | {"targets": 1, "window": max(3, options.context)}
         recipe = CompactRecipe(argparse.Namespace(**short), self.test, self.device)
-        rounds = min(10000, options.steps)
-        n = min(self.frames_of_prior // options.context, 64 * rounds) // options.batch_size
+        rounds = min(1000, options.steps)
+        n = min(self.clips_of_prior, 64 * rounds) // options.batch_size  # short runs take fewer
         states = []
         with torch.no_grad():
             for i in tqdm(range(max(1, n)), "encoding clips for the prior", disable=RANK > 0):
@@ -788,10 +788,10 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
-def fit_prior(prior, mean, logvar, rounds=4000, seed=0, lr=5e-3):
-    """Fit a learnt prior to q(z|x) of many clips, mean and log-variance (n, dim) each."""
+def fit_prior(prior, mean, logvar, rounds=1000, seed=0, lr=2e-2):
+    """Fit a learnt prior, by Muon, to q(z|x) of many clips, mean and log-variance (n, dim) each."""
     torch.manual_seed(seed)
-    optimisers = make_optimisers(prior, lr)
+    optimisers = make_optimisers(prior, lr, muon=True)
 
     def losses(z, mean, logvar):
         return {"loss": prior.kl(z, mean, logvar).mean()}

@@ -57,7 +57,7 @@ systems() {
   for name in mass_spring pendulum two_body three_body; do
     longer=()
     if [ "$name" = pendulum ] || [ "$name" = three_body ]; then
-      longer=(--steps 8000 --substeps 2)
+      longer=(--steps 3000 --substeps 2)
     fi
     learn "$name" --system "$name" "${longer[@]}"
     if [ ! -e "runs/made-$name/measures.json" ]; then
