@@ -912,7 +912,7 @@ class CompactEncoder(Encoder):
     them. The variance is constant.
     """
 
-    side = 16  # of the averaged pictures that filters see; twice as many pixels gain no precision
+    side = 16  # of the averaged pictures that filters see, on which the time of encoding depends
     largest_degree = 6  # of the polynomial
     logvar_scale = 10.0  # makes Adam move the log-variance ten times as fast
 

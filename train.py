@@ -495,7 +495,8 @@ class CompactRecipe(PictureRecipe):
     # Parameters whose name starts like this learn at so many times --lr; the first that fits.
     lr_scales = (("decoder.picture", 0.3), ("decoder", 3.0), ("encoder.filters", 0.1))
     muon = True
-    clips_of_prior = 8192  # whose states the prior is fitted to
+    clips_of_prior = 8192  # whose states the prior is fitted to, if they are not long:
+    frames_of_prior = 163840  # at most, which bounds the time where the context is long
     first_horizon = 3  # frames that the first steps roll out
 
     @staticmethod
@@ -546,7 +547,8 @@ class CompactRecipe(PictureRecipe):
         short = vars(options) | {"targets": 1, "window": max(3, options.context)}
         recipe = CompactRecipe(argparse.Namespace(**short), self.test, self.device)
         rounds = min(1000, options.steps)
-        n = min(self.clips_of_prior, 64 * rounds) // options.batch_size  # short runs take fewer
+        most = min(self.clips_of_prior, self.frames_of_prior // options.context)
+        n = min(most, 64 * rounds) // options.batch_size  # short runs take fewer
         states = []
         with torch.no_grad():
             for i in tqdm(range(max(1, n)), "encoding clips for the prior", disable=RANK > 0):
