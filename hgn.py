@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__version__ = "1.1"  # of all files here; it goes up where what is computed changes
+__version__ = "1.2"  # of all files here; it goes up where what is computed changes
 
 
 def compiled_once(step):
@@ -526,6 +526,11 @@ class HGN(Saved):
         f_psi = self.H.momentum if self.f_psi is None else self.f_psi
         q, p = self.rollout(*f_psi(z), self.encoder.reference_frame, -self.dt)
         return q[:, -1], p[:, -1]
+
+    def follow(self, z, times, horizon):
+        """z (B, ...) -> q (B, n, dim) at frames `times`, integers (B, n) of at most `horizon`."""
+        q, _ = self.rollout(*self.state(z), horizon)
+        return q.take_along_dim(times.unsqueeze(2), 1)
 
     def infer(self, frames):
         """frames (B, T >= context, C, size, size) -> q, p at frame 0, of the mean of q(z|x).
@@ -1140,8 +1145,7 @@ def charted_loss(
     model.check_frames(targets)
     E = variance(targets, average)
     z, kl = model.posterior(context, noise)
-    q, _ = model.rollout(*model.state(z), horizon)
-    q = q.take_along_dim(times.unsqueeze(2), 1)  # (B, n, dim)
+    q = model.follow(z, times, horizon)
     few = 1 + targets.shape[1] // 8  # as painting more for the chart costs time and helps little
     few_targets = targets[:, :few]
     chart = model.encoder.encode_frame(few_targets)
@@ -1152,3 +1156,23 @@ def charted_loss(
     negative_elbo = robust(rollout_error, 0.1) + beta * kl / context[0, 0].numel() / E
     loss = negative_elbo + chart_error.mean() + robust(distance / chart_variance, 0.01)
     return loss, rollout_error.mean() * E, kl
+
+
+def energy_score(model, context, targets, times, horizon):
+    """How badly q(z|x) forecasts pictures: (|x1 - y| + |x2 - y| - |x1 - x2|) / 2, a scalar.
+
+    Here y is a target, and x1 and x2 are painted from the rollouts of two draws of z. The mean of
+    the score is least where z is drawn from the distribution that the truth is drawn from (Gneiting
+    & Raftery 2007, "Strictly proper scoring rules"), so that its gradient makes the variance of
+    q(z|x) as large as errors are. The ELBO makes it too small where the errors of pixels are not
+    independent of each other.
+    The arguments are those of `charted_loss`.
+    """
+    mean, logvar = model.encode(context)
+    z = model.prior.draw(mean.repeat(2, 1), logvar.repeat(2, 1))
+    q = model.follow(z, times.repeat(2, 1), horizon)
+    x1, x2 = model.decode(q).flatten(2).chunk(2)  # (B, n, C size size) each
+    y = targets.flatten(2)
+    from_truth = (x1 - y).norm(dim=2) + (x2 - y).norm(dim=2)
+    apart = (x1 - x2).norm(dim=2)
+    return (from_truth - apart).mean() / 2

@@ -54,10 +54,8 @@ class System:
         inertia: the mass m, or m l^2 for an angle.
         noise: sigma of the paper's observation noise on every coordinate of q.
         position: q -> the centres of the discs, (..., bodies, 2), y upward, unless q is just that.
-        locate: the inverse of position.
         periodic: whether q are angles.
         friction: gamma of dp/dt = -dV/dq - gamma p.
-    Raises: ValueError for a position without locate.
     """
 
     colours: tuple
@@ -68,13 +66,8 @@ class System:
     inertia: float = 0.5
     noise: float = 0.1
     position: Callable = unchanged
-    locate: Callable = unchanged
     periodic: bool = False
     friction: float = 0.0
-
-    def __post_init__(self):
-        if (self.position is unchanged) != (self.locate is unchanged):
-            raise ValueError("position and locate of a System belong together: give both")
 
     def energy(self, q, p):
         """H of states (..., bodies, dims), (...)."""
@@ -116,10 +109,6 @@ def along_x(q):
     return F.pad(q, (0, 1))
 
 
-def x_coordinate(position):
-    return position[..., :1]
-
-
 # pendulum: m = 0.5, l = 1, g = 3. q is the angle from the lowest point.
 
 
@@ -130,12 +119,6 @@ def pendulum_potential(q):
 def rod_end(angle):
     """The end of a rod of length 1 at an angle (..., 1), (..., 2)."""
     return torch.cat((angle.sin(), -angle.cos()), -1)
-
-
-def rod_angle(end):
-    """The inverse of `rod_end`, whatever the length of the rod."""
-    x, y = end.split(1, -1)
-    return torch.atan2(x, -y)
 
 
 # two_body and three_body: m = 1, G = 1. q are the positions.
@@ -162,16 +145,16 @@ def gravity_potential(q):
 
 
 # A new system is one more entry here. It must give `colours` (one for each body), `radius`,
-# `half_width`, `initial` and `potential`; `inertia`, unless it is 0.5; `position` and `locate`,
-# unless q is where the discs are; and `periodic`, if q are angles.
+# `half_width`, `initial` and `potential`; `inertia`, unless it is 0.5; `position`, unless q is
+# where the discs are; and `periodic`, if q are angles.
 SYSTEMS = {
     "mass_spring": System(
         colours=(YELLOW,), radius=0.5, half_width=2.0, initial=partial(polar_state, 0.1, 1.0),
-        potential=spring_potential, position=along_x, locate=x_coordinate,
+        potential=spring_potential, position=along_x,
     ),
     "pendulum": System(
         colours=(YELLOW,), radius=0.5, half_width=2.0, initial=partial(polar_state, 1.3, 2.3),
-        potential=pendulum_potential, position=rod_end, locate=rod_angle, periodic=True,
+        potential=pendulum_potential, position=rod_end, periodic=True,
     ),
     "two_body": System(
         colours=(YELLOW, RED), radius=0.375, half_width=3.0, inertia=1.0, noise=0.05,
@@ -628,17 +611,13 @@ def motion(clip):
     return np.square(np.diff(unit_range(clip), axis=0)).mean()
 
 
-def frame_time(path, films, dt, fps):
+def frame_time(path, films, dt):
     """Seconds between frames, as asked for or as the files say. Raises: ValueError."""
-    if dt and fps:
-        raise ValueError("--dt and --fps say the same: give one of them")
     if dt:
         return dt
-    if fps:
-        return 1 / fps
     steps = [film.step for film in films]
     if max(steps) > UNLIKE * min(steps):
-        raise ValueError(f"{path} has films of unlike rates: convert them, or set all by --fps")
+        raise ValueError(f"{path} has films of unlike rates: convert them, or set all by --dt")
     return steps[0] or FRAME_TIME
 
 
@@ -652,7 +631,7 @@ class Recordings:
         size: pixels; default the pictures' own, if 16 to 128 and a multiple of 8, else 32.
         clip: frames of the clips that a recording is cut into.
         stride: take every k-th frame.
-        dt, fps: seconds between recorded frames, or their inverse; default the files', or 0.125.
+        dt: seconds between recorded frames; default the files', or 0.125.
         seed: of what is held out.
         least: frames that a clip must have.
     Attributes: `size`, `channels`; `dt`, seconds between frames; `lengths` of the clips (clips,);
@@ -660,7 +639,7 @@ class Recordings:
     Raises: ValueError, in one line, for what cannot be read or is too short.
     """
 
-    def __init__(self, path, size=None, clip=60, stride=1, dt=None, fps=None, seed=0, least=6):
+    def __init__(self, path, size=None, clip=60, stride=1, dt=None, seed=0, least=6):
         path = Path(path)
         read = read_array_films if path.suffix.lower() in ARRAYS else read_films
         films, notes = read(path, size)
@@ -672,7 +651,7 @@ class Recordings:
         if not long or clip < least:
             need = f"one recording of {2 * least} frames or several of {least}"
             raise ValueError(f"{path} must hold {need}: films, pictures or an array; {notes[0]}")
-        self.dt = stride * frame_time(path, long, dt, fps)
+        self.dt = stride * frame_time(path, long, dt)
         self.clips, film_of, still = moving_clips(long, clip)
         if len(self.clips) < 2:
             raise ValueError(f"nothing moves in most of {path}: cut out what stands still")

@@ -38,6 +38,7 @@ import train
 from eval import (
     OF_SYSTEMS,
     TestClips,
+    errors_of_mean_picture,
     kept_energy,
     load,
     measure,
@@ -54,6 +55,7 @@ from hgn import (
     RealNVP,
     ResidualUp,
     SpaceWithAngles,
+    StandardNormal,
     charted_loss,
     euler_step,
     implicit_leapfrog_step,
@@ -296,7 +298,7 @@ def flat(q):
     return q.square().sum(-1)  # (..., bodies), where (...) is asked for
 
 
-@each("wrong", ({"potential": flat}, {"position": unchanged, "locate": unchanged}, {"colours": 3}))
+@each("wrong", ({"potential": flat}, {"position": unchanged}, {"colours": 3}))
 def test_a_system_whose_functions_do_not_fit_is_refused(wrong):
     """A potential for each body, discs without a place in the plane, more colours than bodies."""
     if "colours" in wrong:
@@ -304,11 +306,6 @@ def test_a_system_whose_functions_do_not_fit_is_refused(wrong):
     system = replace(SYSTEMS["mass_spring"], **wrong)
     with pytest.raises(ValueError, match="as many bodies as colours"):
         clips(system, 2)
-
-
-def test_a_position_without_its_inverse_is_refused():
-    with pytest.raises(ValueError, match="give both"):
-        replace(SYSTEMS["pendulum"], locate=unchanged)
 
 
 def test_motions_that_cannot_be_computed_come_with_a_warning():
@@ -1062,9 +1059,39 @@ def reconstruction_after(steps):
     return mse / frames.var((0, 1)).mean()
 
 
-@slow
-def test_the_papers_model_learns_to_reconstruct():
-    assert reconstruction_after(100) < 0.6
+class Guess(torch.nn.Module):
+    """A model whose pictures have two pixels, the state itself, which it sees with an error."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.Module()
+        self.encoder.logvar = torch.nn.Parameter(torch.full((2,), -6.0))
+        self.prior = StandardNormal()
+
+    def encode(self, frames):
+        mean = frames.flatten(1)
+        return mean, self.encoder.logvar.expand_as(mean)
+
+    def follow(self, z, times, horizon):
+        return z.unsqueeze(1)
+
+    def decode(self, q):
+        return q.view(-1, 1, 1, 1, 2)
+
+
+def test_the_fitted_variance_is_that_of_the_errors():
+    """Which differ from coordinate to coordinate."""
+    model = Guess()
+    error = torch.tensor([0.3, 0.15])
+
+    def batch(i):
+        truth = torch.randn(256, 1, 1, 1, 2, generator=seeded(i))
+        seen = truth + error * torch.randn(truth.shape, generator=seeded(1000 + i))
+        return seen, truth, torch.zeros(256, 1, dtype=torch.long)
+
+    train.fit_variance(model, batch, 0, rounds=300)
+    close(model.encoder.logvar.exp().sqrt(), error, rtol=0.1, atol=0)
+    assert model.encoder.logvar.requires_grad
 
 
 def test_the_papers_model_starts_to_learn():
@@ -1730,7 +1757,7 @@ def test_physical_measures_of_a_perfect_model():
     result = measure(Perfect(SYSTEMS["pendulum"]), test, 2, measures)
     for name in ("backward", "double_speed", "half_speed"):
         assert result[f"mse_{name}"] < 5e-5
-    assert result["strict_vpt_forward"] == result["strict_vpt_backward"] == 300
+    assert result["strict_vpt"] == 300
     assert result["symetric_r2"] > 0.999
     assert result["symetric"] < 0.01
     assert result["samples_valid"] == result["samples_obey"] == 1.0
@@ -1759,11 +1786,32 @@ class Failing(Perfect):
         return super().decode(q[..., :-1]) * good[..., None, None, None]
 
 
+def test_the_mean_picture_is_that_of_many_draws():
+    """Of a certain state it is the rollout itself; else its error is below those of its parts."""
+    test = TestClips(options_of_test("two_body", 5), 4)
+    model = HGN.load(HERE / "checkpoints" / "two_body.pt")
+    start = model.infer(test.observed)
+    single = measure(model, test, 4)["mse_0_3"]
+    with torch.no_grad():
+        model.encoder.logvar.fill_(-3)
+        certain = errors_of_mean_picture(model, test, start, 4)
+        model.encoder.logvar.fill_(-0.3)
+        mean = errors_of_mean_picture(model, test, start, 4)["mean_mse_0_3"]
+        z = torch.cat([model.posterior(test.observed)[0] for _ in range(160)])
+        q, _ = model.rollout(*model.state(z), 3)
+        painted = model.decode(q).clamp(0, 1).unflatten(0, (10, 16, 4))
+    truth = test.truth(4)
+    assert certain == {"mean_mse_0_3": pytest.approx(single, rel=1e-3)}
+    expected = (painted.mean(1) - truth).square().mean()
+    assert mean == pytest.approx(expected.item(), rel=0.2)
+    assert mean < 0.7 * (painted - truth).square().mean()
+
+
 def test_valid_frames_end_where_half_of_the_clips_have_failed():
     test = TestClips(options_of_test("pendulum", 7), 5)
     model = Failing(SYSTEMS["pendulum"], test, [12.0, 200.0, 74.0, 31.0, 299.0])
     result = measure(model, test, 2, [valid_frames])
-    assert result == {"strict_vpt_forward": 74.0, "strict_vpt_backward": 74.0}
+    assert result == {"strict_vpt": 74.0}
 
 
 def test_a_figure_that_is_left_out_says_why():
@@ -2917,7 +2965,7 @@ MISTAKES = {
         --density rings --device cuda; --data nowhere.npy;
         --size 20; --noise loud; --window 0; --context 50; --arch big; --latent 65; --steps 1.5;
         --lr nan; --beta -1; --seed -1; --name taken; --name ../up; --resume nowhere.pt;
-        --device cuda:77; --colour red; --density rings --latent 3; --hamiltonians 2; --fps 9;
+        --device cuda:77; --colour red; --density rings --latent 3; --hamiltonians 2; --stride 9;
         --arch paper --periodic; --no-f-psi; --model hnn;
         --deterministic --geco 1e-3; --protocol paper --density rings; --protocol other;
         --protocol paper --data nowhere.npy; --protocol paper --noise 0;

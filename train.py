@@ -38,7 +38,7 @@ from eval import (
     save_movies,
     test_set,
 )
-from hgn import GECO, HGN, INTEGRATORS, TRAINING_ITERATIONS, charted_loss
+from hgn import GECO, HGN, INTEGRATORS, TRAINING_ITERATIONS, charted_loss, energy_score
 from nhf import DENSITIES, NHF, RealNVPFlow, seeded
 from physics import SYSTEMS, initial_states, jitter, read_points, render, simulate
 
@@ -49,7 +49,7 @@ from physics import SYSTEMS, initial_states, jitter, read_points, render, simula
 EVERY_RUN = {"model": None, "system": None, "density": None, "data": None, "digest": None,
              "seed": 0, "save_every": 250}  # fmt: skip
 OF_A_SYSTEM = {"system": "mass_spring", "size": 32, "dt": 0.125, "noise": 0.0, "window": 30}
-OF_RECORDINGS = {"size": None, "dt": None, "fps": None, "stride": 1, "clip": 60, "window": 30}
+OF_RECORDINGS = {"size": None, "dt": None, "stride": 1, "clip": 60, "window": 30}
 OF_HGN = {"model": "hgn", "latent": None, "integrator": None, "substeps": 1, "friction": False,
           "context": 5, "deterministic": False, "geco": None, "beta": 1e-3}  # fmt: skip
 OF_KINDS = {
@@ -99,7 +99,6 @@ ARGUMENTS = {
         "--dt": {"type": positive,
                  "help": "Time from frame to frame, of recordings in seconds before --stride "
                          "(default: 0.125; of films their own)."},
-        "--fps": {"type": positive, "help": "Frames a second of recordings, in place of --dt."},
         "--stride": {"type": count, "help": "Take every k-th frame of recordings (default: 1)."},
         "--clip": {"type": many,
                    "help": "Cut recordings into clips of so many frames (default: 60)."},
@@ -539,21 +538,23 @@ class CompactRecipe(PictureRecipe):
         return charted_loss(model, seen, targets, times, horizon, self.beta, noise, average)
 
     def finish(self, model):
-        """Fit the prior to the states of many clips, from batches after the last one."""
+        """Fit the variance of z, then the prior, by batches after the last one."""
         options = self.options
         if options.deterministic:
             return
-        # Every process does the same here: this recipe takes whole batches.
-        short = vars(options) | {"targets": 1, "window": max(3, options.context)}
-        recipe = CompactRecipe(argparse.Namespace(**short), self.test, self.device)
+
+        def batch(i):
+            return self.batch(options.steps + i)
+
+        fit_variance(model, batch, self.longest - 1, min(60, options.steps), options.seed)
         rounds = min(1000, options.steps)
         most = min(self.clips_of_prior, self.frames_of_prior // options.context)
-        n = min(most, 64 * rounds) // options.batch_size  # short runs take fewer
+        n = 1 + min(most, 64 * rounds) // options.batch_size  # short runs take fewer
         states = []
         with torch.no_grad():
-            for i in tqdm(range(max(1, n)), "encoding clips for the prior", disable=RANK > 0):
-                frames = recipe.batch(options.steps + i)[0]
-                states.append(torch.stack(model.encode(frames)))
+            for i in tqdm(range(n), "encoding clips for the prior", disable=RANK > 0):
+                seen, *_ = batch(i)
+                states.append(torch.stack(model.encode(seen)))
         mean, logvar = torch.cat(states, 1)
         fit_prior(model.prior, mean, logvar, rounds, options.seed)
 
@@ -790,20 +791,41 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
+def fit(part, losses, batch, rounds, lr, title, muon=False):
+    """Train a part of a model by itself, to lower "loss" of losses(*batch(round))."""
+    optimisers = make_optimisers(part, lr, muon=muon)
+    step = stepper(part, losses, optimisers)
+    for i in tqdm(range(rounds), title, disable=RANK > 0):
+        set_rate(optimisers, lr, i, rounds)
+        step(*batch(i))
+
+
+def fit_variance(model, batch, horizon, rounds=60, seed=0, lr=5e-2):
+    """Fit the variance of q(z|x), and nothing else, by `energy_score` of batch(round)."""
+    torch.manual_seed(seed)
+
+    def losses(seen, targets, times):
+        return {"loss": energy_score(model, seen, targets, times, horizon)}
+
+    model.requires_grad_(False)
+    model.encoder.logvar.requires_grad_()
+    fit(model, losses, batch, rounds, lr, "fitting the variance of z")
+    model.requires_grad_()
+
+
 def fit_prior(prior, mean, logvar, rounds=1000, seed=0, lr=2e-2):
     """Fit a learnt prior, by Muon, to q(z|x) of many clips, mean and log-variance (n, dim) each."""
     torch.manual_seed(seed)
-    optimisers = make_optimisers(prior, lr, muon=True)
 
     def losses(z, mean, logvar):
         return {"loss": prior.kl(z, mean, logvar).mean()}
 
-    step = stepper(prior, losses, optimisers)
-    for i in tqdm(range(rounds), "fitting the prior", disable=RANK > 0):
-        set_rate(optimisers, lr, i, rounds)
+    def batch(i):
         some = torch.randint(len(mean), (512,), device=mean.device)
         z = prior.draw(mean[some], logvar[some])
-        step(z, mean[some], logvar[some])
+        return z, mean[some], logvar[some]
+
+    fit(prior, losses, batch, rounds, lr, "fitting the prior", muon=True)
 
 
 # ------------------------------------------------------------------------------ a run and its files

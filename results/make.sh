@@ -219,7 +219,7 @@ film = ground * (1 - ball) + ball * torch.tensor([0.95, 0.2, 0.1]).view(3, 1, 1)
 film = (film + 0.02 * torch.randn(film.shape, generator=g)).clamp(0, 1)
 np.save("runs/film.npy", (film * 255).round().byte().movedim(1, 3).numpy())
 PYTHON
-  learn film --data runs/film.npy --fps 10 --friction
+  learn film --data runs/film.npy --dt 0.1 --friction
   gather film film
 }
 

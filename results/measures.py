@@ -35,16 +35,19 @@ from eval import (
     wrap,
 )
 from nhf import seeded
-from physics import BACKGROUND, render, simulate
+from physics import BACKGROUND, initial_states, render, simulate
 
 
 def symplecticity(model, test, start, frames):
     """Return SyMetric between the model's states and the true ones, along the test clips."""
     dim = start[0].shape[1]
-    if 8 * dim > len(test.observed):  # a linear map of so many numbers fits anything
-        return {"symetric": f"left out: {dim} numbers in q need {8 * dim} clips"}
-    true = state_rows(*test.path(WINDOW), test.angles)
-    latent = state_rows(*model.rollout(*start, WINDOW - 1), model.angles)
+    least = 8 * dim  # a linear map of so many numbers fits anything
+    if len(test.observed) < least:
+        return {"symetric": f"left out: {dim} numbers in q need {least} clips"}
+    q, p = test.path(WINDOW)
+    true = state_rows(q, p, test.angles)
+    q, p = model.rollout(*start, WINDOW - 1)
+    latent = state_rows(q, p, model.angles)
     return symetric(latent, true)
 
 
@@ -52,7 +55,8 @@ def quality_of_samples(model, test, start, frames):
     """Return which shares of samples show the system and move as it does."""
     if model.deterministic:
         return {"samples_valid": "left out: a deterministic model has no prior to draw from"}
-    samples = model.sample(len(test.observed), WINDOW - 1, generator=seeded(TEST_SEED + 4))
+    generator = seeded(TEST_SEED + 4)
+    samples = model.sample(len(test.observed), WINDOW - 1, generator=generator)
     valid, obey = judge(test.system, samples, test.dt)
     return {"samples_valid": valid, "samples_obey": obey}
 
@@ -67,7 +71,9 @@ def state_rows(q, p, angles):
     p = p[:, ::3].flatten(2).double()
     turning = q[..., :angles]
     start = turning[:, :1]
-    mean = torch.atan2(start.sin().mean(0), start.cos().mean(0))
+    mean_sin = start.sin().mean(0)
+    mean_cos = start.cos().mean(0)
+    mean = torch.atan2(mean_sin, mean_cos)
     turning = turning - start + wrap(start - mean)
     return torch.cat((turning, q[..., angles:], p), 2).flatten(0, 1)
 
@@ -82,8 +88,9 @@ def symetric(latent, true, orders=5):
     """
     true = moving_directions(true)
     scale = latent.std(0).clamp(min=1e-9)
+    true_scale = true.std(0)
     x = (latent - latent.mean(0)) / scale
-    y = (true - true.mean(0)) / true.std(0)
+    y = (true - true.mean(0)) / true_scale
     for order in range(1, orders + 1):
         w, r2 = fit_polynomial(x, y, order)
         next_terms = products(x[:1], order + 1).shape[1]
@@ -91,14 +98,17 @@ def symetric(latent, true, orders=5):
             break
 
     def fitted(x):
-        return true.std(0) * (products(x, order) @ w)
+        return true_scale * (products(x, order) @ w)
 
-    jacobian = vmap(jacrev(fitted))(x) / scale  # (n, 2 D, 2 d)
+    jacobian_of_each = vmap(jacrev(fitted))
+    jacobian = jacobian_of_each(x) / scale  # (n, 2 D, 2 d)
     by_q, by_p = jacobian.chunk(2, 2)
     brackets = by_q @ by_p.mT - by_p @ by_q.mT  # Poisson brackets, (n, 2 D, 2 D)
     P = brackets @ brackets.mT  # the identity, where the map is symplectic
-    P = P / P.abs().amax((1, 2)).mean()
-    off = (P - torch.eye(len(P[0])).to(P)).square().mean()
+    largest = P.abs().amax((1, 2))
+    P = P / largest.mean()
+    identity = torch.eye(P.shape[1]).to(P)
+    off = (P - identity).square().mean()
     return {"symetric_r2": r2, "symetric": off.item(), "symetric_order": order}
 
 
@@ -109,8 +119,10 @@ def moving_directions(states):
     moves, no regression sees its Poisson brackets.
     """
     q, p = states.chunk(2, 1)
-    _, spread, directions = torch.linalg.svd(p - p.mean(0), full_matrices=False)
-    moving = directions[spread > 0.1 * spread[0]].mT
+    deviation = p - p.mean(0)
+    _, spread, directions = torch.linalg.svd(deviation, full_matrices=False)
+    moves = spread > 0.1 * spread[0]
+    moving = directions[moves].mT
     return torch.cat((q @ moving, p @ moving), 1)
 
 
@@ -119,7 +131,8 @@ def products(x, order):
     terms = []
     for factors in range(1, order + 1):
         for term in combinations_with_replacement(x.unbind(-1), factors):
-            terms.append(torch.stack(term).prod(0))
+            product = torch.stack(term).prod(0)
+            terms.append(product)
     return torch.stack(terms, -1)
 
 
@@ -129,12 +142,15 @@ def fit_polynomial(x, y, order):
     It is fitted to the first half of the rows, and R^2 is that of the other half.
     """
     A = products(x, order)
-    A, A_unseen = (A - A.mean(0)).tensor_split(2)
+    A = A - A.mean(0)
+    A, A_unseen = A.tensor_split(2)
     y, y_unseen = y.tensor_split(2)
-    ridge = 1e-4 * len(A) * torch.eye(A.shape[1]).to(A)
+    identity = torch.eye(A.shape[1]).to(A)
+    ridge = 1e-4 * len(A) * identity
     w = torch.linalg.solve(A.T @ A + ridge, A.T @ y)
-    residual = (A_unseen @ w - y_unseen).square().sum() / y_unseen.square().sum()
-    return w, 1 - residual.item()
+    residual = (A_unseen @ w - y_unseen).square().sum()
+    r2 = 1 - residual / y_unseen.square().sum()
+    return w, r2.item()
 
 
 def judge(system, frames, dt, seen=10):
@@ -145,7 +161,9 @@ def judge(system, frames, dt, seen=10):
     true motion from the state that fits its `seen` first frames best.
     """
     q = torch.cat([infer_q(system, block) for block in frames.split(8)])
-    valid = pixel_mse(render(system, q, frames.shape[-1]), frames).amax(1) <= 5e-4
+    painted = render(system, q, frames.shape[-1])
+    error = pixel_mse(painted, frames)  # (n, T)
+    valid = error.amax(1) <= 5e-4
     shown = system.position(q)  # (n, T, bodies, 2)
 
     def motion(start, steps=seen):
@@ -155,9 +173,12 @@ def judge(system, frames, dt, seen=10):
     p = system.inertia * wrap(q[:, 1] - q[:, 0]) / dt  # a rough start for the fit
     start = torch.stack((q[:, 0], p), 1)  # (n, 2, bodies, dims)
     start = gauss_newton(motion, start, shown[:, :seen], 4, 1e-4, 0.5, 1e-9)
-    distance = (motion(start, shown.shape[1]) - shown).norm(dim=-1).amax((1, 2))
+    off = motion(start, shown.shape[1]) - shown
+    distance = off.norm(dim=-1).amax((1, 2))
     obey = valid & (distance <= 0.15)
-    return valid.double().mean().item(), obey.double().mean().item()
+    share_valid = valid.double().mean()
+    share_obey = obey.double().mean()
+    return share_valid.item(), share_obey.item()
 
 
 def gauss_newton(f, x, target, steps, h, longest, damping):
@@ -171,10 +192,21 @@ def gauss_newton(f, x, target, steps, h, longest, damping):
         values = f((x + shifts).flatten(0, 1)).to(x)
         ahead, behind = values.reshape(2, len(one), len(x), -1)
         J = (ahead - behind).permute(1, 2, 0) / (2 * h)  # (n, m, dim)
-        error = (target - f(x)).to(x).reshape(len(x), -1, 1)
-        step = torch.linalg.solve(J.mT @ J + damping * one, J.mT @ error)
-        x = x + step.reshape(x.shape).clamp(-longest, longest)
+        error = (target - f(x)).to(x)
+        slope = J.mT @ error.reshape(len(x), -1, 1)
+        curvature = J.mT @ J + damping * one
+        step = torch.linalg.solve(curvature, slope).reshape(x.shape)
+        x = x + step.clamp(-longest, longest)
     return x
+
+
+def located(system, centre):
+    """The q (n, bodies, dims) of discs centred at (n, bodies, 2): coordinates, or an angle."""
+    if system.periodic:
+        x, y = centre.split(1, -1)
+        return torch.atan2(x, -y)
+    q, _ = initial_states(system, 1)
+    return centre[..., : q.shape[2]]
 
 
 def infer_q(system, frames):
@@ -184,20 +216,25 @@ def infer_q(system, frames):
     """
     size = frames.shape[-1]
     pictures = frames.flatten(0, 1)  # (n * T, 3, S, S)
-    light = pictures - torch.tensor(BACKGROUND).to(frames).view(3, 1, 1)
-    colours = F.normalize(torch.tensor(system.colours).to(frames))
-    share = torch.einsum("ncyx,bc->nbyx", light, colours).clamp(min=1e-9)
-    share = share * (share == share.amax(1, keepdim=True))
+    background = torch.tensor(BACKGROUND).to(frames)
+    light = pictures - background.view(3, 1, 1)
+    colours = torch.tensor(system.colours).to(frames)
+    share = torch.einsum("ncyx,bc->nbyx", light, F.normalize(colours)).clamp(min=1e-9)
+    largest = share.amax(1, keepdim=True)
+    share = share * (share == largest)
     pixels = torch.arange(size).to(frames) - (size - 1) / 2
     line = pixels * 2 * system.half_width / size
-    grid = torch.stack(torch.meshgrid(line, -line, indexing="xy"))  # (2, S, S), y upward
-    mass = share.sum((2, 3)).unsqueeze(2) + 1e-9
-    centre = torch.einsum("nbyx,dyx->nbd", share, grid) / mass
+    x, y = torch.meshgrid(line, -line, indexing="xy")  # y upward
+    mass = share.sum((2, 3)) + 1e-9
+    centre_x = (share * x).sum((2, 3)) / mass
+    centre_y = (share * y).sum((2, 3)) / mass
+    centre = torch.stack((centre_x, centre_y), 2)  # (n * T, bodies, 2)
 
     def painted(q):
-        return render(system, q.unsqueeze(1), size).squeeze(1)
+        frames = render(system, q.unsqueeze(1), size)
+        return frames.squeeze(1)
 
-    start = system.locate(centre).double()
+    start = located(system, centre).double()
     q = gauss_newton(painted, start, pictures, steps=2, h=0.01, longest=0.2, damping=1e-3)
     return q.unflatten(0, frames.shape[:2])
 
