@@ -527,8 +527,8 @@ class HGN(Saved):
         q, p = self.rollout(*f_psi(z), self.encoder.reference_frame, -self.dt)
         return q[:, -1], p[:, -1]
 
-    def follow(self, z, times, horizon):
-        """z (B, ...) -> q (B, n, dim) at frames `times`, integers (B, n) of at most `horizon`."""
+    def q_at(self, z, times, horizon):
+        """z (B, ...) -> q (B, n, dim) at frames `times`, integers (B, n) from 0 to `horizon`."""
         q, _ = self.rollout(*self.state(z), horizon)
         return q.take_along_dim(times.unsqueeze(2), 1)
 
@@ -556,10 +556,9 @@ class HGN(Saved):
         dt = FRAME_TIME * speed
         return rollout(self.H, q, p, dt, steps, self.step, substeps, self.gamma)
 
-    def energy(self, q, p, block=1024):
-        """H of states (..., dim), (...), `block` at a time. Its zero and its unit mean nothing."""
-        states = zip(q.flatten(0, -2).split(block), p.flatten(0, -2).split(block), strict=True)
-        H = torch.cat([self.H(*state) for state in states])
+    def energy(self, q, p):
+        """H of states (..., dim), (...). Its zero and its unit mean nothing."""
+        H = self.H(q.flatten(0, -2), p.flatten(0, -2))
         return H.view(q.shape[:-1])
 
     def decode(self, q, block=64):
@@ -914,7 +913,7 @@ class CompactEncoder(Encoder):
     what learnt filters see by its mass, centre and inertia. q is a linear map of these, in which
     the centre counts most, plus an MLP.
     A polynomial through the q of the context gives the place and the velocity, and an MLP corrects
-    them. The variance is constant.
+    them. The variance is the same for all clips.
     """
 
     side = 16  # of the averaged pictures that filters see, on which the time of encoding depends
@@ -1145,7 +1144,7 @@ def charted_loss(
     model.check_frames(targets)
     E = variance(targets, average)
     z, kl = model.posterior(context, noise)
-    q = model.follow(z, times, horizon)
+    q = model.q_at(z, times, horizon)
     few = 1 + targets.shape[1] // 8  # as painting more for the chart costs time and helps little
     few_targets = targets[:, :few]
     chart = model.encoder.encode_frame(few_targets)
@@ -1158,21 +1157,17 @@ def charted_loss(
     return loss, rollout_error.mean() * E, kl
 
 
-def energy_score(model, context, targets, times, horizon):
-    """How badly q(z|x) forecasts pictures: (|x1 - y| + |x2 - y| - |x1 - x2|) / 2, a scalar.
+def averaged_picture_error(model, context, targets, times, horizon, scale=1.0, draws=8):
+    """Squared error of the mean picture over draws of z, an unbiased estimate, a scalar.
 
-    Here y is a target, and x1 and x2 are painted from the rollouts of two draws of z. The mean of
-    the score is least where z is drawn from the distribution that the truth is drawn from (Gneiting
-    & Raftery 2007, "Strictly proper scoring rules"), so that its gradient makes the variance of
-    q(z|x) as large as errors are. The ELBO makes it too small where the errors of pixels are not
-    independent of each other.
-    The arguments are those of `charted_loss`.
+    scale: what the standard deviation of q(z|x) is multiplied by. The error is least where draws of
+    z differ from its mean as much as the true state does. What no z explains, such as noise, adds a
+    constant. context, targets, times, horizon: those of `charted_loss`.
     """
     mean, logvar = model.encode(context)
-    z = model.prior.draw(mean.repeat(2, 1), logvar.repeat(2, 1))
-    q = model.follow(z, times.repeat(2, 1), horizon)
-    x1, x2 = model.decode(q).flatten(2).chunk(2)  # (B, n, C size size) each
-    y = targets.flatten(2)
-    from_truth = (x1 - y).norm(dim=2) + (x2 - y).norm(dim=2)
-    apart = (x1 - x2).norm(dim=2)
-    return (from_truth - apart).mean() / 2
+    logvar = logvar + 2 * math.log(scale)
+    z = torch.cat([model.prior.draw(mean, logvar) for _ in range(draws)])
+    q = model.q_at(z, times.repeat(draws, 1), horizon)  # (draws B, n, dim)
+    pictures = model.decode(q).unflatten(0, (draws, -1))  # (draws, B, n, C, size, size)
+    error = (pictures.mean(0) - targets).square()
+    return (error - pictures.var(0) / draws).mean()

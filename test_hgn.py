@@ -38,7 +38,7 @@ import train
 from eval import (
     OF_SYSTEMS,
     TestClips,
-    errors_of_mean_picture,
+    averaged_errors,
     kept_energy,
     load,
     measure,
@@ -1060,38 +1060,39 @@ def reconstruction_after(steps):
 
 
 class Guess(torch.nn.Module):
-    """A model whose pictures have two pixels, the state itself, which it sees with an error."""
+    """A model of a bump on a line, whose place it sees with an error that it takes for 0.1."""
 
     def __init__(self):
         super().__init__()
         self.encoder = torch.nn.Module()
-        self.encoder.logvar = torch.nn.Parameter(torch.full((2,), -6.0))
+        self.encoder.logvar_scale = 1.0
+        self.encoder.logvar = torch.nn.Parameter(torch.tensor([2 * math.log(0.1)]))
         self.prior = StandardNormal()
 
     def encode(self, frames):
-        mean = frames.flatten(1)
-        return mean, self.encoder.logvar.expand_as(mean)
+        place = frames.flatten(1)
+        return place, self.encoder.logvar.expand_as(place)
 
-    def follow(self, z, times, horizon):
+    def q_at(self, z, times, horizon):
         return z.unsqueeze(1)
 
     def decode(self, q):
-        return q.view(-1, 1, 1, 1, 2)
+        pixels = torch.linspace(-4, 4, 40)
+        return (-2 * (pixels - q).square()).exp().view(-1, 1, 1, 1, 40)
 
 
-def test_the_fitted_variance_is_that_of_the_errors():
-    """Which differ from coordinate to coordinate."""
+@each("error, noise", ((0.1, 0.0), (0.1, 0.3), (0.2, 0.0), (0.4, 0.3)))
+def test_the_fitted_variance_is_that_of_the_errors(error, noise):
+    """Whatever the noise of the pictures."""
     model = Guess()
-    error = torch.tensor([0.3, 0.15])
-
-    def batch(i):
-        truth = torch.randn(256, 1, 1, 1, 2, generator=seeded(i))
-        seen = truth + error * torch.randn(truth.shape, generator=seeded(1000 + i))
-        return seen, truth, torch.zeros(256, 1, dtype=torch.long)
-
-    train.fit_variance(model, batch, 0, rounds=300)
-    close(model.encoder.logvar.exp().sqrt(), error, rtol=0.1, atol=0)
-    assert model.encoder.logvar.requires_grad
+    torch.manual_seed(7)  # the fit draws from seed 0
+    place = torch.randn(4000, 1)
+    picture = model.decode(place.unsqueeze(1))
+    seen = place + error * torch.randn(place.shape)
+    noisy = picture + noise * torch.randn(picture.shape)
+    batch = (seen, noisy, torch.zeros(4000, 1, dtype=torch.long))
+    train.fit_variance(model, [batch], 0)
+    assert model.encoder.logvar.exp().sqrt().item() == pytest.approx(error, rel=1e-4)
 
 
 def test_the_papers_model_starts_to_learn():
@@ -1642,11 +1643,11 @@ def eight_columns(n, seed=0):
 
 
 @slow
-@each("table", (bent_chain, heavy_tails, eight_columns))
-def test_a_short_run_on_a_table_comes_near_the_truth(table, command):
+@each("table, steps", ((bent_chain, 500), (heavy_tails, 500), (eight_columns, 800)))
+def test_a_short_run_on_a_table_comes_near_the_truth(table, steps, command):
     rows, log_density = table(20_000)
     np.save("table.npy", rows)
-    command("train", "--data table.npy --steps 800 --name table")
+    command("train", f"--data table.npy --steps {steps} --name table")
     model = NHF.load("runs/table/checkpoint.pt")
     held_out = Points(rows).held_out
     gap = (log_density(held_out) - model.log_prob(held_out, 64)).mean().item()
@@ -1794,14 +1795,14 @@ def test_the_mean_picture_is_that_of_many_draws():
     single = measure(model, test, 4)["mse_0_3"]
     with torch.no_grad():
         model.encoder.logvar.fill_(-3)
-        certain = errors_of_mean_picture(model, test, start, 4)
+        certain = averaged_errors(model, test, start, 4)
         model.encoder.logvar.fill_(-0.3)
-        mean = errors_of_mean_picture(model, test, start, 4)["mean_mse_0_3"]
+        mean = averaged_errors(model, test, start, 4)["averaged_mse_0_3"]
         z = torch.cat([model.posterior(test.observed)[0] for _ in range(160)])
         q, _ = model.rollout(*model.state(z), 3)
         painted = model.decode(q).clamp(0, 1).unflatten(0, (10, 16, 4))
     truth = test.truth(4)
-    assert certain == {"mean_mse_0_3": pytest.approx(single, rel=1e-3)}
+    assert certain == {"averaged_mse_0_3": pytest.approx(single, rel=1e-3)}
     expected = (painted.mean(1) - truth).square().mean()
     assert mean == pytest.approx(expected.item(), rel=0.2)
     assert mean < 0.7 * (painted - truth).square().mean()
@@ -2607,7 +2608,7 @@ def test_times_are_uniform(own, command, on_loss):
         assert (counts / counts.mean() - 1).abs().max() < 0.3
 
 
-@each("name", fast_first(SCENES))
+@each("name", fast_first(("rod", "photo", "twins", "string", "rods", "guise")))
 def test_any_picture_is_learnt(name, command, on_loss):
     """In seconds: what single frames say paints them with half of a blank prediction's error."""
     frames = scene(name, 24, 24, size=16).clamp(0, 1)

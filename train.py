@@ -38,7 +38,7 @@ from eval import (
     save_movies,
     test_set,
 )
-from hgn import GECO, HGN, INTEGRATORS, TRAINING_ITERATIONS, charted_loss, energy_score
+from hgn import GECO, HGN, INTEGRATORS, TRAINING_ITERATIONS, averaged_picture_error, charted_loss
 from nhf import DENSITIES, NHF, RealNVPFlow, seeded
 from physics import SYSTEMS, initial_states, jitter, read_points, render, simulate
 
@@ -538,22 +538,20 @@ class CompactRecipe(PictureRecipe):
         return charted_loss(model, seen, targets, times, horizon, self.beta, noise, average)
 
     def finish(self, model):
-        """Fit the variance of z, then the prior, by batches after the last one."""
+        """Fit the variance of z, then the prior to the states of many clips."""
         options = self.options
         if options.deterministic:
             return
-
-        def batch(i):
-            return self.batch(options.steps + i)
-
-        fit_variance(model, batch, self.longest - 1, min(60, options.steps), options.seed)
+        self.part = slice(None)  # every process does the same here
+        batches = [self.batch(options.steps + i) for i in range(2)]
+        fit_variance(model, batches, self.longest - 1, options.seed)
         rounds = min(1000, options.steps)
         most = min(self.clips_of_prior, self.frames_of_prior // options.context)
-        n = 1 + min(most, 64 * rounds) // options.batch_size  # short runs take fewer
+        n = min(most, 64 * rounds) // options.batch_size  # short runs take fewer
         states = []
         with torch.no_grad():
-            for i in tqdm(range(n), "encoding clips for the prior", disable=RANK > 0):
-                seen, *_ = batch(i)
+            for i in tqdm(range(max(1, n)), "encoding clips for the prior", disable=RANK > 0):
+                seen, *_ = self.batch(i)  # early batches begin anywhere in a recording
                 states.append(torch.stack(model.encode(seen)))
         mean, logvar = torch.cat(states, 1)
         fit_prior(model.prior, mean, logvar, rounds, options.seed)
@@ -791,41 +789,37 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
-def fit(part, losses, batch, rounds, lr, title, muon=False):
-    """Train a part of a model by itself, to lower "loss" of losses(*batch(round))."""
-    optimisers = make_optimisers(part, lr, muon=muon)
-    step = stepper(part, losses, optimisers)
-    for i in tqdm(range(rounds), title, disable=RANK > 0):
-        set_rate(optimisers, lr, i, rounds)
-        step(*batch(i))
+@torch.no_grad()
+def fit_variance(model, batches, horizon, seed=0):
+    """Widen q(z|x) of a compact model by the power of two that makes the mean picture best.
 
-
-def fit_variance(model, batch, horizon, rounds=60, seed=0, lr=5e-2):
-    """Fit the variance of q(z|x), and nothing else, by `energy_score` of batch(round)."""
-    torch.manual_seed(seed)
-
-    def losses(seen, targets, times):
-        return {"loss": energy_score(model, seen, targets, times, horizon)}
-
-    model.requires_grad_(False)
-    model.encoder.logvar.requires_grad_()
-    fit(model, losses, batch, rounds, lr, "fitting the variance of z")
-    model.requires_grad_()
+    The ELBO makes it too narrow where the errors of pixels are not independent of each other.
+    batches: what the encoder sees, targets and their times, as `charted_loss` takes them.
+    """
+    errors = []
+    scales = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
+    for scale in tqdm(scales, "fitting the variance of z", disable=RANK > 0):
+        torch.manual_seed(seed)  # all scales see the same noise
+        error = [averaged_picture_error(model, *batch, horizon, scale) for batch in batches]
+        errors.append(sum(error))
+    best = scales[errors.index(min(errors))]
+    model.encoder.logvar += 2 * math.log(best) / model.encoder.logvar_scale
 
 
 def fit_prior(prior, mean, logvar, rounds=1000, seed=0, lr=2e-2):
     """Fit a learnt prior, by Muon, to q(z|x) of many clips, mean and log-variance (n, dim) each."""
     torch.manual_seed(seed)
+    optimisers = make_optimisers(prior, lr, muon=True)
 
     def losses(z, mean, logvar):
         return {"loss": prior.kl(z, mean, logvar).mean()}
 
-    def batch(i):
+    step = stepper(prior, losses, optimisers)
+    for i in tqdm(range(rounds), "fitting the prior", disable=RANK > 0):
+        set_rate(optimisers, lr, i, rounds)
         some = torch.randint(len(mean), (512,), device=mean.device)
         z = prior.draw(mean[some], logvar[some])
-        return z, mean[some], logvar[some]
-
-    fit(prior, losses, batch, rounds, lr, "fitting the prior", muon=True)
+        step(z, mean[some], logvar[some])
 
 
 # ------------------------------------------------------------------------------ a run and its files

@@ -164,10 +164,10 @@ noise() {
   gather noisy "${runs[@]}"
 }
 
-# Pictures that are not discs on a plain ground.
+# Pictures that are not discs on a plain ground; the coarse ones of grid also with longer contexts.
 scenes() {
   look=(--scale 4)
-  local name dt names=(rod photo twins string bar depth rods grid guise)
+  local name dt frames names=(rod photo twins string bar depth rods grid guise)
   if [ ! -e runs/scenes ]; then
     python -c "import test_hgn; test_hgn.write_scenes('runs/scenes.new')"
     mv runs/scenes.new runs/scenes
@@ -179,7 +179,10 @@ scenes() {
     fi
     learn "$name" --data "runs/scenes/$name.npy" --dt "$dt"
   done
-  gather scenes "${names[@]}"
+  for frames in 10 30; do
+    learn "grid-$frames" --data runs/scenes/grid.npy --dt 0.125 --context "$frames"
+  done
+  gather scenes "${names[@]}" grid-10 grid-30
   python - "${names[@]}" <<'PYTHON'
 import sys
 
