@@ -72,6 +72,7 @@ from physics import (
     initial_states,
     read_points,
     render,
+    rod_end,
     simulate,
     unchanged,
 )
@@ -2661,6 +2662,13 @@ def test_a_new_system_is_one_entry(command, on_loss, monkeypatch):
     for value in result.values():
         assert not isinstance(value, float) or math.isfinite(value)
     assert result["mse_0_29"] < 10 * result["blank_mse"]
+
+
+def test_places_that_cannot_be_inverted_are_refused():
+    """Measures of samples must not start from a guess."""
+    system = replace(SYSTEMS["pendulum"], position=lambda q: -rod_end(q))
+    with pytest.raises(ValueError, match="inverse"):
+        infer_q(system, torch.rand(1, 2, 3, 16, 16))
 
 
 def test_a_deterministic_model_has_no_samples_to_judge(command, on_loss):
