@@ -538,7 +538,10 @@ class CompactRecipe(PictureRecipe):
         return charted_loss(model, seen, targets, times, horizon, self.beta, noise, average)
 
     def finish(self, model):
-        """Fit the variance of z, then the prior to the states of many clips."""
+        """Fit the variance of z, then the prior to many states, by batches after the last one.
+
+        The states are those that whole windows are rolled out from.
+        """
         options = self.options
         if options.deterministic:
             return
@@ -551,7 +554,7 @@ class CompactRecipe(PictureRecipe):
         states = []
         with torch.no_grad():
             for i in tqdm(range(max(1, n)), "encoding clips for the prior", disable=RANK > 0):
-                seen, *_ = self.batch(i)  # early batches begin anywhere in a recording
+                seen, *_ = self.batch(options.steps + i)
                 states.append(torch.stack(model.encode(seen)))
         mean, logvar = torch.cat(states, 1)
         fit_prior(model.prior, mean, logvar, rounds, options.seed)
