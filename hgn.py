@@ -558,8 +558,7 @@ class HGN(Saved):
 
     def energy(self, q, p):
         """H of states (..., dim), (...). Its zero and its unit mean nothing."""
-        H = self.H(q.flatten(0, -2), p.flatten(0, -2))
-        return H.view(q.shape[:-1])
+        return self.H(q.flatten(0, -2), p.flatten(0, -2)).view(q.shape[:-1])
 
     def decode(self, q, block=64):
         """Paint q (B, T, dim): frames (B, T, C, size, size), `block` pictures at a time.

@@ -549,12 +549,13 @@ class CompactRecipe(PictureRecipe):
         batches = [self.batch(options.steps + i) for i in range(2)]
         fit_variance(model, batches, self.longest - 1, options.seed)
         rounds = min(1000, options.steps)
-        most = min(self.clips_of_prior, self.frames_of_prior // options.context)
-        n = min(most, 64 * rounds) // options.batch_size  # short runs take fewer
+        most = self.frames_of_prior // options.context
+        most = min(most, self.clips_of_prior, 64 * rounds)  # short runs take fewer
         states = []
         with torch.no_grad():
-            for i in tqdm(range(max(1, n)), "encoding clips for the prior", disable=RANK > 0):
-                seen, *_ = self.batch(options.steps + i)
+            n = max(1, most // options.batch_size)
+            for i in tqdm(range(n), "encoding clips for the prior", disable=RANK > 0):
+                seen = self.batch(options.steps + i)[0]
                 states.append(torch.stack(model.encode(seen)))
         mean, logvar = torch.cat(states, 1)
         fit_prior(model.prior, mean, logvar, rounds, options.seed)
