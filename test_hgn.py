@@ -2728,7 +2728,7 @@ def test_the_speed_is_measured(command):
 # Figures from before 1.2 and the models they were measured on, see results/README.md.
 FROM_BEFORE = {"bench-cpu.json", "bench-cuda.json", "damped_pendulum.json", "damped_spring.json",
                "film.json", "flows.json", "noisy.json", "paper-2500.json", "paper.json",
-               "paper_mass_spring.json", "paper_mass_spring.pt", "scenes.json"}  # fmt: skip
+               "paper_mass_spring.json", "paper_mass_spring.pt"}  # fmt: skip
 
 
 def versions_in(report):
