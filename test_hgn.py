@@ -2,6 +2,11 @@
 a reference integrator, autograd, quadrature.
 
 python -m pytest -q -m "not slow" test_hgn.py      # and -m slow for the long ones
+
+The true physics that the tests know also measures trained models:
+
+python test_hgn.py measures runs/three_body         # SyMetric, and how true samples are
+python test_hgn.py bench --system three_body        # the speed of a training step of train.py
 """
 
 import itertools
@@ -12,12 +17,15 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import struct
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 from fractions import Fraction
+from itertools import combinations_with_replacement
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -29,6 +37,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.autograd.functional import jacobian
 from torch.distributions import Normal, kl_divergence
+from torch.func import jacrev, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,13 +46,20 @@ import hgn
 import train
 from eval import (
     OF_SYSTEMS,
+    TEST_SEED,
+    WINDOW,
     TestClips,
     averaged_errors,
+    find_run,
     kept_energy,
     load,
     measure,
     noise_floor,
+    pixel_mse,
+    provenance,
+    run_main,
     valid_frames,
+    wrap,
 )
 from hgn import (
     GECO,
@@ -62,12 +78,14 @@ from hgn import (
     leapfrog_step,
     read_checkpoint,
     rollout,
+    write_file,
 )
 from nhf import DENSITIES, NHF, FlowHamiltonian, Points, RealNVPFlow, SoftUniform, log_normal
 from physics import (
     BACKGROUND,
     SYSTEMS,
     Recordings,
+    along_x,
     clips,
     initial_states,
     read_points,
@@ -76,19 +94,9 @@ from physics import (
     simulate,
     unchanged,
 )
-from results.measures import (
-    infer_q,
-    judge,
-    quality_of_samples,
-    state_rows,
-    symetric,
-    symplecticity,
-)
 
 # The mark `slow` is registered nowhere, as the tests need no file but this one.
 warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
-torch.set_num_threads(1)  # threads that wait for a busy core cost minutes
-os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes started here
 HERE = Path(__file__).parent
 TestClips.__test__ = False  # by its name alone pytest takes it for a test
 PAPER_SYSTEMS = ("mass_spring", "pendulum", "two_body", "three_body")
@@ -112,6 +120,8 @@ def seeded(seed=0):
 def alone():
     """The same random numbers for every test, and the signal handlers as they were before it."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # threads that wait for a busy core cost minutes
+    os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that a test starts
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [(number, signal.getsignal(number)) for number in signals]
     yield
@@ -1674,6 +1684,217 @@ def test_a_flow_learns_sixteen_correlated_columns():
     assert abs(log_prob + entropy) < 0.1
 
 
+# ------------------------------------------------------------- measures that need the true physics
+# Two measures of the states and of the samples, in the form that eval.py's have. SyMetric passes
+# where symetric_r2, of the map from learnt to true states, is above 0.9 and symetric, how far that
+# map is from symplectic, is below 0.05. samples_valid is the share of samples that are pictures of
+# the system, samples_obey of those that also move as it does.
+
+
+def symplecticity(model, test, start, frames):
+    """SyMetric between the model's states and the true ones, along the test clips."""
+    dim = start[0].shape[1]
+    least = 8 * dim  # a linear map of so many numbers fits anything
+    if len(test.observed) < least:
+        return {"symetric": f"left out: {dim} numbers in q need {least} clips"}
+    q, p = test.path(WINDOW)
+    true = state_rows(q, p, test.angles)
+    q, p = model.rollout(*start, WINDOW - 1)
+    latent = state_rows(q, p, model.angles)
+    return symetric(latent, true)
+
+
+def quality_of_samples(model, test, start, frames):
+    """Which shares of samples show the system and move as it does."""
+    if model.deterministic:
+        return {"samples_valid": "left out: a deterministic model has no prior to draw from"}
+    generator = seeded(TEST_SEED + 4)
+    samples = model.sample(len(test.observed), WINDOW - 1, generator=generator)
+    valid, obey = judge(test.system, samples, test.dt)
+    return {"samples_valid": valid, "samples_obey": obey}
+
+
+def state_rows(q, p, angles):
+    """Every third state of paths q and p (B, T, ...) as rows (B * T / 3, 2 * dim).
+
+    The first `angles` of the coordinates are counted from their mean at frame 0, by less than half
+    a turn, so that no path starts beside the cut at pi.
+    """
+    q = q[:, ::3].flatten(2).double()  # (B, T / 3, dim)
+    p = p[:, ::3].flatten(2).double()
+    turning = q[..., :angles]
+    start = turning[:, :1]
+    mean_sin = start.sin().mean(0)
+    mean_cos = start.cos().mean(0)
+    mean = torch.atan2(mean_sin, mean_cos)
+    turning = turning - start + wrap(start - mean)
+    return torch.cat((turning, q[..., angles:], p), 2).flatten(0, 1)
+
+
+def symetric(latent, true, orders=5):
+    """SyMetric (Higgins et al. 2021, arXiv 2111.05986): is latent -> true state symplectic?
+
+    The map is a regression on polynomials, by ridge where the authors have a lasso. It is
+    symplectic, but for a constant factor, where the Poisson brackets of the true coordinates, as
+    functions of the latent ones, are those of coordinates and their momenta.
+    latent: (n, 2 d). true: (n, 2 D). Returns: a dict of R^2, SyMetric and the polynomials' order.
+    """
+    true = moving_directions(true)
+    scale = latent.std(0).clamp(min=1e-9)
+    true_scale = true.std(0)
+    x = (latent - latent.mean(0)) / scale
+    y = (true - true.mean(0)) / true_scale
+    for order in range(1, orders + 1):
+        w, r2 = fit_polynomial(x, y, order)
+        next_terms = products(x[:1], order + 1).shape[1]
+        if r2 >= 0.9 or next_terms > len(x) / 4:  # so many terms would fit noise
+            break
+
+    def fitted(x):
+        return true_scale * (products(x, order) @ w)
+
+    jacobian_of_each = vmap(jacrev(fitted))
+    jacobian = jacobian_of_each(x) / scale  # (n, 2 D, 2 d)
+    by_q, by_p = jacobian.chunk(2, 2)
+    brackets = by_q @ by_p.mT - by_p @ by_q.mT  # Poisson brackets, (n, 2 D, 2 D)
+    P = brackets @ brackets.mT  # the identity, where the map is symplectic
+    largest = P.abs().amax((1, 2))
+    P = P / largest.mean()
+    identity = torch.eye(P.shape[1]).to(P)
+    off = (P - identity).square().mean()
+    return {"symetric_r2": r2, "symetric": off.item(), "symetric_order": order}
+
+
+def moving_directions(states):
+    """Q and p of states (n, 2 D) along the principal directions in which p moves.
+
+    That is where p spreads by a tenth of its largest spread or more: where a centre of mass hardly
+    moves, no regression sees its Poisson brackets.
+    """
+    q, p = states.chunk(2, 1)
+    deviation = p - p.mean(0)
+    _, spread, directions = torch.linalg.svd(deviation, full_matrices=False)
+    moves = spread > 0.1 * spread[0]
+    moving = directions[moves].mT
+    return torch.cat((q @ moving, p @ moving), 1)
+
+
+def products(x, order):
+    """All products of one to `order` coordinates of x (..., dim): (..., terms)."""
+    terms = []
+    for factors in range(1, order + 1):
+        for term in combinations_with_replacement(x.unbind(-1), factors):
+            product = torch.stack(term).prod(0)
+            terms.append(product)
+    return torch.stack(terms, -1)
+
+
+def fit_polynomial(x, y, order):
+    """The weights of a ridge regression of y (n, m) on products(x, order), and its R^2.
+
+    It is fitted to the first half of the rows, and R^2 is that of the other half.
+    """
+    A = products(x, order)
+    A = A - A.mean(0)
+    A, A_unseen = A.tensor_split(2)
+    y, y_unseen = y.tensor_split(2)
+    identity = torch.eye(A.shape[1]).to(A)
+    ridge = 1e-4 * len(A) * identity
+    w = torch.linalg.solve(A.T @ A + ridge, A.T @ y)
+    residual = (A_unseen @ w - y_unseen).square().sum()
+    r2 = 1 - residual / y_unseen.square().sum()
+    return w, r2.item()
+
+
+def judge(system, frames, dt, seen=10):
+    """Which shares of clips (n, T, 3, S, S) show the system, and move as it does.
+
+    A clip shows the system where painting the state read off every frame has a pixel MSE of 5e-4
+    at most. It moves as the system does where it also stays within 0.15, in world units, of the
+    true motion from the state that fits its `seen` first frames best.
+    """
+    q = torch.cat([infer_q(system, block) for block in frames.split(8)])
+    painted = render(system, q, frames.shape[-1])
+    error = pixel_mse(painted, frames)  # (n, T)
+    valid = error.amax(1) <= 5e-4
+    shown = system.position(q)  # (n, T, bodies, 2)
+
+    def motion(start, steps=seen):
+        path, _ = simulate(system, *start.unbind(1), steps, dt)
+        return system.position(path)
+
+    p = system.inertia * wrap(q[:, 1] - q[:, 0]) / dt  # a rough start for the fit
+    start = torch.stack((q[:, 0], p), 1)  # (n, 2, bodies, dims)
+    start = gauss_newton(motion, start, shown[:, :seen], 4, 1e-4, 0.5, 1e-9)
+    off = motion(start, shown.shape[1]) - shown
+    distance = off.norm(dim=-1).amax((1, 2))
+    obey = valid & (distance <= 0.15)
+    share_valid = valid.double().mean()
+    share_obey = obey.double().mean()
+    return share_valid.item(), share_obey.item()
+
+
+def gauss_newton(f, x, target, steps, h, longest, damping):
+    """x (n, ...) whose f(x) (n, ...) is nearest to target, by damped Gauss-Newton steps.
+
+    h: of the central differences for the slopes of f. longest: how far a step moves a coordinate.
+    """
+    one = torch.eye(x[0].numel()).to(x)
+    shifts = h * torch.cat((one, -one)).view(-1, 1, *x.shape[1:])  # (2 * dim, 1, ...)
+    for _ in range(steps):
+        values = f((x + shifts).flatten(0, 1)).to(x)
+        ahead, behind = values.reshape(2, len(one), len(x), -1)
+        J = (ahead - behind).permute(1, 2, 0) / (2 * h)  # (n, m, dim)
+        error = (target - f(x)).to(x)
+        slope = J.mT @ error.reshape(len(x), -1, 1)
+        curvature = J.mT @ J + damping * one
+        step = torch.linalg.solve(curvature, slope).reshape(x.shape)
+        x = x + step.clamp(-longest, longest)
+    return x
+
+
+def located(system, centre):
+    """The q (n, bodies, dims) of discs centred at (n, bodies, 2). Raises: ValueError."""
+    x, y = centre.split(1, -1)
+    if system.position is unchanged:
+        return centre
+    if system.position is along_x:
+        return x
+    if system.position is rod_end:
+        return torch.atan2(x, -y)
+    raise ValueError("this system's places are not known here: add the inverse of its position")
+
+
+def infer_q(system, frames):
+    """The true system's q (n, T, bodies, dims) that frames (n, T, 3, S, S) show.
+
+    It starts at the centroids of the pixels whose colour is nearest to that of each body.
+    """
+    size = frames.shape[-1]
+    pictures = frames.flatten(0, 1)  # (n * T, 3, S, S)
+    background = torch.tensor(BACKGROUND).to(frames)
+    light = pictures - background.view(3, 1, 1)
+    colours = torch.tensor(system.colours).to(frames)
+    share = torch.einsum("ncyx,bc->nbyx", light, F.normalize(colours)).clamp(min=1e-9)
+    largest = share.amax(1, keepdim=True)
+    share = share * (share == largest)
+    pixels = torch.arange(size).to(frames) - (size - 1) / 2
+    line = pixels * 2 * system.half_width / size
+    x, y = torch.meshgrid(line, -line, indexing="xy")  # y upward
+    mass = share.sum((2, 3)) + 1e-9
+    centre_x = (share * x).sum((2, 3)) / mass
+    centre_y = (share * y).sum((2, 3)) / mass
+    centre = torch.stack((centre_x, centre_y), 2)  # (n * T, bodies, 2)
+
+    def painted(q):
+        frames = render(system, q.unsqueeze(1), size)
+        return frames.squeeze(1)
+
+    start = located(system, centre).double()
+    q = gauss_newton(painted, start, pictures, steps=2, h=0.01, longest=0.2, damping=1e-3)
+    return q.unflatten(0, frames.shape[:2])
+
+
 # ---------------------------------------------------------------------------------------- eval.py
 
 
@@ -2716,7 +2937,7 @@ def test_a_flow_resumes_and_refuses_points_that_changed(command):
 
 def test_the_speed_is_measured(command):
     words = f"{TINY} --size 16".split()
-    subprocess.run([sys.executable, HERE / "results/bench.py", *words], check=True)
+    subprocess.run([sys.executable, HERE / "test_hgn.py", "bench", *words], check=True)
     table = json.loads(Path("runs/bench.json").read_text())["table"]
     names = [row["what"] for row in table]
     assert names[1:] == ["batch", "trajectories of a pool, and a batch", "training step"]
@@ -3008,3 +3229,106 @@ def test_the_examples_in_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S):
         exec(block.replace("steps = 400", "steps = 8"), {})  # which takes minutes
+
+
+# ----------------------------------------------------------------------------- tools, see the top
+
+
+def measure_states(words):
+    """Measure the model whose run or checkpoint is named.
+
+    The figures go to measures.json in the folder that eval.py writes to.
+    """
+    if len(words) != 1:
+        raise ValueError("measures takes a checkpoint or the folder of a run, and nothing else")
+    path = find_run(words[0])
+    model, run = load(path)
+    options = run["options"]
+    if not options["system"]:
+        raise ValueError(f"{path} is of no named system, whose true states are known")
+    test = TestClips(options, evaluation.CLIPS)
+    figures = measure(model, test, WINDOW, (symplecticity, quality_of_samples))
+    report = {**provenance(), "test_seed": TEST_SEED, "checkpoint": str(path), "metrics": figures}
+    folder = path.parent if path.name == "checkpoint.pt" else Path("runs", f"{path.stem}-look")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "measures.json").write_text(json.dumps(report, indent=1))
+    for name, value in figures.items():
+        print(f"{name:<16}{value:.4g}" if isinstance(value, float) else f"{name:<16}{value}")
+
+
+LEAST_SECONDS = 2  # that a median is taken over
+
+
+def timed(what, n, function, *arguments):
+    """Time a call that does n things: the first call, which compiles, and the median after it."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    while len(times) < 4 or sum(times[1:]) < LEAST_SECONDS:
+        begin = time.perf_counter()
+        function(*arguments)
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    first, *others = times
+    s = statistics.median(others)
+    print(f"{what:<42}{1e3 * s:9.4g} ms{n / s:10.4g}/s, first {first:.3g} s")
+    peak = torch.cuda.max_memory_allocated()  # 0 without a GPU
+    return {"what": what, "first_s": first, "s": s, "per_s": n / s, "peak_bytes": peak}
+
+
+def measure_speed(words):
+    """Time a run of train.py with these options, which is built, but not trained.
+
+    A matrix product, the drawing of a batch and the training step are timed, on a GPU the step
+    kernel by kernel and as a graph. The table goes to runs/bench.json too.
+    """
+    given = train.parse(words)
+    device = given.pop("device", None)
+    compile = given.pop("compile", None)
+    options = train.settle(given)
+    torch.manual_seed(options.seed)
+    recipe = train.recipe_of(options, device, compile)
+    model = recipe.build()
+    step = train.step_of(recipe, model, train.optimisers_of(recipe, model))
+    batch = recipe.batch(options.steps)  # with the farthest horizon
+    a = torch.randn(4096, 4096, device=recipe.device)
+    table = [timed("matmul of 4096, TFLOP", 2 * 4096**3 / 1e12, torch.matmul, a, a)]
+    table.append(timed("batch", options.batch_size, recipe.batch, options.steps))
+    if options.system:
+
+        def draw():  # with the trajectories of POOL batches
+            recipe.source.pool = None
+            recipe.batch(options.steps)
+
+        n = train.POOL * options.batch_size
+        table.append(timed("trajectories of a pool, and a batch", n, draw))
+    if isinstance(step, train.Graphed):
+        what = "training step, kernel by kernel"
+        table.append(timed(what, options.batch_size, step.step, *batch))
+        for _ in range(train.Graphed.warm_up):  # the next call captures the graph
+            step(*batch)
+    table.append(timed("training step", options.batch_size, step, *batch))
+    threads = torch.get_num_threads()
+    report = {**provenance(), "threads": threads, "config": vars(options), "table": table}
+    Path("runs").mkdir(exist_ok=True)
+    write_file("runs/bench.json", json.dumps(report, indent=1).encode())
+    print("wrote runs/bench.json")
+
+
+TOOLS = {"measures": measure_states, "bench": measure_speed}
+
+
+def use_tool(words):
+    """Use the tool that the first word names, on the other words."""
+    name, *others = words or [""]
+    if name not in TOOLS:
+        raise ValueError(
+            f"python test_hgn.py takes one of {', '.join(TOOLS)}, and pytest all tests"
+        )
+    TOOLS[name](others)
+
+
+if __name__ == "__main__":
+    run_main(use_tool, sys.argv[1:])

@@ -64,9 +64,9 @@ learn() {
   return "$status"
 }
 
-# bench NAME OPTIONS...: the table of bench.py is kept as NAME.json.
+# bench NAME OPTIONS...: its table is kept as NAME.json.
 bench() {
-  python results/bench.py "${@:2}" && cp runs/bench.json "$to/$1.json"
+  python test_hgn.py bench "${@:2}" && cp runs/bench.json "$to/$1.json"
 }
 export -f learn bench
 export to prefix

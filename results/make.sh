@@ -40,7 +40,7 @@ reports = {}
 for run in runs:
     folder = Path(f"runs/made-{run}")
     report = json.loads((folder / "metrics.json").read_text())
-    measures = folder / "measures.json"  # of measures.py
+    measures = folder / "measures.json"  # of test_hgn.py measures
     if measures.exists():
         report["metrics"] |= json.loads(measures.read_text())["metrics"]
     if report["config"]["data"]:
@@ -61,7 +61,7 @@ systems() {
     fi
     learn "$name" --system "$name" "${longer[@]}"
     if [ ! -e "runs/made-$name/measures.json" ]; then
-      python results/measures.py "runs/made-$name"
+      python test_hgn.py measures "runs/made-$name"
     fi
     python - "runs/made-$name" "checkpoints/$name.pt" <<'PYTHON'
 import sys
@@ -285,7 +285,7 @@ PYTHON
 
 # The training step of the compact model, on the CPU of this machine.
 bench() {
-  python results/bench.py --device cpu
+  python test_hgn.py bench --device cpu
   cp runs/bench.json results/bench-cpu.json
 }
 
