@@ -6,7 +6,7 @@ python eval.py --checkpoint mine.pt --system two_body      # a model of your own
 
 The parts, from top to bottom: what train.py shares with this file; checkpoints (`find_run`,
 `load`); test data (`test_set`); measures (`measure`, where a new figure is a function of its own in
-QUICK or OF_SYSTEMS, or is named in `look_at_pictures`; `measure_flow`); movies; charts; command.
+QUICK, SLOW or OF_SYSTEMS; `measure_flow`); movies; charts; command.
 """
 
 import argparse
@@ -46,7 +46,7 @@ WINDOW = 30  # frames of the paper's test clips
 FRAMES = 90  # of a rollout
 CLIPS = 64  # to measure on
 FEW = 32  # clips that `valid_frames` follows
-BLOCK = 16  # clips that a model paints at a time, for memory
+BLOCK = 16  # clips that `errors` paints at a time, for memory
 DRAWS = 16  # of z for a mean picture
 
 
@@ -155,8 +155,9 @@ def keep_freed_memory():
 def find_run(where=None, name=None):
     """Return the path of a checkpoint.
 
-    where: a checkpoint or the folder of a run; by default the newest run below runs/, of the
-    system, density or data called `name` if one is, or else the model that comes with the code.
+    where: a checkpoint or the folder of a run. By default it is the newest run below runs/, or the
+    newest of the system, density or data called `name` if that is given; without one, the model
+    that comes with the code.
     Raises: ValueError.
     """
     if where is not None:
@@ -176,16 +177,17 @@ def find_run(where=None, name=None):
 OWN_ARGUMENT = {"hgn": "arch", "nhf": "hamiltonians", "realnvp": "layers"}  # tells models apart
 OF_EVERY_RUN = {"model", "system", "density", "data", "digest"}  # options that a run must have
 # The options of a run that are no arguments of a model, for a model that is no run's.
-OF_NO_RUN = {
-    "system": None, "density": None, "data": None, "digest": None, "noise": 0.0, "clip": 60,
-    "stride": 1, "seed": 0,
-}  # fmt: skip
+OF_NO_RUN = {"clip": 60, "stride": 1, "seed": 0}
+OF_NO_DATA = {"system": None, "density": None, "data": None, "digest": None, "noise": 0.0}
 
 
-def options_of(config, **data):
-    """Return the options of a run, of a model with this config that is measured on other data."""
+def options_of(config, run, **data):
+    """Return the options of a run, of a model with this config that is measured on other data.
+
+    run: the options that it had, which say how recordings are cut into clips and held out.
+    """
     (model,) = [name for name, argument in OWN_ARGUMENT.items() if argument in config]
-    return {**OF_NO_RUN, **config, "model": model, **data}
+    return {**OF_NO_RUN, **run, **config, **OF_NO_DATA, "model": model, **data}
 
 
 def read_run(path):
@@ -199,7 +201,7 @@ def read_run(path):
         if "run" in checkpoint:
             run = checkpoint["run"]
         else:
-            run = {"options": options_of(checkpoint["config"])}
+            run = {"options": options_of(checkpoint["config"], {})}
         complete = run["options"].keys() >= OF_EVERY_RUN
     except (AttributeError, KeyError, TypeError, ValueError):
         complete = False
@@ -221,7 +223,7 @@ def load(path, device="cpu"):
 
 # ------------------------------------------------------------------ test data
 class TestClips:
-    """Fixed test clips of a simulated system.
+    """Test clips of a simulated system: the same for every model of equal options, and of equal n.
 
     Attributes: `observed`, what a model sees, noisy, (n, T, 3, size, size); q and p, the true
     states at frame 0, (n, bodies, dims); `angles`, how many of q are angles, all or none; `length`,
@@ -260,7 +262,7 @@ class TestClips:
 
 
 class HeldOut(Recordings):
-    """Recordings with the attributes of TestClips, of held-out clips, but for the true states.
+    """Held-out clips of recordings, with the attributes of `TestClips` except the true states.
 
     Their truth ends: the clips to test on are those that are at least as long as the median of all
     that are held out, which is `length`.
@@ -311,7 +313,8 @@ def test_set(options, n, device="cpu"):
 # ------------------------------------------------------------------ measures of models of pictures
 # A measure is a function of the model, the test clips, the states (q, p) that were inferred at
 # frame 0, and how many frames to follow, which `picture_errors` and `averaged_errors` heed. It
-# returns figures by name. Pixels are in [0, 1], and errors but mse_noisy are against clean truth.
+# returns figures by name. Pixels are in [0, 1], and errors but mse_noisy are against the clean
+# truth of simulated clips.
 
 
 def picture_errors(model, test, start, frames):
@@ -327,7 +330,7 @@ def picture_errors(model, test, start, frames):
 
 
 def by_window(name, per_frame):
-    """Return the means of errors (frames,) over windows of 30, the first that of training."""
+    """Return the means of errors (frames,) over windows of 30 frames."""
     figures = {}
     for first in range(0, len(per_frame), WINDOW):
         part = per_frame[first : first + WINDOW]
@@ -399,10 +402,10 @@ def errors_under_noise(model, test, start, frames):
 
 
 def noise_floor(system, noise="paper", size=32, n=2000, draws=32, generator=None):
-    """Return the smallest pixel MSE that any model can reach under observation noise.
+    """Return the pixel MSE of the best prediction under observation noise that it has not seen.
 
     It is the mean variance of a pixel given the true state, by Monte Carlo over n random states
-    with `draws` noisy pictures each.
+    with `draws` noisy pictures each. A model may go below it on frames that its encoder sees.
     """
     q, p = initial_states(system, n, generator)
     path, _ = simulate(system, q, p, 8, dt=0.5)
@@ -441,6 +444,7 @@ def valid_frames(model, test, start, frames, length=10 * WINDOW):
 
 
 QUICK = (picture_errors, errors_under_noise, learnt_friction)
+SLOW = (averaged_errors, kept_energy)
 OF_SYSTEMS = (errors_at_other_speeds, valid_frames)
 
 
@@ -448,7 +452,7 @@ OF_SYSTEMS = (errors_at_other_speeds, valid_frames)
 def measure(model, test, frames=FRAMES, measures=QUICK):
     """Return the figures of all the measures, a dict, under a bar of progress.
 
-    The model sees the first `context` frames of the test clips only.
+    The encoder sees only the first `context` frames of each clip.
     """
     frames = min(frames, test.length)
     start = model.infer(test.observed)
@@ -495,25 +499,25 @@ def measure_flow(model, points, n=10_000, samples=(16, 256)):
 
 # ------------------------------------------------------------------ the printed table
 NOTES = {
-    "mse_0_29": "mean squared error of pixels, frames 0 to 29",
+    "mse": "mean squared error of pixels in these frames",
     "blank_mse": "of a blank prediction, the mean picture",
-    "mse_30_59": "the same, frames 30 to 59",
-    "averaged_mse_0_29": f"of the mean picture over {DRAWS} draws of z",
+    "averaged_mse": "the same of the mean picture over draws of z",
     "mse_noisy": "against noisy pictures, frames 0 to 29",
-    "noise_floor": "the least mse_noisy that any model can reach",
+    "noise_floor": "mse_noisy of the best prediction that has not seen the noise",
     "friction": "gamma of p -> exp(-gamma t) p, one over the unit of --dt",
-    "energy_std_ratio": "std of H along 1,000 frames, over that across clips",
+    "energy_std_ratio": "std of H along 1,000 frames, over that across clips; friction counts",
     "strict_vpt": "frames until a tenth of blank_mse, median of (at most 32) clips",
     "energy_variance": "of H along 1,000 frames, in the model's own units",
     "mse_backward": "of 30 frames back in time",
     "mse_double_speed": "of 30 frames, twice as fast",
     "mse_half_speed": "of 30 frames, half as fast",
-    "us_per_log_prob_16": "microseconds a point, of log_prob with 16 draws of p",
+    "us_per_log_prob": "microseconds a point, of log_prob with so many draws of p",
+    "log_prob": "bound of log p(x) by so many draws of p, nats",
     "standard_error": "of log_prob, as the points are a sample",
     "entropy": "of the true density: the least -log_prob of any model",
     "elbo": "lower bound of log p(x) by one draw, nats",
     "gap": "of -log p to the entropy, nats: 0 is the best, but for standard_error",
-}  # on figures of metrics.json
+}  # on figures of metrics.json, whose names may go on with numbers
 
 
 def print_table(result):
@@ -521,7 +525,8 @@ def print_table(result):
     print("\nOn test data:")
     for name, value in result.items():
         if isinstance(value, float):
-            print(f"  {name:<22}{value:<12.4g}{NOTES.get(name, '')}")
+            stem = name.rstrip("_0123456789")
+            print(f"  {name:<22}{value:<11.4g}", NOTES.get(stem, ""))
 
 
 # ------------------------------------------------------------------ movies
@@ -574,15 +579,14 @@ def save_movie(path, movie, dt, scale):
     """Write a movie (rows, clips, T, C, size, size) as a GIF that runs as fast as the physics.
 
     GIF counts in hundredths of a second, and browsers slow down what is shown for less than two of
-    them, so of fast clips only every k-th frame is shown. Rounding the times at which frames end,
-    not the delays, keeps the whole movie at its true speed.
+    them: such fast frames are shown for 0.02 s each. Rounding the times at which frames end, not
+    the delays, keeps the whole movie at its true speed.
     """
     title = "truth above model" if len(movie) == 2 else "drawn from the prior"
     if path.stem not in ("rollout", "samples"):
         title = f"{path.stem}: {title}"  # which way and how fast time runs
-    stride = math.ceil(0.02 / dt)
-    frames = range(0, movie.shape[2], stride)
-    ends = dt * stride * np.arange(len(frames) + 1)
+    frames = range(movie.shape[2])
+    ends = dt * np.arange(len(frames) + 1)
     delays = np.diff(np.rint(100 * ends)).clip(2, 65535)  # 65535: what GIF can store
     first, *others = [draw_frames(movie[:, :, t], f"{title}, frame {t}", scale) for t in frames]
     milliseconds = (10 * delays).tolist()
@@ -768,7 +772,7 @@ OF_DATA = {
                "help": "Recordings or points of your own."},
 }  # fmt: skip
 OPTIONS = {
-    "one of these: the newest run of it or, of the model given, what to measure it on at its dt":
+    "one of these: whose newest run to look at or, with --checkpoint, what to measure that on":
         OF_DATA,
     "of all models": {
         "--checkpoint": {"metavar": "PATH", "help": "A checkpoint or the folder of a run "
@@ -784,7 +788,7 @@ OPTIONS = {
         "--reverse": {"action": "store_true", "help": "reverse.gif: from the last state back."},
         "--speed": {"type": number(1e-3, 1e3, float), "action": "append",
                     "help": "speed_X.gif: X times as fast; may be repeated."},
-        "--sample": {"type": number(0, 16), "help": "samples.gif: so many drawn from the prior."},
+        "--sample": {"type": number(0, 16), "help": "samples.gif: so many motions from the prior."},
         "--show": {"type": number(1, 16), "help": "Clips beside each other (default: 4)."},
         "--scale": {"type": number(1, 16), "help": "Screen pixels of a pixel (default: 8)."},
     },
@@ -801,10 +805,10 @@ def look(given):
     in_run = path.name == "checkpoint.pt"
     name = path.parent.name if in_run else path.stem
     if where and any(options[name] != value for name, value in data.items()):
-        options = options_of(model.config, **data)
+        options = options_of(model.config, options, **data)
         in_run = False
     folder = path.parent if in_run else Path("runs", f"{name}-look")
-    print(f"{path}: looking; pictures and figures go to {folder}")
+    print(f"{path}: pictures and figures go to {folder}")
     model.to(device_of(options["model"], given.pop("device", None)))
     look_at = look_at_flow if options["model"] in FLOWS else look_at_pictures
     result = look_at(model, options, folder, given)
@@ -834,7 +838,7 @@ def look_at_pictures(model, options, folder, given):
     save_phase(model, test, folder / "phase.png", frames)
     measures = QUICK
     if not quick:
-        measures += (averaged_errors, kept_energy)
+        measures += SLOW
         if test.system:
             measures += OF_SYSTEMS
     return measure(model, test, frames, measures)

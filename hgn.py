@@ -1,11 +1,13 @@
-"""Hamiltonian Generative Networks (Toth et al., ICLR 2020, arXiv 1909.13789). Needs only torch.
+"""Hamiltonian Generative Networks (Toth et al., ICLR 2020, arXiv 1909.13789).
+
+This file needs only torch, 2.11 or later.
 
 An encoder infers an abstract state (q, p) from the first frames of a clip, a learnt scalar H rolls
 the state out in time, and a decoder paints every frame from q alone:
 
     model = HGN(arch="paper")                  # 32 x 32 RGB pictures, the encoder sees 5 frames
     model.init_from_data(pictures)             # (n, 3, 32, 32) in [0, 1], once before training
-    loss, mse, kl = model.loss(frames)         # frames (B, T, 3, 32, 32)
+    loss, mse, kl = model.loss(frames)         # frames (B, T, 3, 32, 32); compact: `charted_loss`
     q, p = model.infer(frames)                 # the state at frame 0, (B, dim) each
     q, p = model.rollout(q, p, steps=90)       # (B, 91, dim) each; dt=-model.dt runs backward
     movie = model.decode(q)                    # (B, 91, 3, 32, 32)
@@ -32,7 +34,8 @@ __version__ = "1.2"  # of all files here; it goes up where what is computed chan
 
 def compiled_once(step):
     """Let torch.compile compile `step` once instead of unrolling each of its calls."""
-    if torch.__version__ >= "2.13":  # earlier versions fail where H is differentiated by autograd
+    # This compares numbers, not strings. Before 2.13 it fails where autograd differentiates H.
+    if torch.__version__ >= "2.13":
         return torch.compiler.nested_compile_region(step)
     return step
 
@@ -48,9 +51,9 @@ def compiled_once(step):
 def leapfrog_step(H, q, p, h):
     """Take one explicit leapfrog step of length h, the paper's equation (2).
 
-    It is for a separable H(q, p) = K(p) + V(q), such as a `SeparableHamiltonian`: it is then
-    symplectic, reversible and of order 2. For any other H it is of order 1 and neither of these:
-    take `implicit_leapfrog_step`.
+    For a separable H(q, p) = K(p) + V(q), such as a `SeparableHamiltonian`, it is symplectic,
+    reversible and of order 2. For any other H it is only of order 1, and neither symplectic nor
+    reversible: use `implicit_leapfrog_step` instead.
     q, p: (B, ...). Returns: q, p after the step.
     """
     p = p - h / 2 * H.grad_q(q, p)
@@ -74,9 +77,10 @@ def rollout(H, q, p, dt, steps, step=leapfrog_step, substeps=1, gamma=None):
         dt: time from one returned state to the next; a negative dt runs backward.
         step: `leapfrog_step` for a separable H(q, p) = K(p) + V(q), best written as a
             `SeparableHamiltonian`; `implicit_leapfrog_step` for any other H.
+        steps: number of states after the given one.
         substeps: how many calls of `step` a dt is divided into.
-        gamma: coefficient of friction, a tensor; p decays by exp(-gamma h / 2) before and after
-            each step of length h.
+        gamma: coefficient of friction, a scalar tensor, or None. p is multiplied by
+            exp(-gamma h / 2) before and after each step of length h.
     Returns: q, p, each (B, steps + 1, ...), the given state first.
     """
     h = dt / substeps
@@ -94,15 +98,16 @@ def rollout(H, q, p, dt, steps, step=leapfrog_step, substeps=1, gamma=None):
 
 
 def gradient(energy, argument, *state):
-    """The gradient of energy(*state), (B,), with respect to one of the state, by autograd.
+    """Differentiate energy(*state), (B,), with respect to state[argument] by autograd.
 
-    argument: the number of the one. Raises: RuntimeError in inference mode.
+    Raises: RuntimeError in inference mode.
     """
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         # Some versions of torch return zero here without an error.
         raise RuntimeError("the gradients of H need torch.no_grad(), not inference_mode()")
 
-    def total(*state):  # whose gradient holds that of every element of the batch
+    # Elements of the batch are independent, so the gradient of the sum holds all their gradients.
+    def total(*state):
         return energy(*state).sum()
 
     return torch.func.grad(total, argument)(*state)
@@ -111,9 +116,9 @@ def gradient(energy, argument, *state):
 class Hamiltonian(nn.Module):
     """Any scalar H(q, p): a subclass writes `forward`, (B, ...) twice -> (B,).
 
-    It suits `implicit_leapfrog_step`. The gradients come from autograd. A subclass may write them
-    out instead, and may compute in `features` what both of them need of q, which an implicit step
-    then computes once for each q.
+    It suits `implicit_leapfrog_step`. The gradients are computed by autograd unless a subclass
+    overrides `grad_q` and `grad_p`. It may also override `features`, whose result is passed to both
+    of them and is reused while q does not change.
     """
 
     iterations = 8  # of each implicit equation; an iteration gains a factor of the order of h
@@ -290,15 +295,15 @@ class PaperHamiltonian(Hamiltonian):
         return self.convs(maps).sum((1, 2, 3))
 
 
-def upsampled_conv(conv, x):
+def upsampled_conv(layer, x):
     """Upsample x by two, nearest neighbour, and convolve: (n, C, H, W) -> (n, C', 2 H, 2 W).
 
-    Taps of the 3x3 kernel that see the same pixel of x are added up first. The sums are the kernel
+    Taps of the 3x3 kernel that see the same pixel of x are added first. The sums are the kernel
     of a transposed convolution, which takes 4/9 of the multiplications.
     """
-    kernel = 4 * F.avg_pool2d(conv.weight, 2, stride=1, padding=1)  # sums of 2x2 taps
+    kernel = 4 * F.avg_pool2d(layer.weight, 2, stride=1, padding=1)  # sums of 2x2: (C', C, 4, 4)
     kernel = kernel.flip(2, 3).transpose(0, 1)  # (C, C', 4, 4)
-    return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
+    return F.conv_transpose2d(x, kernel, layer.bias, stride=2, padding=1)
 
 
 class ResidualUp(nn.Module):
@@ -331,7 +336,7 @@ class PaperDecoder(nn.Sequential):
         self[-2].weight.data.mul_(0.1)  # at first every pixel has the same colour
 
     def init_from_data(self, pictures):
-        colour = pictures.mean((0, 2, 3))
+        colour = pictures.mean((0, 2, 3))  # (C,)
         self[-2].bias.data.copy_(torch.logit(colour, eps=0.01))
 
 
@@ -355,6 +360,8 @@ def paper_networks(size, channels, context, latent, periodic, f_psi):
         z_shape = (2 * maps, side, side)
     H = PaperHamiltonian(maps, side)
     decoder = PaperDecoder(size, channels, maps)
+    # This H is not separable, so explicit leapfrog, the paper's choice, is neither symplectic nor
+    # reversible here; integrator="implicit_leapfrog" is both.
     return encoder, decoder, psi, H, StandardNormal(), z_shape, leapfrog_step
 
 
@@ -430,6 +437,12 @@ def check_options(options, allowed):
             raise ValueError(f"{name} must be in {values}, not {options[name]!r}")
 
 
+def check_range(frames):
+    """Raises: ValueError unless frames are in [0, 1], but for noise."""
+    if not (frames - 0.5).abs().max() < 1.4:  # NaN is not either
+        raise ValueError("frames must be from 0 to 1: divide those from 0 to 255 by 255")
+
+
 class HGN(Saved):
     """Hamiltonian Generative Network (Toth et al. 2020, section 3).
 
@@ -444,7 +457,7 @@ class HGN(Saved):
         latent: numbers in q (compact, default 6) or maps in q (paper, default 16).
         integrator: one of INTEGRATORS; default: "implicit_leapfrog" (compact), "leapfrog" (paper).
         substeps: steps of the integrator from frame to frame.
-        periodic: whether q are angles (compact); default: the first half of them.
+        periodic: whether all numbers in q are angles, or none; default: the first half (compact).
         f_psi: False is the paper's ablation in which z itself is the state (paper).
         deterministic: the paper's ablation without sampling of z and without KL.
         friction: learn the coefficient gamma of a friction p -> exp(-gamma t) p.
@@ -487,13 +500,21 @@ class HGN(Saved):
 
     @property
     def gamma(self):
-        """The friction of p -> exp(-gamma t) p, where a frame lasts FRAME_TIME; None without."""
+        """The coefficient of friction in p -> exp(-gamma t) p, or None without friction.
+
+        It is in the model's unit of time, in which a frame lasts FRAME_TIME: multiply it by
+        FRAME_TIME / dt for the unit of `dt`.
+        """
         return None if self.log_gamma is None else self.log_gamma.exp()
 
     @torch.no_grad()
     def init_from_data(self, pictures):
-        """Set what needs no learning from some hundred pictures (n, C, size, size)."""
+        """Set what needs no learning from some hundred pictures (n, C, size, size) in [0, 1].
+
+        Raises: ValueError for other pictures.
+        """
         self.check_frames(pictures.unsqueeze(0), least=2)
+        check_range(pictures)
         self.encoder.init_from_data(pictures)
         self.decoder.init_from_data(pictures)
 
@@ -515,7 +536,7 @@ class HGN(Saved):
     def posterior(self, frames, noise=None):
         """z ~ q(z|x), (B, ...), and the KL to the prior in nats, the mean over the clips.
 
-        A learnt prior gives the KL at this z, whose expectation is the KL.
+        With a learnt prior the KL is estimated from this single z, without bias.
         """
         mean, logvar = self.encode(frames)
         z = self.prior.draw(mean, logvar, noise)
@@ -523,8 +544,8 @@ class HGN(Saved):
 
     def state(self, z):
         """z (B, ...) -> q, p at frame 0, (B, dim) each."""
-        f_psi = self.H.momentum if self.f_psi is None else self.f_psi
-        q, p = self.rollout(*f_psi(z), self.encoder.reference_frame, -self.dt)
+        to_state = self.H.momentum if self.f_psi is None else self.f_psi
+        q, p = self.rollout(*to_state(z), self.encoder.reference_frame, -self.dt)
         return q[:, -1], p[:, -1]
 
     def q_at(self, z, times, horizon):
@@ -535,10 +556,10 @@ class HGN(Saved):
     def infer(self, frames):
         """frames (B, T >= context, C, size, size) -> q, p at frame 0, of the mean of q(z|x).
 
-        Raises: ValueError for frames that are not floats from 0, but for noise, to 1.
+        Raises: ValueError for frames of another shape, that are not floats or that are not in
+        [0, 1], but for noise.
         """
-        if frames.max() > 2:
-            raise ValueError("frames must be from 0 to 1: divide those from 0 to 255 by 255")
+        check_range(frames)
         mean, _ = self.encode(frames)
         return self.state(mean)
 
@@ -583,6 +604,7 @@ class HGN(Saved):
     def loss(self, frames, beta=1e-3, noise=None, times=None):
         """The negative ELBO, -1/T sum_t log p(x_t|q_t) + KL(q(z|x) || p(z)), equation (5).
 
+        It is the loss of arch="paper"; that of arch="compact" is `charted_loss`.
         p(x|q) is Gaussian of variance beta / 2. The sum is given times beta / (C size size) and
         without its constant, which makes it mse + beta KL / (C size size).
         frames: (B, T, C, size, size): the encoder sees the first `context`.
@@ -604,6 +626,8 @@ class GECO:
 
     beta, the inverse of their Lagrange multiplier, is changed after each step by the logarithm of
     tolerance over the moving average of the error; theirs by the difference of the two.
+    tolerance: the MSE to reach. rate: the largest change of log(beta) in a step. beta: its first
+    value. bounds: the range of beta after the first step.
     """
 
     def __init__(self, tolerance=2e-4, rate=0.01, beta=1e-3, bounds=(1e-5, 1.0), device=None):
@@ -615,8 +639,8 @@ class GECO:
 
     def update(self, mse):
         """Change `beta` in place, given the error of a training step, a scalar tensor."""
-        finite = torch.where(mse.isfinite(), mse.detach().to(self.mse), self.mse)
-        self.mse.lerp_(finite, 0.05)
+        error = torch.where(mse.isfinite(), mse.detach().to(self.mse), self.mse)
+        self.mse.lerp_(error, 0.05)
         push = (self.tolerance / self.mse.clamp(min=1e-12)).log().clamp(-1, 1)
         self.beta.mul_((self.rate * push).exp()).clamp_(*self.bounds)
 
@@ -636,8 +660,8 @@ def implicit_leapfrog_step(H, q, p, h, cache=None):
     Integration, VI.3): of order 2, symplectic and reversible as far as `H.iterations` fixed-point
     iterations solve its two implicit equations. For a separable H its result is that of
     `leapfrog_step`, which is several times as fast.
-    cache: what the step before returned last, H.features(q) and, to start the iteration from, an
-    estimate of dH/dq.
+    cache: the third value that the previous step returned, or None at the first step: H.features(q)
+    and an estimate of dH/dq, from which the iteration starts.
     Returns: q, p after the step, and the cache for the next step.
     """
     if cache is None:
@@ -666,7 +690,9 @@ INTEGRATORS = {
 
 # ------------------------------------------------------------------------- coordinates and priors
 
-LIMIT = 50.0  # dH/dq counts q and p as no larger, which keeps a rollout gone astray finite
+# Networks see numbers in q and p clamped to [-LIMIT, LIMIT], which keeps a diverging rollout
+# finite. Beyond it `grad_q` is the force at the limit, not the derivative of H.
+LIMIT = 50.0
 
 
 class Space:
@@ -732,7 +758,7 @@ class RealNVP(Prior):
 
     Each layer changes the coordinates that its mask leaves out, by a scale and a shift that a
     network computes from the others. As a learnt prior of z, `forward` takes z to noise.
-    context: for each layer a tensor (..., width) that is added before the first ReLU.
+    condition: for each layer a tensor (..., width) that is added before the first ReLU.
     """
 
     def __init__(self, dim, layers=8, width=64):
@@ -744,31 +770,31 @@ class RealNVP(Prior):
             for _ in range(layers)
         )
 
-    def coupling(self, layer, x, context):
+    def coupling(self, layer, x, condition):
         """log s and t of a layer, (..., dim) each, zero where the layer changes nothing."""
         mask = self.masks[layer]
         net = self.nets[layer]
         hidden = net[0](mask * x)
-        if context is not None:
-            hidden = hidden + context[layer]
+        if condition is not None:
+            hidden = hidden + condition[layer]
         output = net[1:](hidden) * (1 - mask).repeat(2)
         log_s, t = output.chunk(2, -1)
         return 2 * torch.tanh(log_s / 2), t
 
-    def forward(self, x, context=None):
+    def forward(self, x, condition=None):
         """x (..., dim) -> y (..., dim) and log |det dy/dx|, (...)."""
         log_det = 0
         for layer in range(len(self.nets)):
-            log_s, t = self.coupling(layer, x, context)
+            log_s, t = self.coupling(layer, x, condition)
             x = x * log_s.exp() + t
             log_det = log_det + log_s.sum(-1)
         return x, log_det
 
-    def inverse(self, y, context=None):
+    def inverse(self, y, condition=None):
         """The x (..., dim) that `forward` takes to y, and log |det dx/dy|, (...)."""
         log_det = 0
         for layer in reversed(range(len(self.nets))):
-            log_s, t = self.coupling(layer, y, context)
+            log_s, t = self.coupling(layer, y, condition)
             y = (y - t) * (-log_s).exp()
             log_det = log_det - log_s.sum(-1)
         return y, log_det
@@ -790,7 +816,8 @@ class RealNVP(Prior):
 class PotentialMLP(nn.Module):
     """V(x) = |x L|^2 / 2 + last . b(x), where b are the second hidden units of a tanh MLP.
 
-    The quadratic term makes motion start as oscillation; the rest is bounded.
+    The quadratic term makes numbers oscillate at the start of training, while angles turn freely,
+    as sin^2 + cos^2 is constant. The other term is bounded.
     """
 
     def __init__(self, dim, width):
@@ -908,9 +935,9 @@ def correction_mlp(*sizes, activation=nn.SiLU):
 class CompactEncoder(Encoder):
     """q(z|x), where z = (q, dq/dt) at the middle frame of the context.
 
-    `encode_frame` maps each frame by itself to its q; this map is called the chart. It describes
-    what learnt filters see by its mass, centre and inertia. q is a linear map of these, in which
-    the centre counts most, plus an MLP.
+    `encode_frame` maps each frame by itself to its q; this map is called the chart. The squared
+    response of each learnt filter is described by its mass, centre and inertia. q is a linear map
+    of these features, in which the centres count most, plus an MLP.
     A polynomial through the q of the context gives the place and the velocity, and an MLP corrects
     them. The variance is the same for all clips.
     """
@@ -937,7 +964,7 @@ class CompactEncoder(Encoder):
         # The linear part of the chart sees centres as they are and all other features at a fifth of
         # their size. As centres are linear in the places of things, and the others are not, this
         # keeps q close to linear in these places, and M close to constant, where that is possible.
-        # It is saved with the weights, so that those of an encoder without it are refused.
+        # It is a buffer that is saved, so that checkpoints made without it are refused.
         scale = torch.tensor((0.2, 1.0, 1.0, 0.2, 0.2, 0.2)).repeat_interleave(filters)
         self.feature_scale = nn.Buffer(scale)
         # Least-squares polynomial in time; its first two coefficients are the value and the slope
@@ -946,8 +973,8 @@ class CompactEncoder(Encoder):
         powers = torch.vander(time, min(context, self.largest_degree + 1), increasing=True)
         self.fit = nn.Buffer(torch.linalg.pinv(powers)[:2].float())  # (2, context)
         line = torch.linspace(-1, 1, self.side)
-        y, x = torch.cartesian_prod(line, line).T  # of each pixel, (H W,) each
-        monomials = torch.stack((torch.ones_like(x), x, y, x * x, x * y, y * y))
+        y, x = torch.cartesian_prod(line, line).T  # (side * side,) each
+        monomials = torch.stack((torch.ones_like(x), x, y, x * x, x * y, y * y))  # (6, side * side)
         self.monomials = nn.Buffer(monomials, persistent=False)
 
     def init_from_data(self, pictures):
@@ -958,7 +985,7 @@ class CompactEncoder(Encoder):
     def features(self, pictures):
         """Pictures (n, C, H, W) -> moments of what each filter sees, (n, 6 * filters)."""
         pictures = F.adaptive_avg_pool2d(self.foreground(pictures), self.side)
-        response = self.filters(pictures).movedim(1, 3).flatten(1, 2)  # (n, H W, filters)
+        response = self.filters(pictures).movedim(1, 3).flatten(1, 2)  # (n, side * side, filters)
         density = response * response  # square() has a slow backward pass
         mass, *moments = (self.monomials @ density).unbind(1)  # (n, filters) each
         x, y, xx, xy, yy = (moment / (mass + 0.01) for moment in moments)
@@ -1033,14 +1060,17 @@ class CompactDecoder(nn.Module):
         return centre, log_scale, b, log_h.clamp(max=self.largest_log_h), colour
 
     def forward(self, q, rows=slice(None), columns=slice(None)):
-        """q (n, dim) -> pictures (n, C, w, w), of these rows and columns of pixels alone."""
+        """q (n, dim) -> pictures (n, C, w, w).
+
+        rows, columns: which w rows and which w columns of pixels to paint, by default all.
+        """
         x = self.space.embed(q)
         centre, log_scale, b, log_h, colour = self.parts(x)
         pixels = torch.stack((self.line[columns], self.line[rows])).unsqueeze(2)  # (2, w, 1)
         offset = pixels - centre.unsqueeze(2)  # (n, 2, w, gaussians)
         dx, dy = (log_scale.exp().unsqueeze(2) * offset).unbind(1)  # (n, w, gaussians) each
         slanted = dx.unsqueeze(1) + (b * dy).unsqueeze(2)  # (n, w, w, gaussians)
-        log_of_row = log_h - 0.5 * dy.square()
+        log_of_row = log_h - 0.5 * dy.square()  # (n, w, gaussians)
         weights = (log_of_row.unsqueeze(2) - 0.5 * slanted.square()).exp()
         weights = weights.flatten(1, 2)  # (n, w w, gaussians)
         ground = self.picture(x).unflatten(1, self.shape)[:, :, rows][..., columns]
@@ -1067,8 +1097,8 @@ def compact_networks(size, channels, context, latent, periodic, f_psi):
     return encoder, decoder, None, H, RealNVP(2 * dim), (2 * dim,), implicit_leapfrog_step
 
 
-# Functions that make the parts of an HGN: encoder, decoder, f_psi (None stands for H.momentum), H,
-# prior, the shape of z, and the integrator, unless another one is asked for.
+# Each function returns the encoder, the decoder, f_psi (None stands for H.momentum), H, the prior,
+# the shape of z without its batch dimension, and the default integrator.
 ARCHITECTURES = {"compact": compact_networks, "paper": paper_networks}
 
 ALLOWED = {
@@ -1092,8 +1122,9 @@ def robust(x, tolerance):
 def picture_error(model, q, targets):
     """Squared error of pictures painted from q (B, n, dim) against targets (B, n, C, size, size).
 
-    All pixels count below a size of 32, below 64 every second in a row and in a column, else every
-    fourth, from a random one on. Returns: the mean over them, (B, n).
+    Pictures smaller than 32 are compared at all pixels, those smaller than 64 at every second row
+    and column, and larger ones at every fourth, from a random row and column on.
+    Returns: the mean over these pixels, (B, n).
     """
     size = targets.shape[-1]
     stride = 2 ** min(size // 32, 2)
@@ -1117,7 +1148,7 @@ def variance(x, average):
 
 
 def charted_loss(
-    model, context, targets, times, horizon, beta=1e-3, noise=None, average=unchanged
+    model, seen, targets, times, horizon, beta=1e-3, noise=None, average=unchanged
 ):  # fmt: skip
     """The loss of the compact model, in units of the variance E of the targets' pixels.
 
@@ -1128,21 +1159,24 @@ def charted_loss(
         beta KL / (C size size E)  the ELBO's second term
         chart mse / E              frames painted from the chart, `encode_frame`
         robust(d^2 / var, 0.01)    d: from the rollout's q to the chart's, whose variance is var
+                                   (angles as they are in [-pi, pi])
 
     Args:
-        context: frames that the encoder sees, (B, context, C, size, size).
+        model: an `HGN` of arch="compact".
+        seen: frames that the encoder sees, (B, context, C, size, size).
         targets: frames to paint, (B, n, C, size, size).
         times: which frames the targets are, integers (B, n) from 0 to `horizon`. Frame 0 is the
-            first frame of `context`.
+            first frame of `seen`.
         horizon: frames to roll out.
-        noise: of z, N(0, I).
+        beta: weight of the KL.
+        noise: N(0, I), of the shape of z, which is made of it; by default it is drawn.
         average: a function of a tensor without gradients. Where several processes train together,
             it gives the mean over all of them.
     Returns: loss, mse of the pixels scored, and kl (nats), scalars.
     """
     model.check_frames(targets)
     E = variance(targets, average)
-    z, kl = model.posterior(context, noise)
+    z, kl = model.posterior(seen, noise)
     q = model.q_at(z, times, horizon)
     few = 1 + targets.shape[1] // 8  # as painting more for the chart costs time and helps little
     few_targets = targets[:, :few]
@@ -1151,19 +1185,19 @@ def charted_loss(
     chart_variance = variance(chart, average)
     rollout_error = picture_error(model, q, targets) / E
     chart_error = picture_error(model, chart, few_targets) / E
-    negative_elbo = robust(rollout_error, 0.1) + beta * kl / context[0, 0].numel() / E
+    negative_elbo = robust(rollout_error, 0.1) + beta * kl / seen[0, 0].numel() / E
     loss = negative_elbo + chart_error.mean() + robust(distance / chart_variance, 0.01)
     return loss, rollout_error.mean() * E, kl
 
 
-def averaged_picture_error(model, context, targets, times, horizon, scale=1.0, draws=8):
+def averaged_picture_error(model, seen, targets, times, horizon, scale=1.0, draws=8):
     """Squared error of the mean picture over draws of z, an unbiased estimate, a scalar.
 
     scale: what the standard deviation of q(z|x) is multiplied by. The error is least where draws of
     z differ from its mean as much as the true state does. What no z explains, such as noise, adds a
-    constant. context, targets, times, horizon: those of `charted_loss`.
+    constant. draws: at least 2. seen, targets, times, horizon: those of `charted_loss`.
     """
-    mean, logvar = model.encode(context)
+    mean, logvar = model.encode(seen)
     logvar = logvar + 2 * math.log(scale)
     z = torch.cat([model.prior.draw(mean, logvar) for _ in range(draws)])
     q = model.q_at(z, times.repeat(draws, 1), horizon)  # (draws B, n, dim)

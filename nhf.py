@@ -30,7 +30,7 @@ SIZES = range(1, 4097)  # allowed numbers of dimensions, Hamiltonians, steps, la
 
 
 def log_normal(x):
-    """log N(x; 0, I) of x (..., dim), (...)."""
+    """log N(x; 0, I): x (..., dim) -> (...)."""
     return -0.5 * (x.square() + log(2 * pi)).sum(-1)
 
 
@@ -39,7 +39,8 @@ class Flow(Saved):
 
     Inside, coordinates are tail asinh(scale^-1 (x - shift) / tail): about linear near zero, and
     logarithmic far out, where the base density is too small. Densities are exact all the same.
-    Data are tensors, arrays or lists; densities and samples are float64, as data are inside units.
+    Data are tensors, arrays or lists. They are standardised in float64, and densities and samples
+    are float64; the networks keep the precision of their weights.
     shift: a number or (dim,). scale: a number above 0 or a lower triangular matrix (dim, dim).
     Raises: ValueError for other values.
     """
@@ -73,7 +74,7 @@ class Flow(Saved):
         return x
 
     def standardise(self, x):
-        """Data (..., dim) -> standardised data, and the log-density (...) that this costs."""
+        """Data x (..., dim) -> standardised q (..., dim), and log |det dx/dq| (...)."""
         x = (self.as_points(x) - self.shift) @ self.scale.double().inverse().mT
         x = x / self.tail
         log_volume = self.scale.diagonal().log().sum() + x.square().log1p().sum(-1) / 2
@@ -162,7 +163,7 @@ class FlowHamiltonian(SeparableHamiltonian):
         super().__init__()
         self.K = Quadratic(dim) if kinetic == "quadratic" else PotentialMLP(dim, width)
         self.V = PotentialMLP(dim, width)
-        # The first units start from smooth to four times as steep, as densities have edges.
+        # The slopes of the first units are one to four times the usual, as densities have edges.
         steepness = torch.logspace(0, 2, width, base=2)
         self.V.first.weight.data *= steepness.unsqueeze(1)
         self.V.first.bias.data *= 1.5 * steepness
@@ -344,8 +345,9 @@ def on_arcs(arcs, t):
 def noisy_arcs(arcs, entropy, sigma, nodes=400):
     """Noise of width sigma around arcs of circles, all of them equally likely.
 
-    arcs: for each (x, y, radius, middle, n), the centre and the radius of its circle, the direction
-    of its middle in half turns, and the part 1/n of the circle that it is; n is inf for a point.
+    arcs: a row (x, y, radius, middle, n) for each arc, the centre and the radius of its circle, the
+    direction of its middle in half turns, and the part 1/n of the circle that it is; n is inf for a
+    point.
     """
     arcs = torch.tensor(arcs)
     t = (torch.arange(nodes) + 0.5) / nodes

@@ -144,9 +144,7 @@ def gravity_potential(q):
     return -sum(1 / (a - b).norm(dim=-1) for a, b in pairs)
 
 
-# A new system is one more entry here. It must give `colours` (one for each body), `radius`,
-# `half_width`, `initial` and `potential`; `inertia`, unless it is 0.5; `position`, unless q is
-# where the discs are; and `periodic`, if q are angles.
+# A new system is one more entry here, see `System`.
 SYSTEMS = {
     "mass_spring": System(
         colours=(YELLOW,), radius=0.5, half_width=2.0, initial=partial(polar_state, 0.1, 1.0),
@@ -171,10 +169,10 @@ SYSTEMS["damped_pendulum"] = replace(SYSTEMS["pendulum"], friction=0.1)
 
 # -------------------------------------------------------------------------------------- simulation
 
-FRAME_TIME = 0.125  # the paper's time between frames
-LEAPFROGS = 5  # are extrapolated, of 1, 2, ..., 5 steps: a method of order 10
-TOLERANCE = 1e-10  # change of a coordinate, also relative, by the last refinement
-SHORTEST = FRAME_TIME / 256  # step; where it does not resolve a close meeting, there is a warning
+PAPER_DT = 0.125  # the paper's time between frames
+LEAPFROGS = 5  # solutions of 1, 2, ..., 5 steps are extrapolated, a method of order 10
+TOLERANCE = 1e-10  # the largest absolute or relative change by the last refinement
+SHORTEST = PAPER_DT / 256  # step; where it does not resolve a close meeting, there is a warning
 UNRESOLVED = (
     "a simulated motion is wrong: it is not finite, or does not settle however short the steps, as "
     "where bodies all but collide; start from other states, or leave such clips out"
@@ -195,13 +193,13 @@ def initial_states(system, n, generator=None, device="cpu"):
     return q.to(device), p.to(device)
 
 
-def simulate(system, q, p, frames, dt=FRAME_TIME):
+def simulate(system, q, p, frames, dt=PAPER_DT):
     """True trajectories in float64, by extrapolated leapfrogs, see `advance`.
 
     q, p: initial states (B, bodies, dims). frames: how many, with the initial one. dt: from frame
     to frame; negative runs backward. Returns: q, p, (B, frames, bodies, dims) each.
     Raises: ValueError if frames < 1, and for a system whose functions do not fit each other.
-    Warns: where a motion cannot be computed.
+    Warns: where a motion cannot be computed; Python shows a warning of one place only once.
     """
     if frames < 1:
         raise ValueError(f"frames must be at least 1, not {frames}")
@@ -246,7 +244,8 @@ def advance(system, start, dt):
     """States (q, p), stacked, after a time dt, by the method of Gragg, Bulirsch and Stoer.
 
     It extrapolates leapfrogs (Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I,
-    II.9). Motions for which the last refinement still tells are done again in two halves.
+    II.9). Motions that the last refinement still changes by more than TOLERANCE are computed again
+    in two halves.
     """
     states = [leapfrog(system, start, dt, n) for n in range(1, LEAPFROGS + 1)]
     end, before = extrapolate(states)
@@ -304,7 +303,7 @@ def jitter(system, q, noise=0.0, generator=None):
     return q + sigma * gaussian.to(q.device)
 
 
-def clips(system, n, frames=30, dt=FRAME_TIME, noise=0.0, size=32, generator=None, device="cpu"):
+def clips(system, n, frames=30, dt=PAPER_DT, noise=0.0, size=32, generator=None, device="cpu"):
     """n random clips (n, frames, 3, size, size), and their true q and p (n, frames, bodies, dims).
 
     noise: as of `jitter`; q and p are without it.
@@ -345,7 +344,11 @@ def reading(path):
 
 
 def read_csv(path):
-    """Numbers (N, D) separated by commas, below one line of names or none. Raises: ValueError."""
+    """Numbers (N, D) separated by commas, below one line of names or none.
+
+    Every column is a coordinate: pandas writes no numbers of rows with index=False.
+    Raises: ValueError.
+    """
     # Spreadsheets begin a file with a mark, which this encoding drops. Words are read as NaN.
     table = np.genfromtxt(path, delimiter=",", ndmin=2, encoding="utf-8-sig")
     if np.isnan(table[:1]).all():
@@ -473,11 +476,11 @@ def read_frames(path, size):
 
 
 def even_steps(times):
-    """The numbers of the frames to show at even steps, of those that begin at times (n,), and the
-    step, 0 where times are unknown.
+    """Choose frames at even steps, of those that begin at times (n,).
 
     The step is the median of the frames' durations, averaged over those that differ by rounding.
-    Shown is what was there in the middle of each step.
+    Each step shows the frame that was there in its middle.
+    Returns: the indices of the frames to show, and the step in seconds, 0 where times are unknown.
     """
     durations = np.diff(times)
     median = np.median(durations) if len(durations) else 0
@@ -618,7 +621,7 @@ def frame_time(path, films, dt):
     steps = [film.step for film in films]
     if max(steps) > UNLIKE * min(steps):
         raise ValueError(f"{path} has films of unlike rates: convert them, or set all by --dt")
-    return steps[0] or FRAME_TIME
+    return steps[0] or PAPER_DT
 
 
 class Recordings:
@@ -629,7 +632,7 @@ class Recordings:
     Args:
         path: an array file, a film, a GIF, or a folder of films, pictures or folders of pictures.
         size: pixels; default the pictures' own, if 16 to 128 and a multiple of 8, else 32.
-        clip: frames of the clips that a recording is cut into.
+        clip: frames of the clips that a recording is cut into, to almost twice as many.
         stride: take every k-th frame.
         dt: seconds between recorded frames; default the files', or 0.125.
         seed: of what is held out.
@@ -671,9 +674,9 @@ class Recordings:
         )
         too_short = len(films) - len(long)
         left_out = f"left out: {too_short} too short, {still} in which nothing moves"
-        self.summary = "; ".join((found, left_out, *notes, *self.warnings(path)))
+        self.summary = "; ".join((found, left_out, *notes, *self.check_motion(path)))
 
-    def warnings(self, path):
+    def check_motion(self, path):
         """What makes errors on the held-out clips say little, a list of one line or none.
 
         Raises: ValueError for pixels beyond white and where all clips are almost black.

@@ -238,7 +238,7 @@ def resumed(given, saved):
             raise ValueError(f"--{dashed(name)} cannot change in a run that is resumed")
     options = argparse.Namespace(**options | given)
     if options.steps < saved["step"]:
-        raise ValueError(f"this run is at step {saved['step']} already: --steps must be more")
+        raise ValueError(f"this run is at step {saved['step']} already: --steps is less")
     return options
 
 
@@ -255,7 +255,7 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join_processes(options, model):
-    """Make all processes start from the same weights; returns this one's part of a batch."""
+    """Give all processes the weights of the first, and return the slice of a batch for this one."""
     if PROCESSES > 1:
         dist.init_process_group()  # gloo on the CPU, nccl on GPUs
         for tensor in model.state_dict().values():
@@ -287,9 +287,9 @@ def average_together(tensors):
 POOL = 64  # batches whose trajectories are simulated together, which is faster
 
 
-def generator_of(seed, number):
-    """A generator of its own for batch `number`, so that a resumed run draws what it would have."""
-    return torch.Generator().manual_seed((seed << 20) + number)
+def generator_of(seed, index):
+    """A generator of its own for each index, so that a resumed run draws what it would have."""
+    return torch.Generator().manual_seed((seed << 20) + index)
 
 
 class SimulatedClips:
@@ -300,8 +300,10 @@ class SimulatedClips:
         self.system = SYSTEMS[options.system]
         self.device = device
         self.lengths = torch.tensor([options.window])
-        self.reach = self.lengths  # a row starts so far from its clip's end, or at the horizon
-        self.train_clips = torch.zeros_like(self.lengths)  # all clips of a batch have this length
+        # A row of frames starts at least min(reach, horizon) frames before the end of its clip.
+        self.reach = self.lengths
+        # Indices into `lengths`: all simulated clips have the same length, so one entry is enough.
+        self.train_clips = torch.zeros_like(self.lengths)
         self.pool = None
 
     def frames(self, step, clips, times, generator, part):
@@ -358,9 +360,9 @@ class Recipe:
     geco_state = ()  # the tensors of it that change from step to step
     part = slice(None)  # of each batch, which this process takes
 
-    def __init__(self, options, test, device, compile=False):
+    def __init__(self, options, dataset, device, compile=False):
         self.options = options
-        self.test = test
+        self.dataset = dataset  # what to train on, and what is held out
         self.device = device
         self.compile = compile
         self.one_shape = compile or device.type == "cuda"  # graphs are of one shape
@@ -368,6 +370,10 @@ class Recipe:
     @staticmethod
     def complete(options):
         """Fill in options that depend on others."""
+
+    def optimisers(self, model):
+        """The optimisers of the model's parameters."""
+        return make_optimisers(model, self.options.lr, self.lr_scales, self.muon)
 
     def prepare(self, model):
         """Set what training a new or a loaded model needs."""
@@ -383,10 +389,10 @@ class PictureRecipe(Recipe):
     lie from the first of them; `batch(step)`; and `terms`, the loss, pixel error and KL of a batch.
     """
 
-    def __init__(self, options, test, device, compile=False):
-        super().__init__(options, test, device, compile)
+    def __init__(self, options, dataset, device, compile=False):
+        super().__init__(options, dataset, device, compile)
         if options.data:
-            self.source = RecordedClips(test, device)
+            self.source = RecordedClips(dataset, device)
         else:
             self.source = SimulatedClips(options, device)
         self.beta = torch.tensor(options.beta, device=device)
@@ -397,13 +403,13 @@ class PictureRecipe(Recipe):
         lengths = self.source.lengths[self.source.train_clips]
         self.longest = min(options.window, int(lengths.max()))
         self.row = self.frames_in_a_row()
-        if min(self.row, self.longest) < max(3, options.context):
-            raise ValueError("too few frames: raise --window or --targets, or lower --context")
+        if self.longest < max(3, options.context):
+            raise ValueError("too few frames: raise --window or --clip, or lower --context")
         short = (lengths < self.row).sum().item()
         if short and RANK == 0:
             print(f"{short} clips are shorter than {self.row} frames: lower --window to learn them")
         frames = options.batch_size * (options.context + options.window)
-        if frames * test.size**2 > MOST_PIXELS:
+        if frames * dataset.size**2 > MOST_PIXELS:
             raise ValueError("a batch takes gigabytes: lower --batch-size, --window or --size")
         # Long clips are drawn more often, so that every frame is as likely as any other.
         self.clips = self.source.train_clips.repeat_interleave(lengths * (lengths >= self.row))
@@ -412,7 +418,7 @@ class PictureRecipe(Recipe):
         """A new model, in which what needs no learning is set from batches after the last one."""
         options = vars(self.options)
         arguments = {name: options[name] for name in HGN_ARGUMENTS if name in options}
-        model = HGN(self.test.size, self.test.channels, dt=self.test.dt, **arguments)
+        model = HGN(self.dataset.size, self.dataset.channels, dt=self.dataset.dt, **arguments)
         model.to(self.device)
         batches = [self.batch(self.options.steps + i)[0] for i in range(5)]
         model.init_from_data(torch.cat(batches).flatten(0, 1)[:1024])
@@ -456,8 +462,8 @@ class PictureRecipe(Recipe):
     def report(self, model, folder):
         """Figures of the trained model; its movie goes to the folder."""
         print("painting a movie ...")
-        save_movies(model, self.test, folder)
-        result = measure(model, self.test)
+        save_movies(model, self.dataset, folder)
+        result = measure(model, self.dataset)
         window = result["mse_per_frame"][: self.options.window]
         if not sum(window) / len(window) < 0.5 * result["blank_mse"]:  # NaN is not
             print("More than half of a blank prediction's error: little was learnt. Raise --steps.")
@@ -494,8 +500,8 @@ class CompactRecipe(PictureRecipe):
     # Parameters whose name starts like this learn at so many times --lr; the first that fits.
     lr_scales = (("decoder.picture", 0.3), ("decoder", 3.0), ("encoder.filters", 0.1))
     muon = True
-    clips_of_prior = 8192  # whose states the prior is fitted to, if they are not long:
-    frames_of_prior = 163840  # at most, which bounds the time where the context is long
+    clips_of_prior = 8192  # at most, whose states the prior is fitted to
+    frames_of_prior = 163840  # at most in all of them, which bounds the time for long contexts
     first_horizon = 3  # frames that the first steps roll out
 
     @staticmethod
@@ -570,7 +576,7 @@ class FlowRecipe(Recipe):
 
     def build(self):
         options = self.options
-        points = self.test
+        points = self.dataset
         sizes = (points.dim, options.hamiltonians, options.leapfrog_steps)
         return NHF(*sizes, kinetic=options.kinetic, shift=points.shift, scale=points.scale)
 
@@ -578,7 +584,7 @@ class FlowRecipe(Recipe):
         """Points x (B, D), noise for the momenta of each, (draws, B, D), and the share of the run
         that is done, a scalar."""
         generator = generator_of(self.options.seed, step)
-        x = self.test.draw(self.options.batch_size, generator)
+        x = self.dataset.draw(self.options.batch_size, generator)
         noise = torch.randn(self.draws, *x.shape, generator=generator)
         return x[self.part], noise[:, self.part], torch.tensor(step / self.options.steps)
 
@@ -596,15 +602,15 @@ class FlowRecipe(Recipe):
     def report(self, model, folder):
         """Figures of the trained model, on fewer points than eval.py takes."""
         print("measuring on held-out points ...")
-        return measure_flow(model, self.test, 2000, (64,))
+        return measure_flow(model, self.dataset, 2000, (64,))
 
 
 class RealNVPRecipe(FlowRecipe):
     """The paper's baseline, with as many parameters as the default NHF."""
 
     def build(self):
-        units = {"shift": self.test.shift, "scale": self.test.scale}
-        return RealNVPFlow(self.test.dim, **units)
+        units = {"shift": self.dataset.shift, "scale": self.dataset.scale}
+        return RealNVPFlow(self.dataset.dim, **units)
 
 
 RECIPES = {
@@ -621,9 +627,9 @@ def recipe_of(options, device=None, compile=False):
         raise ValueError(f"--batch-size must be a multiple of the {PROCESSES} processes")
     kind = options.arch if options.model == "hgn" else options.model
     device = device_of(options.model, device)
-    test = test_set(vars(options), TEST_CLIPS, device)
-    options.digest = test.digest
-    return RECIPES[kind](options, test, device, compile)
+    dataset = test_set(vars(options), TEST_CLIPS, device)
+    options.digest = dataset.digest
+    return RECIPES[kind](options, dataset, device, compile)
 
 
 # -------------------------------------------------------------------------------------- optimisers
@@ -660,9 +666,10 @@ def make_optimisers(model, lr, lr_scales=(), muon=False):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024), for matrices: momentum, made orthogonal by Newton and Schulz.
+    """Muon (Jordan et al. 2024): momentum, made orthogonal by Newton and Schulz's iteration.
 
-    It is torch.optim.Muon with adjust_lr_fn="match_rms_adamw", in float32, which CPUs are fast at.
+    It is for one group of matrices. Its steps are those of torch.optim.Muon with weight_decay=0 and
+    adjust_lr_fn="match_rms_adamw", but in float32, which is fast on CPUs.
     """
 
     @torch.no_grad()
@@ -684,11 +691,6 @@ class Muon(torch.optim.Optimizer):
                 x = 3.4445 * x + b @ x
             rms = 0.2 * max(weight.shape) ** 0.5  # as large as Adam's steps usually are
             weight.sub_(group["lr"] * rms * x)
-
-
-def optimisers_of(recipe, model):
-    """The optimisers that a recipe asks for."""
-    return make_optimisers(model, recipe.options.lr, recipe.lr_scales, recipe.muon)
 
 
 def set_rate(optimisers, lr, step, steps):
@@ -731,7 +733,7 @@ def stepper(model, losses, optimisers, geco=None, largest_norm=1.0):
 
 
 class Graphed:
-    """A training step on a GPU: three times as it is, then one CUDA graph that replays it.
+    """A training step on a GPU, captured as a CUDA graph at its fourth call and then replayed.
 
     It takes tensors and returns scalars by name. It runs on a stream of its own, which the caller's
     stream waits for. Raises: ValueError for tensors of other shapes than the graph was made for.
@@ -840,7 +842,7 @@ class Run:
         self.recipe = recipe
         self.options = recipe.options
         self.model = model
-        self.optimisers = optimisers_of(recipe, model)
+        self.optimisers = recipe.optimisers(model)
         self.step = 0
         self.logged = 0  # bytes of metrics.jsonl
         self.began = time.time()
@@ -893,10 +895,10 @@ def new_folder(options, name):
         raise ValueError(f"--name {stem} is not the name of a folder")
     if name and folder.exists():
         raise ValueError(f"{folder} exists: --resume {folder} goes on, or choose another --name")
-    number = 2
+    suffix = 2
     while folder.exists():
-        folder = Path("runs", f"{stem}-{number}")
-        number += 1
+        folder = Path("runs", f"{stem}-{suffix}")
+        suffix += 1
     folder.mkdir(parents=True)
     return folder
 
@@ -932,9 +934,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM are heeded between two steps, a second one at once.
+    """Ctrl-C and SIGTERM stop a run between two steps.
 
-    torchrun repeats them, and kills after 30 seconds: there a second one is ignored.
+    A second signal ends the process at once, but not under torchrun, which repeats signals and
+    kills after 30 seconds.
     """
 
     def __init__(self):
@@ -954,7 +957,7 @@ class Interruption:
 
 
 LOG_EVERY = 20  # steps
-MOST_BAD_LOGS = 5  # lines of the log whose loss is not finite: it does not come back
+MOST_BAD_LOGS = 5  # consecutive lines of the log with a loss that is not finite end the training
 
 
 def train(run):
@@ -982,16 +985,15 @@ def train(run):
                 run.log(**numbers)
                 bad_logs = 0 if math.isfinite(numbers["loss"]) else bad_logs + 1
             if bad_logs == MOST_BAD_LOGS:
-                raise ValueError(f"the loss is not finite at step {run.step}: lower --lr")
+                break
             if bad_logs == 0 and run.step % options.save_every == 0 and run.step < options.steps:
                 run.save()
-    if run.step == options.steps:
-        recipe.finish(run.model)
-    if bad_logs == 0:
-        run.save()
-    interruption.end()
     if bad_logs:
         raise ValueError(f"the loss is not finite at step {run.step}: lower --lr")
+    if run.step == options.steps:
+        recipe.finish(run.model)
+    run.save()
+    interruption.end()
     if stop or interruption.signal:
         if RANK == 0:
             print(f"stopped: python train.py --resume {run.folder} goes on")
@@ -1024,7 +1026,7 @@ def run_command(given):
     else:
         run = resume(where, given, device, compile)
     if RANK == 0:
-        print(run.recipe.test.summary)
+        print(run.recipe.dataset.summary)
         print(f"{run.folder}: step {run.step} of {run.options.steps}")
         print(run.recipe.legend)
     if run.step < run.options.steps:

@@ -119,7 +119,7 @@ for arch in ("compact", "paper"):
     options = train.settle(train.parse(["--arch", arch, *sys.argv[1:]]))
     recipe = train.recipe_of(options, device)
     model = recipe.build().to(device)
-    step = train.step_of(recipe, model, train.optimisers_of(recipe, model))
+    step = train.step_of(recipe, model, recipe.optimisers(model))
     with CountOperations() as count:
         step(*recipe.batch(0))
     print(f"{arch}: {count.total / 1e9:.4g} GFLOP a step")

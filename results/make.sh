@@ -42,7 +42,9 @@ for run in runs:
     report = json.loads((folder / "metrics.json").read_text())
     measures = folder / "measures.json"  # of test_hgn.py measures
     if measures.exists():
-        report["metrics"] |= json.loads(measures.read_text())["metrics"]
+        found = json.loads(measures.read_text())
+        report["metrics"] |= found.pop("metrics")
+        report["measures"] = {"command": found["command"], "versions": found["versions"]}
     if report["config"]["data"]:
         report["config"]["data"] = Path(report["config"]["data"]).name
     reports[run] = report
