@@ -200,6 +200,7 @@ def simulate(system, q, p, frames, dt=PAPER_DT):
     to frame; negative runs backward. Returns: q, p, (B, frames, bodies, dims) each.
     Raises: ValueError if frames < 1, and for a system whose functions do not fit each other.
     Warns: where a motion cannot be computed; Python shows a warning of one place only once.
+    Gradients do not go through the forces.
     """
     if frames < 1:
         raise ValueError(f"frames must be at least 1, not {frames}")
