@@ -1775,7 +1775,7 @@ def symetric(latent, true, orders=5):
 
 
 def moving_directions(states):
-    """Q and p of states (n, 2 D) along the principal directions in which p moves.
+    """The q and p of states (n, 2 D) along the principal directions in which p moves.
 
     These are the m directions where p spreads by a tenth of its largest spread or more: where a
     centre of mass hardly moves, no regression sees its Poisson brackets. Returns: (n, 2 m).
@@ -1879,8 +1879,8 @@ def located(system, centre):
 def infer_q(system, frames):
     """The true system's q (n, T, bodies, dims) that frames (n, T, 3, S, S) show.
 
-    The bodies must differ in colour.
-    It starts at the centroids of the pixels whose colour is nearest to that of each body.
+    The search starts at the centroids of the pixels whose colour is nearest to that of each body,
+    so the bodies must differ in colour.
     """
     size = frames.shape[-1]
     pictures = frames.flatten(0, 1)  # (n * T, 3, S, S)
