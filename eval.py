@@ -599,7 +599,7 @@ def draw_frames(frames, caption, scale):
     frames = F.pad(frames, (0, 1, 0, 1), value=GREY)
     sheet = frames.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (height, width, 3)
     sheet = Image.fromarray((255 * sheet).round().byte().numpy())
-    sheet = sheet.resize((scale * sheet.width, scale * sheet.height), Image.Resampling.NEAREST)
+    sheet = ImageOps.scale(sheet, scale, Image.Resampling.NEAREST)
     right = max(0, CAPTION_WIDTH - sheet.width)
     page = ImageOps.expand(sheet, (0, 2 * CAPTION_SIZE, right, 0), "white")
     ImageDraw.Draw(page).text((6, 6), caption, "black", font_size=CAPTION_SIZE)

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__version__ = "1.2"  # of all files here; it goes up where what is computed changes
+__version__ = "1.3"  # of all files here; it goes up where what is computed changes
 
 
 def compiled_once(step):
@@ -1029,7 +1029,9 @@ class CompactDecoder(nn.Module):
         super().__init__()
         self.shape = (channels, size, size)
         self.space = space
-        self.largest_log_scale = 3 + math.log(size / 32)  # of a and c: a width of 0.8 pixels
+        # Of a and c, a width of half a pixel: a narrower Gaussian would flicker as it moves. It is
+        # saved, so that a model paints with the limit that it has learnt with.
+        self.largest_log_scale = nn.Buffer(torch.tensor(3.5 + math.log(size / 32)))
         self.line = nn.Buffer(torch.linspace(-1, 1, size), persistent=False)  # x or y of pixels
         x_dim = space.embedded_dim
         self.picture = correction_mlp(x_dim, 16, channels * size * size, activation=nn.Tanh)
@@ -1056,7 +1058,7 @@ class CompactDecoder(nn.Module):
         properties = self.bend(x).unflatten(1, (sum(self.property_sizes), -1))
         centre, log_scale, b, log_h, colour = properties.split(self.property_sizes, 1)
         centre = centre + self.linear(x).view_as(centre)
-        log_scale = log_scale.clamp(-2, self.largest_log_scale)
+        log_scale = log_scale.clamp(min=-2).minimum(self.largest_log_scale)
         return centre, log_scale, b, log_h.clamp(max=self.largest_log_h), colour
 
     def forward(self, q, rows=slice(None), columns=slice(None)):

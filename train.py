@@ -360,7 +360,7 @@ class Recipe:
     geco_state = ()  # the tensors of it that change from step to step
     part = slice(None)  # of each batch, which this process takes
 
-    def __init__(self, options, dataset, device, compile=False):
+    def __init__(self, options, dataset, device, compile):
         self.options = options
         self.dataset = dataset  # what to train on, and what is held out
         self.device = device
@@ -389,7 +389,7 @@ class PictureRecipe(Recipe):
     lie from the first of them; `batch(step)`; and `terms`, the loss, pixel error and KL of a batch.
     """
 
-    def __init__(self, options, dataset, device, compile=False):
+    def __init__(self, options, dataset, device, compile):
         super().__init__(options, dataset, device, compile)
         if options.data:
             self.source = RecordedClips(dataset, device)
@@ -503,6 +503,7 @@ class CompactRecipe(PictureRecipe):
     clips_of_prior = 8192  # at most, whose states the prior is fitted to
     frames_of_prior = 163840  # at most in all of them, which bounds the time for long contexts
     first_horizon = 3  # frames that the first steps roll out
+    batches_of_variance = 8  # as a single clip that is not followed would widen that of two
 
     @staticmethod
     def complete(options):
@@ -552,7 +553,7 @@ class CompactRecipe(PictureRecipe):
         if options.deterministic:
             return
         self.part = slice(None)  # every process does the same here
-        batches = [self.batch(options.steps + i) for i in range(2)]
+        batches = [self.batch(options.steps + i) for i in range(self.batches_of_variance)]
         fit_variance(model, batches, self.longest - 1, options.seed)
         rounds = min(1000, options.steps)
         most = self.frames_of_prior // options.context
@@ -797,18 +798,24 @@ def compiled(function):
 
 @torch.no_grad()
 def fit_variance(model, batches, horizon, seed=0):
-    """Widen q(z|x) of a compact model by the power of two that makes the mean picture best.
+    """Widen q(z|x) of a compact model by powers of two while that makes the mean picture better.
 
     The ELBO makes it too narrow where the errors of pixels are not independent of each other.
     batches: what the encoder sees, targets and their times, as `charted_loss` takes them.
     """
-    errors = []
-    scales = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
-    for scale in tqdm(scales, "fitting the variance of z", disable=RANK > 0):
+
+    def error(scale):
         torch.manual_seed(seed)  # all scales see the same noise
-        error = [averaged_picture_error(model, *batch, horizon, scale) for batch in batches]
-        errors.append(sum(error))
-    best = scales[errors.index(min(errors))]
+        return sum(averaged_picture_error(model, *batch, horizon, scale) for batch in batches)
+
+    best = 1
+    least = error(best)
+    for scale in tqdm([2, 4, 8, 16, 32, 64], "fitting the variance of z", disable=RANK > 0):
+        new = error(scale)
+        if not new < least:  # NaN is not either
+            break
+        best = scale
+        least = new
     model.encoder.logvar += 2 * math.log(best) / model.encoder.logvar_scale
 
 
@@ -969,8 +976,9 @@ def train(run):
     interruption = Interruption()
     bad_logs = 0
     stop = 0
-    counted = {"total": options.steps, "initial": run.step, "unit": "step"}
-    with tqdm(desc="training", disable=RANK > 0, **counted) as bar:
+    with tqdm(
+        desc="training", total=options.steps, initial=run.step, unit="step", disable=RANK > 0
+    ) as bar:
         while run.step < options.steps and not stop:
             # The noise of z is drawn from here: a resumed run draws what it would have drawn.
             torch.manual_seed((options.seed << 20) + run.step)
@@ -1011,8 +1019,7 @@ def conclude(run):
     run.log(**{name: value for name, value in result.items() if isinstance(value, float)})
     save_curves(run.folder)
     print_table(result)
-    seconds = time.time() - run.began
-    print(f"\n{seconds:.0f} s. Then: python eval.py --checkpoint {run.folder}")
+    print(f"\n{time.time() - run.began:.0f} s. Then: python eval.py --checkpoint {run.folder}")
 
 
 def run_command(given):
