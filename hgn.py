@@ -626,14 +626,14 @@ class GECO:
 
     beta, the inverse of their Lagrange multiplier, is changed after each step by the logarithm of
     tolerance over the moving average of the error; theirs by the difference of the two.
-    tolerance: the MSE to reach. rate: the largest change of log(beta) in a step. beta: its first
-    value. bounds: the range of beta after the first step.
+    tolerance: the MSE to reach. beta: its first value.
     """
 
-    def __init__(self, tolerance=2e-4, rate=0.01, beta=1e-3, bounds=(1e-5, 1.0), device=None):
+    rate = 0.01  # the largest change of log(beta) in a step
+    bounds = (1e-5, 1.0)  # of beta after the first step
+
+    def __init__(self, tolerance=2e-4, beta=1e-3, device=None):
         self.tolerance = tolerance
-        self.rate = rate
-        self.bounds = bounds
         self.beta = torch.tensor(beta, device=device)
         self.mse = torch.tensor(tolerance, device=device)  # the moving average
 
@@ -954,7 +954,16 @@ class CompactEncoder(Encoder):
         features = 6 * filters
         x_dim = space.embedded_dim
         z_dim = 2 * space.dim
-        self.filters = nn.Sequential(conv(channels, hidden), nn.SiLU(), conv(hidden, filters, 1))
+        self.filters = nn.Sequential(
+            nn.AdaptiveAvgPool2d(2 * self.side),
+            # Without this blur the moments of sharp things would depend on where they lie in the
+            # grid of the averaged pictures.
+            nn.AvgPool2d(3, 1, 1),  # kernel, stride, padding
+            nn.AvgPool2d(4, 2, 1),  # (n, C, side, side)
+            conv(channels, hidden),
+            nn.SiLU(),
+            conv(hidden, filters, 1),
+        )
         self.linear = nn.Linear(features, x_dim)
         self.bend = correction_mlp(features, 128, 128, x_dim)
         self.correction = correction_mlp(context * x_dim + z_dim, 128, 128, z_dim)
@@ -984,8 +993,8 @@ class CompactEncoder(Encoder):
 
     def features(self, pictures):
         """Pictures (n, C, H, W) -> moments of what each filter sees, (n, 6 * filters)."""
-        pictures = F.adaptive_avg_pool2d(self.foreground(pictures), self.side)
-        response = self.filters(pictures).movedim(1, 3).flatten(1, 2)  # (n, side * side, filters)
+        response = self.filters(self.foreground(pictures))  # (n, filters, side, side)
+        response = response.movedim(1, 3).flatten(1, 2)  # (n, side * side, filters)
         density = response * response  # square() has a slow backward pass
         mass, *moments = (self.monomials @ density).unbind(1)  # (n, filters) each
         x, y, xx, xy, yy = (moment / (mass + 0.01) for moment in moments)
@@ -1029,9 +1038,8 @@ class CompactDecoder(nn.Module):
         super().__init__()
         self.shape = (channels, size, size)
         self.space = space
-        # Of a and c, a width of half a pixel: a narrower Gaussian would flicker as it moves. It is
-        # saved, so that a model paints with the limit that it has learnt with.
-        self.largest_log_scale = nn.Buffer(torch.tensor(3.5 + math.log(size / 32)))
+        # Of a and c, a width of half a pixel: a narrower Gaussian would flicker as it moves.
+        self.largest_log_scale = 3.5 + math.log(size / 32)
         self.line = nn.Buffer(torch.linspace(-1, 1, size), persistent=False)  # x or y of pixels
         x_dim = space.embedded_dim
         self.picture = correction_mlp(x_dim, 16, channels * size * size, activation=nn.Tanh)
@@ -1058,7 +1066,7 @@ class CompactDecoder(nn.Module):
         properties = self.bend(x).unflatten(1, (sum(self.property_sizes), -1))
         centre, log_scale, b, log_h, colour = properties.split(self.property_sizes, 1)
         centre = centre + self.linear(x).view_as(centre)
-        log_scale = log_scale.clamp(min=-2).minimum(self.largest_log_scale)
+        log_scale = log_scale.clamp(-2, self.largest_log_scale)
         return centre, log_scale, b, log_h.clamp(max=self.largest_log_h), colour
 
     def forward(self, q, rows=slice(None), columns=slice(None)):

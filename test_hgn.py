@@ -86,6 +86,7 @@ from physics import (
     BACKGROUND,
     RED,
     SYSTEMS,
+    YELLOW,
     Recordings,
     along_x,
     clips,
@@ -1070,6 +1071,27 @@ def reconstruction_after(steps):
     descend(model, loss, steps)
     _, mse, _ = model.loss(frames)
     return mse / frames.var((0, 1)).mean()
+
+
+@torch.no_grad()
+@each("seed", range(3))
+def test_what_new_filters_see_moves_as_a_disc_does_between_the_pixels(seed):
+    """To a fiftieth of a pixel, for most filters. Its radius is two pixels."""
+    torch.manual_seed(seed)
+    model = HGN()
+    system = replace(SYSTEMS["two_body"], colours=(YELLOW,))
+    pixel = 2 * system.half_width / 32
+
+    def discs(x):
+        return render(system, along_x(x.view(-1, 1, 1, 1)))[:, 0]
+
+    model.init_from_data(discs(torch.linspace(-2, 2, 100)))
+    x = torch.linspace(-2 * pixel, 2 * pixel, 65)
+    _, centre_x, *_ = model.encoder.features(discs(x)).chunk(6, 1)  # (65, filters)
+    line = torch.stack((torch.ones(65), x), 1)
+    fit = torch.linalg.lstsq(line, centre_x).solution
+    off = (centre_x - line @ fit).square().mean(0).sqrt() / fit[1].abs()
+    assert off.median() < 0.02 * pixel
 
 
 def decoder_of_one_part(log_h, width):

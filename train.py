@@ -887,7 +887,7 @@ class Run:
         """Append a line to metrics.jsonl."""
         if RANK > 0:
             return
-        seconds = round(time.time() - self.began, 1)
+        seconds = time.time() - self.began
         line = json.dumps({"step": self.step, "seconds": seconds, **values})
         with open(self.folder / "metrics.jsonl", "a") as log:
             log.write(line + "\n")
