@@ -2093,7 +2093,7 @@ class Failing(Perfect):
 
 def test_the_mean_picture_is_that_of_many_draws():
     """Of a certain state it is the rollout itself; else its error is below those of its parts."""
-    test = TestClips(options_of_test("two_body", 5), 4)
+    test = TestClips(options_of_test("two_body", 5), 16)
     model = HGN.load(HERE / "checkpoints" / "two_body.pt")
     start = model.infer(test.observed)
     single = measure(model, test, 4)["mse_0_3"]
@@ -2104,7 +2104,7 @@ def test_the_mean_picture_is_that_of_many_draws():
         mean = averaged_errors(model, test, start, 4)["averaged_mse_0_3"]
         z = torch.cat([model.posterior(test.observed)[0] for _ in range(160)])
         q, _ = model.rollout(*model.state(z), 3)
-        painted = model.decode(q).clamp(0, 1).unflatten(0, (10, 16, 4))
+        painted = model.decode(q).clamp(0, 1).unflatten(0, (10, 16, 16))
     truth = test.truth(4)
     assert certain == {"averaged_mse_0_3": pytest.approx(single, rel=1e-3)}
     expected = (painted.mean(1) - truth).square().mean()
