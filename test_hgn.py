@@ -2192,14 +2192,14 @@ def test_shipped_checkpoints_are_used_where_nothing_was_trained(name, tmp_path, 
     assert path.resolve() == HERE / "checkpoints" / f"{name}.pt"
     assert path.stat().st_size < 4e6
     model, run = load(path)
-    test = TestClips(run["options"], 32)
+    many = TestClips(run["options"], 256)
     torch.manual_seed(0)
-    z, _ = model.posterior(test.observed)
+    z, _ = model.posterior(many.observed)
     u, _ = model.prior(z)  # the prior is that of the states z, which it takes to N(0, I)
     assert u.mean(0).abs().max() < 0.6
     assert u.std(0).min() > 0.6
     assert u.std(0).max() < 1.6
-    result = measure(model, test, 60)
+    result = measure(model, TestClips(run["options"], 32), 60)
     assert result["mse_0_29"] < 3e-4
     if name != "three_body":  # which is chaotic
         assert result["mse_30_59"] < 0.5 * result["blank_mse"]
