@@ -713,7 +713,7 @@ def draw_potential(ax, model, i, points):
     """
 
     def V(x):
-        return model.H[i].V(model.standardise(x)[0])
+        return model.H[i].potential(model.standardise(x)[0])
 
     x, y, grid = grid_of(points)
     values = V(grid).clamp(max=V(points.held_out).quantile(0.99))

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__version__ = "1.3"  # of all files here; it goes up where what is computed changes
+__version__ = "1.4"  # of all files here; it goes up where what is computed changes
 
 
 def compiled_once(step):

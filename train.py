@@ -161,7 +161,7 @@ ARGUMENTS = {
                          "help": "Clips or points of a step, of all processes together "
                                  f"(default: {defaults_of('batch_size')})."},
         "--lr": {"type": positive, "help": f"Learning rate (default: {defaults_of('lr')})."},
-        "--seed": {"type": number(0, 2**20 - 1), "help": "Of all random numbers (default: 0)."},
+        "--seed": {"type": number(0, 4094), "help": "Of all random numbers (default: 0)."},
         "--save-every": {"type": many, "help": "Steps between checkpoints (default: 250)."},
         "--device": {"help": "cpu, cuda or cuda:1 (default: a GPU if there is one; flows always "
                              "run on the CPU)."},
@@ -645,11 +645,11 @@ def make_optimisers(model, lr, lr_scales=(), muon=False):
     if not list(model.parameters()):
         raise ValueError("there is nothing to learn: this model, or prior, has no parameters")
     by_scale = {}
-    matrices = []
+    matrices = {}  # by their shapes
     for name, weight in model.named_parameters():
         scale = next((s for prefix, s in lr_scales if name.startswith(prefix)), 1.0)
         if muon and scale == 1.0 and weight.dim() == 2:
-            matrices.append(weight)
+            matrices.setdefault(weight.shape, []).append(weight)
         else:
             by_scale.setdefault(scale, []).append(weight)
     device = next(model.parameters()).device
@@ -659,39 +659,48 @@ def make_optimisers(model, lr, lr_scales=(), muon=False):
 
     groups = [group(weights, scale) for scale, weights in by_scale.items()]
     on_gpu = device.type == "cuda"
-    how = {"betas": (0.9, 0.99), "eps": 1e-12, "fused": on_gpu, "capturable": on_gpu}
+    how = {"betas": (0.9, 0.99), "eps": 1e-12, "fused": True, "capturable": on_gpu}
     optimisers = [torch.optim.Adam(groups, lr, **how)]
     if matrices:
-        optimisers.append(Muon([group(matrices, 1.0)], {}))
+        optimisers.append(Muon([group(weights, 1.0) for weights in matrices.values()], {}))
     return optimisers
 
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, made orthogonal by Newton and Schulz's iteration.
 
-    It is for one group of matrices. Its steps are those of torch.optim.Muon with weight_decay=0 and
+    Each group of parameters is matrices of one shape, which are changed together, as this takes
+    fewer kernels. The steps are those of torch.optim.Muon with weight_decay=0 and
     adjust_lr_fn="match_rms_adamw", but in float32, which is fast on CPUs.
     """
 
     @torch.no_grad()
     def step(self):
-        group = self.param_groups[0]
-        for weight in group["params"]:
-            if weight.grad is None:
-                continue
-            state = self.state[weight]
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(weight)
-            momentum = state["momentum"]
-            momentum.lerp_(weight.grad, 0.05)
-            x = torch.lerp(weight.grad, momentum, 0.95)  # Nesterov's
-            x = x / (x.norm() + 1e-12)
-            for _ in range(5):  # Newton and Schulz's iteration, of degree five
-                a = x @ x.mT
-                b = 2.0315 * (a @ a) - 4.775 * a
-                x = 3.4445 * x + b @ x
-            rms = 0.2 * max(weight.shape) ** 0.5  # as large as Adam's steps usually are
-            weight.sub_(group["lr"] * rms * x)
+        for group in self.param_groups:
+            weights = group["params"]
+            gradients = torch.stack([weight.grad for weight in weights])  # (n, rows, columns)
+            state = self.state[weights[0]]
+            if "momenta" not in state:
+                state["momenta"] = torch.zeros_like(gradients)
+            momenta = state["momenta"]
+            momenta.lerp_(gradients, 0.05)
+            nesterov = gradients.lerp(momenta, 0.95)
+            rms = 0.2 * max(weights[0].shape) ** 0.5  # as large as Adam's steps usually are
+            steps = group["lr"] * rms * orthogonal(nesterov)
+            for weight, step in zip(weights, steps, strict=True):
+                weight.sub_(step)
+
+
+def orthogonal(x):
+    """Matrices x (n, rows, columns), made orthogonal by Newton and Schulz's iteration."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT  # x x^T is the smaller of the two products
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-12)
+    for _ in range(5):
+        a = x @ x.mT
+        b = 2.0315 * (a @ a) - 4.775 * a
+        x = 3.4445 * x + b @ x
+    return x
 
 
 def set_rate(optimisers, lr, step, steps):
