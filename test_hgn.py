@@ -1273,11 +1273,6 @@ def test_a_model_follows_an_H_of_the_user(step):
     close(model.energy(q, p), (q.square() + p.square()).sum(1) / 2)
 
 
-def test_a_model_without_weights_has_no_optimiser():
-    with pytest.raises(ValueError, match="nothing to learn"):
-        train.make_optimisers(HGN(arch="paper", size=16).prior, 1e-3)
-
-
 def test_a_deterministic_model_has_nothing_to_sample():
     with pytest.raises(ValueError, match="prior"):
         HGN(size=16, deterministic=True).sample(2, 3)
@@ -3069,6 +3064,18 @@ def test_figures_and_models_are_of_this_version():
             continue
         report = json.loads(path.read_text()) if path.suffix == ".json" else load(path)[1]
         assert versions_in(report) == {hgn.__version__}, path
+
+
+def test_no_two_seeds_draw_the_same_numbers():
+    """Neither two of training nor one of training and one of test data: 32 bits of a seed count."""
+    highest = train.parse(["--seed", "4094"])["seed"]
+    with pytest.raises(SystemExit):
+        train.parse(["--seed", "4095"])
+    last = train.FIRST_BATCH + train.MOST_STEPS
+    generators = [train.generator_of(seed, i) for seed in (0, 1, highest) for i in (0, last)]
+    generators += [seeded(TEST_SEED + i) for i in range(-1, 7)]
+    numbers = {tuple(torch.rand(4, generator=generator).tolist()) for generator in generators}
+    assert len(numbers) == len(generators)
 
 
 # -------------------------------------------------------------------------------- compiled and GPU

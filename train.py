@@ -610,8 +610,8 @@ class RealNVPRecipe(FlowRecipe):
     """The paper's baseline, with as many parameters as the default NHF."""
 
     def build(self):
-        units = {"shift": self.dataset.shift, "scale": self.dataset.scale}
-        return RealNVPFlow(self.dataset.dim, **units)
+        points = self.dataset
+        return RealNVPFlow(points.dim, shift=points.shift, scale=points.scale)
 
 
 RECIPES = {
@@ -642,8 +642,6 @@ def make_optimisers(model, lr, lr_scales=(), muon=False):
     lr_scales: pairs (prefix, scale) for the parameters whose names start with a prefix. Every
     learning rate is a tensor, which a CUDA graph of a step reads anew.
     """
-    if not list(model.parameters()):
-        raise ValueError("there is nothing to learn: this model, or prior, has no parameters")
     by_scale = {}
     matrices = {}  # by their shapes
     for name, weight in model.named_parameters():
@@ -833,15 +831,15 @@ def fit_prior(prior, mean, logvar, rounds=1000, seed=0, lr=2e-2):
     torch.manual_seed(seed)
     optimisers = make_optimisers(prior, lr, muon=True)
 
-    def losses(z, mean, logvar):
+    def losses(mean, logvar):
+        z = prior.draw(mean, logvar)
         return {"loss": prior.kl(z, mean, logvar).mean()}
 
     step = stepper(prior, losses, optimisers)
     for i in tqdm(range(rounds), "fitting the prior", disable=RANK > 0):
         set_rate(optimisers, lr, i, rounds)
         some = torch.randint(len(mean), (512,), device=mean.device)
-        z = prior.draw(mean[some], logvar[some])
-        step(z, mean[some], logvar[some])
+        step(mean[some], logvar[some])
 
 
 # ------------------------------------------------------------------------------ a run and its files
