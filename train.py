@@ -656,8 +656,9 @@ def make_optimisers(model, lr, lr_scales=(), muon=False):
         return {"params": weights, "lr": torch.tensor(lr, device=device), "lr_scale": scale}
 
     groups = [group(weights, scale) for scale, weights in by_scale.items()]
-    on_gpu = device.type == "cuda"
-    how = {"betas": (0.9, 0.99), "eps": 1e-12, "fused": True, "capturable": on_gpu}
+    how = {
+        "betas": (0.9, 0.99), "eps": 1e-12, "fused": True, "capturable": device.type == "cuda",
+    }  # fmt: skip
     optimisers = [torch.optim.Adam(groups, lr, **how)]
     if matrices:
         optimisers.append(Muon([group(weights, 1.0) for weights in matrices.values()], {}))
@@ -1023,7 +1024,7 @@ def conclude(run):
     recipe = run.recipe
     model, _ = load(run.folder, recipe.device)
     result = recipe.report(model, run.folder)
-    run.log(**{name: value for name, value in result.items() if isinstance(value, float)})
+    run.log(**result)
     save_curves(run.folder)
     print_table(result)
     print(f"\n{time.time() - run.began:.0f} s. Then: python eval.py --checkpoint {run.folder}")
