@@ -3045,9 +3045,11 @@ def test_the_speed_is_measured(command):
 # ----------------------------------------------------------------------------- what comes with it
 
 # Figures from before 1.3 and the models they were measured on, see results/README.md.
-FROM_BEFORE = {"bench-cuda.json", "damped_pendulum.json", "damped_spring.json", "film.json",
-               "flows.json", "noisy.json", "paper-2500.json", "paper.json",
-               "paper_mass_spring.json", "paper_mass_spring.pt", "scenes.json"}  # fmt: skip
+FROM_BEFORE = {"bench-cpu.json", "bench-cuda.json", "damped_pendulum.json", "damped_spring.json",
+               "film.json", "flows.json", "mass_spring.json", "mass_spring.pt", "noisy.json",
+               "paper-2500.json", "paper.json", "paper_mass_spring.json", "paper_mass_spring.pt",
+               "pendulum.json", "pendulum.pt", "scenes.json", "three_body.json", "three_body.pt",
+               "two_body.json", "two_body.pt"}  # fmt: skip
 
 
 def versions_in(report):
