@@ -489,7 +489,7 @@ def measure_flow(model, points, n=10_000, samples=(16, 256)):
         "elbo": elbo,
         **by_samples,
         "parameters": sum(w.numel() for w in model.parameters()),
-        "standard_error": log_p.std(correction=0).item() / len(x) ** 0.5,
+        "standard_error": log_p.std().item() / len(x) ** 0.5,
     }
     if points.density:
         result["entropy"] = points.density.entropy
@@ -512,10 +512,10 @@ NOTES = {
     "mse_double_speed": "of 30 frames, twice as fast",
     "mse_half_speed": "of 30 frames, half as fast",
     "us_per_log_prob": "microseconds a point, of log_prob with so many draws of p",
-    "log_prob": "bound of log p(x) by so many draws of p, nats",
+    "log_prob": "of log p(x), nats; of NHF a lower bound by so many draws of p",
     "standard_error": "of log_prob, as the points are a sample",
     "entropy": "of the true density: the least -log_prob of any model",
-    "elbo": "lower bound of log p(x) by one draw, nats",
+    "elbo": "of log p(x), nats; of NHF a lower bound by one draw of p",
     "gap": "of -log p to the entropy, nats: 0 is the best, but for standard_error",
 }  # on figures of metrics.json, whose names may go on with numbers
 
@@ -690,7 +690,7 @@ def save_density(model, points, folder, seed=0):
         image = draw_potential(ax, model, i, points)
         figure.colorbar(image, ax=ax, label="in units of K(p)")
         ax.plot(*data[:500].T, ".", color="red", markersize=1)
-        ax.set_title(f"V of H[{i}], red: data")
+        ax.set_title(f"V of H[{i}], cut off above the data (red)")
     figure.savefig(folder / "density.png")
     if len(axes) > 3:
         save_flow(model, points, folder / "flow.gif", seed)

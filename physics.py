@@ -318,7 +318,7 @@ def clips(system, n, frames=30, dt=PAPER_DT, noise=0.0, size=32, generator=None,
 
 ARRAYS = (".npy", ".npz", ".csv")
 FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".3gp", ".mts",
-         ".ts", ".ogv", ".flv")  # fmt: skip
+         ".ts")  # fmt: skip
 PICTURES = (".gif", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 SMALLEST_SIDE = 8  # of pictures in an array: an axis that is shorter is another one, such as RGBA
 # The value of white by the kind of number; of all other kinds, which are integers, it is 255.
@@ -340,7 +340,8 @@ def reading(path):
         raise
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        why = text.split(". ")[0].strip(".")  # numpy goes on to advise how to run the file's code
+        # Numpy goes on to advise how to run the file's code, or to name every wrong line of it.
+        why = text.split(". ")[0].strip(".")[:500]
         raise ValueError(f"{path} cannot be read: {why}. Mend or restore it") from error
 
 
@@ -369,7 +370,7 @@ def read_array(path):
         clips = [x for x in arrays if x.ndim > 2]
         arrays = clips or [x for x in arrays if x.ndim == 2]
         if len(arrays) != 1 or arrays[0].dtype.kind not in "buif":
-            raise ValueError("save one array of numbers in it, and only one of clips or points")
+            raise ValueError("save one array of numbers in it: points (N, D), or clips or a film")
         return arrays[0]
 
 
