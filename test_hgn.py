@@ -2764,7 +2764,7 @@ def assert_learnt_the_same(one, other):
     a, b = (saved(name)["run"]["optimisers"] for name in (one, other))
     for states, other_states in zip(a, b, strict=True):
         for weight, state in states.items():
-            for name in {"exp_avg", "momentum"} & set(state):
+            for name in {"exp_avg", "momenta"} & set(state):
                 close(other_states[weight][name], state[name], rtol=1e-5, atol=1e-6)
 
 
