@@ -317,8 +317,7 @@ def clips(system, n, frames=30, dt=PAPER_DT, noise=0.0, size=32, generator=None,
 # ------------------------------------------------------------------------------- the user's files
 
 ARRAYS = (".npy", ".npz", ".csv")
-FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".3gp", ".mts",
-         ".ts")  # fmt: skip
+FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 PICTURES = (".gif", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 SMALLEST_SIDE = 8  # of pictures in an array: an axis that is shorter is another one, such as RGBA
 # The value of white by the kind of number; of all other kinds, which are integers, it is 255.

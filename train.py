@@ -578,8 +578,10 @@ class FlowRecipe(Recipe):
     def build(self):
         options = self.options
         points = self.dataset
-        sizes = (points.dim, options.hamiltonians, options.leapfrog_steps)
-        return NHF(*sizes, kinetic=options.kinetic, shift=points.shift, scale=points.scale)
+        return NHF(
+            points.dim, options.hamiltonians, options.leapfrog_steps, kinetic=options.kinetic,
+            shift=points.shift, scale=points.scale,
+        )  # fmt: skip
 
     def batch(self, step):
         """Points x (B, D), noise for the momenta of each, (draws, B, D), and the share of the run
@@ -1011,6 +1013,8 @@ def train(run):
     if run.step == options.steps:
         recipe.finish(run.model)
     run.save()
+    if PROCESSES > 1:
+        dist.destroy_process_group()  # its threads may abort a process that ends with them
     interruption.end()
     if stop or interruption.signal:
         if RANK == 0:
