@@ -777,7 +777,7 @@ OPTIONS = {
     "of all models": {
         "--checkpoint": {"metavar": "PATH", "help": "A checkpoint or the folder of a run "
                                                     "(default: the newest run)."},
-        "--seed": {"type": number(0, 2**63 - 1), "help": "Of samples (default: 0)."},
+        "--seed": {"type": number(0, 2**32 - 1), "help": "Of samples (default: 0)."},
         "--device": {"help": "cpu, cuda, cuda:1 (default: a GPU if there is one; points: cpu)."},
     },
     "of pictures, not of points": {

@@ -39,7 +39,7 @@ class Flow(Saved):
     """What NHF and RealNVPFlow share: the user's units.
 
     Inside, coordinates are tail asinh(scale^-1 (x - shift) / tail): about linear near zero, and
-    logarithmic far out, where the base density is too small. Densities count this change of units.
+    logarithmic far out, where the base density is too small. Densities account for this change.
     Data are tensors, arrays or lists. They are standardised in float64, and densities and samples
     are float64; the networks keep the precision of their weights.
     shift: a number or (dim,). scale: a number above 0 or a lower triangular matrix (dim, dim).
@@ -309,8 +309,8 @@ class RealNVPFlow(Flow):
 
 # -------------------------------------------------------------------------------------- densities
 
-# Of all test data. Training draws from seeds below it only (train.py), and torch's generator of the
-# CPU distinguishes seeds below 2^32 only.
+# Of all test data. Training draws from seeds below it only (train.py). It must be below 2^32, as
+# torch's generator of the CPU uses 32 bits of a seed.
 TEST_SEED = 4095 << 20
 
 

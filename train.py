@@ -161,6 +161,7 @@ ARGUMENTS = {
                          "help": "Clips or points of a step, of all processes together "
                                  f"(default: {defaults_of('batch_size')})."},
         "--lr": {"type": positive, "help": f"Learning rate (default: {defaults_of('lr')})."},
+        # Seeds above 4094 would draw test data (TEST_SEED), and then repeat smaller seeds.
         "--seed": {"type": number(0, 4094), "help": "Of all random numbers (default: 0)."},
         "--save-every": {"type": many, "help": "Steps between checkpoints (default: 250)."},
         "--device": {"help": "cpu, cuda or cuda:1 (default: a GPU if there is one; flows always "
