@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__version__ = "1.4"  # of all files here; it goes up where what is computed changes
+__version__ = "1.5"  # of all files here; it goes up where what is computed changes
 
 
 def compiled_once(step):
@@ -941,11 +941,10 @@ class CompactEncoder(Encoder):
     them. The variance is the same for all clips.
     """
 
-    side = 16  # of the averaged pictures that filters see, on which the time of encoding depends
-    largest_degree = 6  # of the polynomial
+    coefficients = 7  # of the polynomial, at most
     logvar_scale = 10.0  # makes Adam move the log-variance ten times as fast
 
-    def __init__(self, size, channels, context, space, filters=48, hidden=24):
+    def __init__(self, size, channels, context, space, side=32, filters=24, hidden=12):
         super().__init__(size, channels)
         self.reference_frame = context // 2
         self.angles = space.angles
@@ -954,11 +953,7 @@ class CompactEncoder(Encoder):
         x_dim = space.embedded_dim
         z_dim = 2 * space.dim
         self.filters = nn.Sequential(
-            nn.AdaptiveAvgPool2d(2 * self.side),
-            # Without this blur the moments of sharp things would depend on where they lie in the
-            # grid of the averaged pictures.
-            nn.AvgPool2d(3, 1, 1),  # kernel, stride, padding
-            nn.AvgPool2d(4, 2, 1),  # (n, C, side, side)
+            nn.AdaptiveAvgPool2d(side),  # on coarser pictures small discs are placed less exactly
             conv(channels, hidden),
             nn.SiLU(),
             conv(hidden, filters, 1),
@@ -978,9 +973,9 @@ class CompactEncoder(Encoder):
         # Least-squares polynomial in time; its first two coefficients are the value and the slope
         # at the reference frame.
         time = FRAME_TIME * (torch.arange(context).double() - self.reference_frame)
-        powers = torch.vander(time, min(context, self.largest_degree + 1), increasing=True)
+        powers = torch.vander(time, min(context, self.coefficients), increasing=True)
         self.fit = nn.Buffer(torch.linalg.pinv(powers)[:2].float())  # (2, context)
-        line = torch.linspace(-1, 1, self.side)
+        line = torch.linspace(-1, 1, side)
         y, x = torch.cartesian_prod(line, line).T  # (side * side,) each
         monomials = torch.stack((torch.ones_like(x), x, y, x * x, x * y, y * y))  # (6, side * side)
         self.monomials = nn.Buffer(monomials, persistent=False)
@@ -993,7 +988,7 @@ class CompactEncoder(Encoder):
     def features(self, pictures):
         """Pictures (n, C, H, W) -> moments of what each filter sees, (n, 6 * filters)."""
         response = self.filters(self.foreground(pictures))  # (n, filters, side, side)
-        response = response.movedim(1, 3).flatten(1, 2)  # (n, side * side, filters)
+        response = response.flatten(2).mT  # (n, side * side, filters)
         density = response * response  # square() has a slow backward pass
         mass, *moments = (self.monomials @ density).unbind(1)  # (n, filters) each
         x, y, xx, xy, yy = (moment / (mass + 0.01) for moment in moments)
@@ -1026,12 +1021,16 @@ class CompactDecoder(nn.Module):
     dx = a (x - x0) and dy = c (y - y0). A pixel is the weighted mean of the ground, whose weight is
     1, and of the colours of all parts, whose weights are w: a part of large h is opaque and has a
     sharp edge.
-    The centres x0, y0 are a linear map of q plus an MLP; all other properties are the output of the
-    MLP alone, which is bounded. Far from the q of training a part moves by its linear map alone,
-    out of the picture, and the ground stays, unless a part has become wide enough to hide it.
+    Parts come in groups of four. The path of a group is a linear map of q plus an MLP, and another
+    MLP gives how far from there the centre x0, y0 of each part is, and all its other properties.
+    The output of both MLPs is bounded. Far from the q of training a group therefore moves as one,
+    by its linear map, out of the picture, and the ground stays, unless a part has become wide
+    enough to hide it.
     """
 
     largest_log_h = 10.0  # the edge of a disc is then a fifth of its radius wide
+    group = 4  # parts with one path: a body that they paint keeps together far from training too
+    offset_scale = 0.2  # what moves ought to be learnt as the path of a group, not of each part
 
     def __init__(self, size, channels, space, gaussians=20):
         super().__init__()
@@ -1042,8 +1041,10 @@ class CompactDecoder(nn.Module):
         self.line = nn.Buffer(torch.linspace(-1, 1, size), persistent=False)  # x or y of pixels
         x_dim = space.embedded_dim
         self.picture = correction_mlp(x_dim, 16, channels * size * size, activation=nn.Tanh)
-        self.linear = nn.Linear(x_dim, 2 * gaussians)
-        # Of each part: x0 and y0, log a and log c, b, log h, its colour.
+        coordinates = 2 * gaussians // self.group  # of all groups
+        self.linear = nn.Linear(x_dim, coordinates)
+        self.path = correction_mlp(x_dim, 64, 64, coordinates, activation=nn.Tanh)
+        # Of each part: its offset from the group, log a and log c, b, log h, its colour.
         self.property_sizes = (2, 2, 1, 1, channels)
         outputs = sum(self.property_sizes) * gaussians
         self.bend = correction_mlp(x_dim, 128, 128, outputs, activation=nn.Tanh)
@@ -1063,8 +1064,9 @@ class CompactDecoder(nn.Module):
         and colour, (n, C, gaussians).
         """
         properties = self.bend(x).unflatten(1, (sum(self.property_sizes), -1))
-        centre, log_scale, b, log_h, colour = properties.split(self.property_sizes, 1)
-        centre = centre + self.linear(x).view_as(centre)
+        offset, log_scale, b, log_h, colour = properties.split(self.property_sizes, 1)
+        path = (self.linear(x) + self.path(x)).unflatten(1, (2, -1))  # (n, 2, groups)
+        centre = self.offset_scale * offset + path.repeat_interleave(self.group, 2)
         log_scale = log_scale.clamp(-2, self.largest_log_scale)
         return centre, log_scale, b, log_h.clamp(max=self.largest_log_h), colour
 

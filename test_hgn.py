@@ -1075,23 +1075,43 @@ def reconstruction_after(steps):
 
 @torch.no_grad()
 @each("seed", range(3))
-def test_what_new_filters_see_moves_as_a_disc_does_between_the_pixels(seed):
-    """To a fiftieth of a pixel, for most filters. Its radius is two pixels."""
+def test_a_disc_is_where_new_filters_see_it_wherever_it_lies_between_the_pixels(seed):
+    """Its place is a linear map of their centres, to a five-hundredth of a pixel."""
     torch.manual_seed(seed)
     model = HGN()
     system = replace(SYSTEMS["two_body"], colours=(YELLOW,))
+    q = 3 * torch.rand(1000, 1, 1, 2, generator=seeded()) - 1.5
+    pictures = render(system, q)[:, 0]
+    model.init_from_data(pictures)
+    _, x, y, *_ = model.encoder.features(pictures).chunk(6, 1)  # (1000, filters) each
+    centres = torch.cat((torch.ones(1000, 1), x, y), 1).double()
+    places = q.view(1000, 2).double()
+    fit = torch.linalg.lstsq(centres[:700], places[:700]).solution
+    off = centres[700:] @ fit - places[700:]
     pixel = 2 * system.half_width / 32
+    assert off.square().mean().sqrt() < 0.002 * pixel
 
-    def discs(x):
-        return render(system, along_x(x.view(-1, 1, 1, 1)))[:, 0]
 
-    model.init_from_data(discs(torch.linspace(-2, 2, 100)))
-    x = torch.linspace(-2 * pixel, 2 * pixel, 65)
-    _, centre_x, *_ = model.encoder.features(discs(x)).chunk(6, 1)  # (65, filters)
-    line = torch.stack((torch.ones(65), x), 1)
-    fit = torch.linalg.lstsq(line, centre_x).solution
-    off = (centre_x - line @ fit).square().mean(0).sqrt() / fit[1].abs()
-    assert off.median() < 0.02 * pixel
+@torch.no_grad()
+def test_parts_of_a_group_stay_together_however_far_q_is():
+    """Each may leave the middle of its group only as far as its bounded MLP lets it."""
+    torch.manual_seed(0)
+    decoder = CompactDecoder(32, 3, Space(6))
+    for parameter in decoder.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+
+    def spread(q):
+        """The largest distance of a part from the middle of its group, and of groups from 0."""
+        centre, *_ = decoder.parts(q)  # (200, 2, 20)
+        groups = centre.unflatten(2, (5, 4))
+        middle = groups.mean(3, keepdim=True)
+        return (groups - middle).abs().max(), middle.abs().max()
+
+    q = torch.randn(200, 6)
+    near, _ = spread(q)
+    far, away = spread(1000 * q)
+    assert far < 3 * near
+    assert away > 100
 
 
 def decoder_of_one_part(log_h, width):

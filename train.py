@@ -501,8 +501,7 @@ class CompactRecipe(PictureRecipe):
     # Parameters whose name starts like this learn at so many times --lr; the first that fits.
     lr_scales = (("decoder.picture", 0.3), ("decoder", 3.0), ("encoder.filters", 0.1))
     muon = True
-    clips_of_prior = 8192  # at most, whose states the prior is fitted to
-    frames_of_prior = 163840  # at most in all of them, which bounds the time for long contexts
+    batches_of_prior = 256  # at most, whose states the prior is fitted to
     first_horizon = 3  # frames that the first steps roll out
     batches_of_variance = 8  # as a single clip that is not followed would widen that of two
 
@@ -557,11 +556,9 @@ class CompactRecipe(PictureRecipe):
         batches = [self.batch(options.steps + i) for i in range(self.batches_of_variance)]
         fit_variance(model, batches, self.longest - 1, options.seed)
         rounds = min(1000, options.steps)
-        most = self.frames_of_prior // options.context
-        most = min(most, self.clips_of_prior, 64 * rounds)  # short runs take fewer
+        n = min(self.batches_of_prior, 2 * rounds)  # short runs take fewer
         states = []
         with torch.no_grad():
-            n = max(1, most // options.batch_size)
             for i in tqdm(range(n), "encoding clips for the prior", disable=RANK > 0):
                 seen = self.batch(options.steps + i)[0]
                 states.append(torch.stack(model.encode(seen)))
