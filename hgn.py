@@ -218,7 +218,7 @@ class PaperEncoder(Encoder):
         last.bias.data[half:] = -8
 
     def forward(self, frames):
-        """frames (B, context, C, H, W) -> mean and log-variance of z, (B, 48, H, W) each."""
+        """frames (B, context, C, H, W) -> mean and log-variance of z, (B, maps, H, W) each."""
         x = self.foreground(frames).flatten(1, 2)  # (B, context * C, H, W)
         return self.convs(x).chunk(2, 1)
 
@@ -341,7 +341,7 @@ class PaperDecoder(nn.Sequential):
 
 
 def paper_networks(size, channels, context, latent, periodic, f_psi):
-    """The published networks, in the order of `ARCHITECTURES`.
+    """The published networks: what `ARCHITECTURES` lists, in its order.
 
     latent: maps in q. f_psi: False is the ablation without it.
     """
@@ -383,7 +383,7 @@ def write_file(path, data):
     except OSError as error:
         if os.path.exists(unfinished):  # a full disk gets its space back
             os.remove(unfinished)
-        raise OSError(f"{path} cannot be written: {error.strerror}. Make room, try again") from None
+        raise OSError(f"{path} cannot be written: {error.strerror}. Mend this, try again") from None
 
 
 def read_checkpoint(path):
@@ -566,7 +566,7 @@ class HGN(Saved):
         """The state (q, p) and those at `steps` frames after it, (B, steps + 1, dim) each.
 
         dt: time from frame to frame, default the model's. -model.dt runs backward; 2 * model.dt
-        shows the motion at double speed, in steps of the integrator that are no longer.
+        shows the motion at double speed; the steps of the integrator are never longer than usual.
 
         `model.H` may be any `Hamiltonian`, and `model.step` the integrator that suits it. For the
         compact model's `infer`, `loss` and `sample` it also needs a method `momentum`.
@@ -577,7 +577,7 @@ class HGN(Saved):
         return rollout(self.H, q, p, dt, steps, self.step, substeps, self.gamma)
 
     def energy(self, q, p):
-        """H of states (..., dim), (...). Its zero and its unit mean nothing."""
+        """H of states (B, ..., dim), (B, ...). Its zero and its unit mean nothing."""
         return self.H(q.flatten(0, -2), p.flatten(0, -2)).view(q.shape[:-1])
 
     def decode(self, q, block=64):
@@ -629,7 +629,7 @@ class GECO:
     """
 
     rate = 0.01  # the largest change of log(beta) in a step
-    bounds = (1e-5, 1.0)  # of beta after the first step
+    bounds = (1e-5, 1.0)  # of beta after each update
 
     def __init__(self, tolerance=2e-4, beta=1e-3, device=None):
         self.tolerance = tolerance
@@ -689,8 +689,8 @@ INTEGRATORS = {
 
 # ------------------------------------------------------------------------- coordinates and priors
 
-# Networks see numbers in q and p clamped to [-LIMIT, LIMIT], which keeps a diverging rollout
-# finite. Beyond it `grad_q` is the force at the limit, not the derivative of H.
+# Networks see numbers in q, and forces see p, clamped to [-LIMIT, LIMIT], which keeps a diverging
+# rollout finite. Beyond it `grad_q` is the force at the limit, not the derivative of H.
 LIMIT = 50.0
 
 
@@ -892,7 +892,8 @@ class CompactHamiltonian(Hamiltonian):
     def grad_q(self, q, p, features=None):
         """dH/dq, by one backward pass through the hidden units, which M and V share.
 
-        K = sum_i K_i, K_i = (p W)_i^2 s_i / 2, and with s = 2 sigmoid(y), ds/dy = s (1 - s / 2).
+        Of K, sum_i K_i depends on q, K_i = (p W)_i^2 s_i / 2. As s = 2 sigmoid(y), ds/dy is
+        s (1 - s / 2).
         Hence dK/dy_i = K_i (1 - s_i / 2) and, as y = b S, dK/db = S dK/dy.
         Hence dH/db = last + S dK/dy, and the rest is the backward pass from b to q.
         """
@@ -935,10 +936,11 @@ class CompactEncoder(Encoder):
     """q(z|x), where z = (q, dq/dt) at the middle frame of the context.
 
     `encode_frame` maps each frame by itself to its q; this map is called the chart. The squared
-    response of each learnt filter is described by its mass, centre and inertia. q is a linear map
-    of these features, in which the centres count most, plus an MLP.
-    A polynomial through the q of the context gives the place and the velocity, and an MLP corrects
-    them. The variance is the same for all clips.
+    response of each learnt filter is described by the logarithm of its mass, by its centre and by
+    its inertia about that, per mass. q is a linear map of these features, in which the centres
+    count most, plus an MLP.
+    A polynomial fitted to the q of the context gives the place and the velocity, and an MLP
+    corrects them. The variance is the same for all clips.
     """
 
     coefficients = 7  # of the polynomial, at most
@@ -1007,8 +1009,9 @@ class CompactEncoder(Encoder):
         q = self.encode_frame(frames)
         steps = self.space.wrap(q.diff(dim=1))  # angles move the short way round
         moved = F.pad(steps.cumsum(1), (0, 0, 1, 0))  # since the first frame, (B, context, dim)
-        # A bad chart at the start of training must not throw the state far away.
-        place, velocity = (self.fit @ moved).clamp(-10, 10).unbind(1)
+        # A bad chart at the start of training must not throw the state far away. An angle turns by
+        # less than half a turn from frame to frame, at a velocity below 26.
+        place, velocity = (self.fit @ moved).clamp(-LIMIT, LIMIT).unbind(1)  # (B, dim) each
         seen = torch.cat((self.space.embed(q).flatten(1), moved[:, -1], velocity), 1)
         z = torch.cat((q[:, 0] + place, velocity), 1) + self.correction(seen)
         return z, (self.logvar_scale * self.logvar).expand_as(z)
@@ -1021,11 +1024,11 @@ class CompactDecoder(nn.Module):
     dx = a (x - x0) and dy = c (y - y0). A pixel is the weighted mean of the ground, whose weight is
     1, and of the colours of all parts, whose weights are w: a part of large h is opaque and has a
     sharp edge.
-    Parts come in groups of four. The path of a group is a linear map of q plus an MLP, and another
-    MLP gives how far from there the centre x0, y0 of each part is, and all its other properties.
-    The output of both MLPs is bounded. Far from the q of training a group therefore moves as one,
-    by its linear map, out of the picture, and the ground stays, unless a part has become wide
-    enough to hide it.
+    Parts come in groups of four. The path of a group is a linear map of x = embed(q) plus an MLP,
+    and another MLP gives how far from there the centre x0, y0 of each part is, and all its other
+    properties. The output of both MLPs is bounded. Far from the q of training a group therefore
+    moves as one, by its linear map of numbers in q, out of the picture, and the ground stays,
+    unless a part has become wide enough to hide it.
     """
 
     largest_log_h = 10.0  # the edge of a disc is then a fifth of its radius wide
@@ -1036,7 +1039,7 @@ class CompactDecoder(nn.Module):
         super().__init__()
         self.shape = (channels, size, size)
         self.space = space
-        # Of a and c, a width of half a pixel: a narrower Gaussian would flicker as it moves.
+        # Of log a and log c, for a width of half a pixel: narrower Gaussians flicker as they move.
         self.largest_log_scale = 3.5 + math.log(size / 32)
         self.line = nn.Buffer(torch.linspace(-1, 1, size), persistent=False)  # x or y of pixels
         x_dim = space.embedded_dim
@@ -1091,7 +1094,7 @@ class CompactDecoder(nn.Module):
 
 
 def compact_networks(size, channels, context, latent, periodic, f_psi):
-    """The compact networks, in the order of `ARCHITECTURES`.
+    """The compact networks: what `ARCHITECTURES` lists, in its order.
 
     latent: numbers in q. periodic: whether they are angles.
     """
@@ -1175,7 +1178,8 @@ def charted_loss(
     Args:
         model: an `HGN` of arch="compact".
         seen: frames that the encoder sees, (B, context, C, size, size).
-        targets: frames to paint, (B, n, C, size, size).
+        targets: frames to paint, (B, n, C, size, size), at random times: the two terms of the chart
+            see only the first 1 + n // 8 of them.
         times: which frames the targets are, integers (B, n) from 0 to `horizon`. Frame 0 is the
             first frame of `seen`.
         horizon: frames to roll out.
@@ -1189,7 +1193,7 @@ def charted_loss(
     E = variance(targets, average)
     z, kl = model.posterior(seen, noise)
     q = model.q_at(z, times, horizon)
-    few = 1 + targets.shape[1] // 8  # as painting more for the chart costs time and helps little
+    few = 1 + targets.shape[1] // 8  # painting more for the chart is slow and helps little
     few_targets = targets[:, :few]
     chart = model.encoder.encode_frame(few_targets)
     distance = model.encoder.space.wrap(q[:, :few] - chart).square().mean(2)

@@ -64,6 +64,7 @@ from hgn import (
     GECO,
     HGN,
     CompactDecoder,
+    CompactEncoder,
     CompactHamiltonian,
     Hamiltonian,
     PaperHamiltonian,
@@ -1090,6 +1091,24 @@ def test_a_disc_is_where_new_filters_see_it_wherever_it_lies_between_the_pixels(
     off = centres[700:] @ fit - places[700:]
     pixel = 2 * system.half_width / 32
     assert off.square().mean().sqrt() < 0.002 * pixel
+
+
+@torch.no_grad()
+@each("context", (5, 30))
+@each("turn", (-3.0, 0.3, 2.5))
+def test_a_wheel_is_followed_however_fast_it_turns(context, turn):
+    """Up to half a turn from frame to frame, if the chart gives its angle."""
+    encoder = CompactEncoder(32, 3, context, SpaceWithAngles(1, 1))
+    angle = 0.7 + turn * torch.arange(context)
+
+    def chart(frames):
+        return wrap(angle).view(1, -1, 1)
+
+    encoder.encode_frame = chart
+    mean, _ = encoder(None)
+    q, velocity = mean[0]
+    assert abs(wrap(q - angle[context // 2])) < 1e-3
+    assert velocity.item() == pytest.approx(turn / 0.125, abs=1e-3)
 
 
 @torch.no_grad()
