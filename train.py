@@ -499,7 +499,10 @@ class CompactRecipe(PictureRecipe):
 
     legend = "loss: relative to the variance of the pixels; mse: of pixels in [0, 1]; kl: nats"
     # Parameters whose name starts like this learn at so many times --lr; the first that fits.
-    lr_scales = (("decoder.picture", 0.3), ("decoder", 3.0), ("encoder.filters", 0.1))
+    # A slow path leaves what a linear map of q can do to that, which holds beyond training.
+    lr_scales = (
+        ("decoder.picture", 0.3), ("decoder.path", 0.3), ("decoder", 3.0), ("encoder.filters", 0.1),
+    )  # fmt: skip
     muon = True
     batches_of_prior = 256  # at most, whose states the prior is fitted to
     first_horizon = 3  # frames that the first steps roll out
