@@ -481,7 +481,6 @@ class HGN(Saved):
             raise ValueError(f"dt must be above 0, not {dt}: a negative dt goes to rollout")
         self.context = context
         self.dt = dt
-        self.deterministic = deterministic
         self.picture = (channels, size, size)
         networks = ARCHITECTURES[arch](size, channels, context, latent, periodic, f_psi)
         # The order of the modules is that of the parameters, by which optimisers are resumed.
@@ -1046,6 +1045,9 @@ class CompactDecoder(nn.Module):
         self.picture = correction_mlp(x_dim, 16, channels * size * size, activation=nn.Tanh)
         coordinates = 2 * gaussians // self.group  # of all groups
         self.linear = nn.Linear(x_dim, coordinates)
+        # What it starts with stays where training hardly varies q. If that were large, groups that
+        # paint one body would come apart in rollouts that go farther.
+        self.linear.weight.data.mul_(0.1)
         self.path = correction_mlp(x_dim, 64, 64, coordinates, activation=nn.Tanh)
         # Of each part: its offset from the group, log a and log c, b, log h, its colour.
         self.property_sizes = (2, 2, 1, 1, channels)

@@ -1821,7 +1821,7 @@ SAMPLES = 256  # of which a share is known to within 3 per cent
 
 def quality_of_samples(model, test, start, frames):
     """Which shares of samples show the system and move as it does."""
-    if model.deterministic:
+    if model.config["deterministic"]:
         return {"samples_valid": "left out: a deterministic model has no prior to draw from"}
     generator = seeded(TEST_SEED + 4)
     samples = model.sample(SAMPLES, WINDOW - 1, generator=generator)

@@ -366,7 +366,6 @@ class Recipe:
         self.dataset = dataset  # what to train on, and what is held out
         self.device = device
         self.compile = compile
-        self.one_shape = compile or device.type == "cuda"  # graphs are of one shape
 
     @staticmethod
     def complete(options):
@@ -542,7 +541,7 @@ class CompactRecipe(PictureRecipe):
 
     def terms(self, model, seen, targets, times):
         horizon = self.longest - 1
-        if not self.one_shape:
+        if not self.compile and self.device.type != "cuda":  # graphs are of one shape
             horizon = times.max().item()
         noise = self.noise(model)
         return charted_loss(model, seen, targets, times, horizon, self.beta, noise, average)
@@ -559,7 +558,7 @@ class CompactRecipe(PictureRecipe):
         batches = [self.batch(options.steps + i) for i in range(self.batches_of_variance)]
         fit_variance(model, batches, self.longest - 1, options.seed)
         rounds = min(1000, options.steps)
-        n = min(self.batches_of_prior, 2 * rounds)  # short runs take fewer
+        n = min(self.batches_of_prior, options.steps)  # short runs take fewer
         states = []
         with torch.no_grad():
             for i in tqdm(range(n), "encoding clips for the prior", disable=RANK > 0):
