@@ -1207,7 +1207,7 @@ def charted_loss(
     return loss, rollout_error.mean() * E, kl
 
 
-def averaged_picture_error(model, seen, targets, times, horizon, scale=1.0, draws=8):
+def averaged_picture_error(model, seen, targets, times, horizon, scale, draws=8):
     """Squared error of the mean picture over draws of z, an unbiased estimate, a scalar.
 
     scale: what the standard deviation of q(z|x) is multiplied by. The error is least where draws of
