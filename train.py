@@ -557,7 +557,6 @@ class CompactRecipe(PictureRecipe):
         self.part = slice(None)  # every process does the same here
         batches = [self.batch(options.steps + i) for i in range(self.batches_of_variance)]
         fit_variance(model, batches, self.longest - 1, options.seed)
-        rounds = min(1000, options.steps)
         n = min(self.batches_of_prior, options.steps)  # short runs take fewer
         states = []
         with torch.no_grad():
@@ -565,7 +564,7 @@ class CompactRecipe(PictureRecipe):
                 seen = self.batch(options.steps + i)[0]
                 states.append(torch.stack(model.encode(seen)))
         mean, logvar = torch.cat(states, 1)
-        fit_prior(model.prior, mean, logvar, rounds, options.seed)
+        fit_prior(model.prior, mean, logvar, min(1000, options.steps), options.seed)
 
 
 class FlowRecipe(Recipe):
