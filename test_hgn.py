@@ -85,6 +85,7 @@ from hgn import (
 from nhf import DENSITIES, NHF, FlowHamiltonian, Points, RealNVPFlow, SoftUniform, log_normal
 from physics import (
     BACKGROUND,
+    GREEN,
     RED,
     SYSTEMS,
     YELLOW,
@@ -2257,6 +2258,39 @@ def test_the_ground_stays_where_training_did_not_look(name, factor):
             for states in (q[:, ::20], factor * q[:, ::20]):
                 off = (model.decode(states) - ground).abs().flatten(2)  # (8, 16, pixels)
                 assert off.median(2).values.max() < 0.02
+
+
+def spreads_of_bodies(pictures):
+    """How far the colour of each body reaches around its centre, in pixels, and how much there is.
+
+    pictures: of three_body, (n, 3, size, size). Returns: (n, 3) twice, yellow, red, green. The
+    spread is a standard deviation, 1.1 of a disc, whose amount is 7.
+    """
+    ink = (pictures - torch.tensor(BACKGROUND).view(3, 1, 1)).clamp(min=0)
+    red = ink[:, 0] / RED[0]
+    green = ink[:, 1] / GREEN[1]
+    yellow = torch.minimum(red, green)
+    ink = torch.stack((yellow, red - yellow, green - yellow), 1)  # (n, bodies, size, size)
+    ink = F.threshold(ink, 0.2, 0.0)
+    amount = ink.sum((2, 3))
+    weights = ink / (amount[:, :, None, None] + 1e-6)
+    line = torch.arange(pictures.shape[-1]).float()
+    variance = 0
+    for shares in (weights.sum(2), weights.sum(3)):  # (n, bodies, size) each
+        centre = (shares * line).sum(2, keepdim=True)
+        variance = variance + (shares * (line - centre).square()).sum(2)
+    return variance.sqrt(), amount
+
+
+@torch.no_grad()
+def test_bodies_keep_together_where_rollouts_are_longer_than_in_training():
+    """Of three_body, in frames 60 to 119, where it is far from where training was."""
+    model = HGN.load(HERE / "checkpoints" / "three_body.pt")
+    frames, _, _ = clips(SYSTEMS["three_body"], 32, generator=seeded(5))
+    q, _ = model.rollout(*model.infer(frames), 119)
+    spread, amount = spreads_of_bodies(model.decode(q[:, 60::3]).flatten(0, 1))
+    apart = spread[amount > 3] > 1.6  # else the body has left the picture
+    assert apart.double().mean() < 0.03
 
 
 # ----------------------------------------------------------- pictures that are not discs on a plain
