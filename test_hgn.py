@@ -3120,7 +3120,8 @@ def test_the_speed_is_measured(command):
 # Figures and models from before 1.4, see results/README.md.
 FROM_BEFORE = {"bench-cuda.json", "damped_pendulum.json", "damped_spring.json", "film.json",
                "flows.json", "noisy.json", "paper-2500.json", "paper.json",
-               "paper_mass_spring.json", "paper_mass_spring.pt", "scenes.json", "unequal.json"}  # fmt: skip
+               "paper_mass_spring.json", "paper_mass_spring.pt", "scenes.json",
+               "unequal.json"}  # fmt: skip
 
 
 def versions_in(report):
