@@ -1097,8 +1097,8 @@ def test_a_disc_is_where_new_filters_see_it_wherever_it_lies_between_the_pixels(
 @torch.no_grad()
 @each("context", (5, 30))
 @each("turn", (-3.0, 0.3, 2.5))
-def test_a_wheel_is_followed_however_fast_it_turns(context, turn):
-    """Up to half a turn from frame to frame, if the chart gives its angle."""
+def test_a_wheel_is_followed_up_to_half_a_turn_a_frame(context, turn):
+    """If the chart gives its angle."""
     encoder = CompactEncoder(32, 3, context, SpaceWithAngles(1, 1))
     angle = 0.7 + turn * torch.arange(context)
 
@@ -1121,8 +1121,8 @@ def test_parts_of_a_group_stay_together_however_far_q_is():
         parameter.add_(0.1 * torch.randn_like(parameter))
 
     def spread(q):
-        """The largest distance of a part from the middle of its group, and of groups from 0."""
-        centre, *_ = decoder.parts(q)  # (200, 2, 20)
+        """The largest coordinate of a part from the middle of its group, and of groups from 0."""
+        centre, *_ = decoder.parts(decoder.space.embed(q))  # (200, 2, 20)
         groups = centre.unflatten(2, (5, 4))
         middle = groups.mean(3, keepdim=True)
         return (groups - middle).abs().max(), middle.abs().max()
@@ -1131,7 +1131,7 @@ def test_parts_of_a_group_stay_together_however_far_q_is():
     near, _ = spread(q)
     far, away = spread(1000 * q)
     assert far < 3 * near
-    assert away > 100
+    assert away > 10
 
 
 def decoder_of_one_part(log_h, width):
@@ -2245,7 +2245,7 @@ def test_shipped_checkpoints_are_used_where_nothing_was_trained(name, tmp_path, 
 @torch.no_grad()
 @each("name", PAPER_SYSTEMS)
 def test_the_ground_stays_where_training_did_not_look(name):
-    """Long after the last frame of training and before the first, and at ten times its states."""
+    """Most of it, in rollouts of 300 frames either way, and at three and ten times the window's q."""
     model = HGN.load(HERE / "checkpoints" / f"{name}.pt")
     frames, _, _ = clips(SYSTEMS[name], 8, generator=seeded(5))
     ground = torch.tensor(BACKGROUND).view(3, 1, 1)
@@ -2262,7 +2262,7 @@ def spreads_of_bodies(pictures):
     """How far the colour of each body reaches around its centre, in pixels, and how much there is.
 
     pictures: of three_body, (n, 3, size, size). Returns: (n, 3) twice, yellow, red, green. The
-    spread is a standard deviation, 1.1 of a disc, whose amount is 7.
+    spread is a standard deviation, which is 1.1 pixels for a disc; its amount is 7 pixels.
     """
     ink = (pictures - torch.tensor(BACKGROUND).view(3, 1, 1)).clamp(min=0)
     red = ink[:, 0] / RED[0]
@@ -2287,7 +2287,10 @@ def test_bodies_keep_together_where_rollouts_are_longer_than_in_training():
     frames, _, _ = clips(SYSTEMS["three_body"], 32, generator=seeded(5))
     q, _ = model.rollout(*model.infer(frames), 119)
     spread, amount = spreads_of_bodies(model.decode(q[:, 60::3]).flatten(0, 1))
-    apart = spread[amount > 3] > 1.6  # else the body has left the picture
+    seen = amount > 3  # else the body has left the picture
+    assert seen.double().mean() > 0.8
+    assert amount[seen].median() > 6
+    apart = spread[seen] > 1.6  # half as wide again as a disc
     assert apart.double().mean() < 0.03
 
 
@@ -3117,7 +3120,7 @@ def test_the_speed_is_measured(command):
 
 # ----------------------------------------------------------------------------- what comes with it
 
-# Figures and models from before 1.4, see results/README.md.
+# Figures and models from before 1.5, see results/README.md.
 FROM_BEFORE = {"bench-cuda.json", "damped_pendulum.json", "damped_spring.json", "film.json",
                "flows.json", "noisy.json", "paper-2500.json", "paper.json",
                "paper_mass_spring.json", "paper_mass_spring.pt", "scenes.json",
