@@ -2245,7 +2245,7 @@ def test_shipped_checkpoints_are_used_where_nothing_was_trained(name, tmp_path, 
 @torch.no_grad()
 @each("name", PAPER_SYSTEMS)
 def test_the_ground_stays_where_training_did_not_look(name):
-    """Most of it, in rollouts of 300 frames either way, and at three and ten times the window's q."""
+    """Most of it, in rollouts of 300 frames either way, and at ten times the window's states."""
     model = HGN.load(HERE / "checkpoints" / f"{name}.pt")
     frames, _, _ = clips(SYSTEMS[name], 8, generator=seeded(5))
     ground = torch.tensor(BACKGROUND).view(3, 1, 1)
