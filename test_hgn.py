@@ -2023,7 +2023,7 @@ class Perfect:
 
     dt = 0.125
     context = 7
-    deterministic = False
+    config = {"deterministic": False}
     gamma = None
 
     def __init__(self, system):
@@ -2060,7 +2060,7 @@ class Perfect:
 class Turned(Perfect):
     """It knows the true states, whose angles it counts from elsewhere, and draws no samples."""
 
-    deterministic = True
+    config = {"deterministic": True}
 
     def __init__(self, system, test):
         super().__init__(system)
