@@ -2242,10 +2242,17 @@ def test_shipped_checkpoints_are_used_where_nothing_was_trained(name, tmp_path, 
         assert result["mse_30_59"] < 0.5 * result["blank_mse"]
 
 
+FARTHER = {"mass_spring": 10, "pendulum": 10, "two_body": 10, "three_body": 3}
+
+
 @torch.no_grad()
-@each("name", PAPER_SYSTEMS)
-def test_the_ground_stays_where_training_did_not_look(name):
-    """Most of it, in rollouts of 300 frames either way, and at ten times the window's states."""
+@each("name, factor", FARTHER.items())
+def test_the_ground_stays_where_training_did_not_look(name, factor):
+    """Most of it, in rollouts of 300 frames either way, and at ten times the window's states.
+
+    So it does at `factor` times the states of these rollouts. Of three_body, which go farther, one
+    picture of 256 is off at ten times.
+    """
     model = HGN.load(HERE / "checkpoints" / f"{name}.pt")
     frames, _, _ = clips(SYSTEMS[name], 8, generator=seeded(5))
     ground = torch.tensor(BACKGROUND).view(3, 1, 1)
@@ -2253,8 +2260,9 @@ def test_the_ground_stays_where_training_did_not_look(name):
     forward, _ = model.rollout(*start, 300)
     backward, _ = model.rollout(*start, 300, -model.dt)
     window = forward[:, :30]
-    for states in (forward[:, ::20], backward[:, ::20], 3 * window, 10 * window):
-        off = (model.decode(states) - ground).abs().flatten(2)  # (8, frames, pixels)
+    rollouts = torch.cat((forward[:, ::20], backward[:, ::20]))
+    for states in (rollouts, factor * rollouts, 3 * window, 10 * window):
+        off = (model.decode(states) - ground).abs().flatten(2)  # (n, frames, pixels)
         assert off.median(2).values.max() < 0.02
 
 

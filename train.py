@@ -498,7 +498,7 @@ class CompactRecipe(PictureRecipe):
 
     legend = "loss: relative to the variance of the pixels; mse: of pixels in [0, 1]; kl: nats"
     # Parameters whose name starts like this learn at so many times --lr; the first that fits.
-    # A slow path leaves what a linear map of q can do to that, which holds beyond training.
+    # The MLP of a path is slow, so that its linear map, which holds beyond training, does the most.
     lr_scales = (
         ("decoder.picture", 0.3), ("decoder.path", 0.3), ("decoder", 3.0), ("encoder.filters", 0.1),
     )  # fmt: skip
