@@ -428,6 +428,8 @@ class Saved(nn.Module):
 # -------------------------------------------------------------------------------- HGN (section 3)
 
 FRAME_TIME = 0.125  # from frame to frame inside the model, whatever unit of time `dt` is in
+CPU_BLOCK = 64  # pictures painted at once on a CPU, which stay in its cache
+GPU_BLOCK = 512
 
 
 def check_options(options, allowed):
@@ -579,11 +581,12 @@ class HGN(Saved):
         """H of states (B, ..., dim), (B, ...). Its zero and its unit mean nothing."""
         return self.H(q.flatten(0, -2), p.flatten(0, -2)).view(q.shape[:-1])
 
-    def decode(self, q, block=64):
-        """Paint q (B, T, dim): frames (B, T, C, size, size), `block` pictures at a time.
+    def decode(self, q):
+        """Paint q (B, T, dim): frames (B, T, C, size, size).
 
         Pixels may be slightly below 0 or above 1: clamp them where you show or save the frames.
         """
+        block = GPU_BLOCK if q.is_cuda else CPU_BLOCK
         pictures = [self.decoder(part) for part in q.flatten(0, 1).split(block)]
         return torch.cat(pictures).unflatten(0, q.shape[:2])
 
@@ -637,7 +640,7 @@ class GECO:
 
     def update(self, mse):
         """Change `beta` in place, given the error of a training step, a scalar tensor."""
-        error = torch.where(mse.isfinite(), mse.detach().to(self.mse), self.mse)
+        error = torch.where(mse.isfinite(), mse.detach(), self.mse)
         self.mse.lerp_(error, 0.05)
         push = (self.tolerance / self.mse.clamp(min=1e-12)).log().clamp(-1, 1)
         self.beta.mul_((self.rate * push).exp()).clamp_(*self.bounds)
@@ -915,8 +918,9 @@ class CompactHamiltonian(Hamiltonian):
         x, a, b, s = self.features(q)
         constant = torch.full_like(q, self.least_inverse_mass).diag_embed()
         M_inverse = (self.W * s.unsqueeze(1)) @ self.W.T + constant  # (B, dim, dim)
-        # cholesky_ex does not wait for a GPU to report whether the matrix is positive; it is.
-        L, _ = torch.linalg.cholesky_ex(M_inverse)
+        if q.is_cuda:  # in torch 2.11 a CUDA graph cannot hold cholesky_solve, but this
+            return q, torch.linalg.solve_ex(M_inverse, velocity).result
+        L, _ = torch.linalg.cholesky_ex(M_inverse)  # M is positive, which needs no check
         return q, torch.cholesky_solve(velocity.unsqueeze(2), L).squeeze(2)
 
 

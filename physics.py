@@ -351,7 +351,7 @@ def read_csv(path):
     Raises: ValueError.
     """
     # Spreadsheets begin a file with a mark, which this encoding drops. Words are read as NaN.
-    table = np.genfromtxt(path, delimiter=",", ndmin=2, encoding="utf-8-sig")
+    table = np.genfromtxt(path, delimiter=",", comments=None, ndmin=2, encoding="utf-8-sig")
     if np.isnan(table[:1]).all():
         table = table[1:]
     if np.isnan(table).any():
@@ -488,7 +488,7 @@ def even_steps(times):
     if not median > 0:  # as NaN is not either
         return np.arange(len(times)), 0.0
     off = abs(durations - median)
-    rounding = max(0.2 * median, ROUNDING, off.min())
+    rounding = max(0.2 * median, min(ROUNDING, 0.51 * median), off.min())
     step = durations[off <= rounding].mean().item()
     steps = round((times[-1] - times[0]) / step)
     middles = times[0] + step * (0.5 + np.arange(1 + steps))
@@ -649,12 +649,13 @@ class Recordings:
         films, notes = read(path, size)
         films = [Film(film.frames[::stride], film.step) for film in films]
         long = [film for film in films if len(film.frames) >= least]
-        clip = max(clip, least)
         if len(long) == 1:
             clip = min(clip, len(long[0].frames) // 2)  # one half is held out
         if not long or clip < least:
-            need = f"one recording of {2 * least} frames or several of {least}"
-            raise ValueError(f"{path} must hold {need}: films, pictures or an array; {notes[0]}")
+            raise ValueError(
+                f"{path} must hold one recording of {2 * least} frames, or several of {least}, after "
+                f"--stride, and --clip must be {least} or more; {notes[0]}"
+            )
         self.dt = stride * frame_time(path, long, dt)
         self.clips, film_of, still = moving_clips(long, clip)
         if len(self.clips) < 2:

@@ -290,7 +290,7 @@ POOL = 64  # batches whose trajectories are simulated together, which is faster
 
 def generator_of(seed, index):
     """A generator of its own for each index, so that a resumed run draws what it would have."""
-    return torch.Generator().manual_seed((seed << 20) + index)
+    return seeded((seed << 20) + index)
 
 
 class SimulatedClips:
@@ -438,10 +438,11 @@ class PictureRecipe(Recipe):
             shape = (self.options.batch_size, n)
             return (torch.rand(shape, generator=generator) * limits).long()
 
+        clips = self.clips[below(len(self.clips))]
+
         def frames(times):  # (B, n) -> (B, n, C, size, size)
             return source.frames(step, clips, times, generator, self.part)
 
-        clips = self.clips[below(len(self.clips))]
         length = source.lengths[clips]
         horizon = self.horizon(step)
         ahead = source.reach[clips].clamp(max=horizon)
@@ -603,7 +604,6 @@ class FlowRecipe(Recipe):
 
     def report(self, model, folder):
         """Figures of the trained model, on fewer points than eval.py takes."""
-        print("measuring on held-out points ...")
         return measure_flow(model, self.dataset, 2000, (64,))
 
 
@@ -733,15 +733,17 @@ def stepper(model, losses, optimisers, geco=None, largest_norm=1.0):
         weights = [weight for weight in model.parameters() if weight.grad is not None]
         average_together([*(weight.grad for weight in weights), *values.values()])
         norm = torch.nn.utils.clip_grad_norm_(weights, largest_norm)
+        bad = ~norm.isfinite()
         for weight in weights:
-            weight.grad.masked_fill_(~norm.isfinite(), 0.0)
+            weight.grad.masked_fill_(bad, 0.0)
         for optimiser in optimisers:
             optimiser.step()
         if geco:
             geco.update(values["mse"])
         return values
 
-    return Graphed(step) if next(model.parameters()).is_cuda else step
+    weight = next(model.parameters())
+    return Graphed(step, weight.device) if weight.is_cuda else step
 
 
 class Graphed:
@@ -753,14 +755,15 @@ class Graphed:
 
     warm_up = 3  # calls before the graph is captured, as torch asks for
 
-    def __init__(self, step):
+    def __init__(self, step, device):
         self.step = step
-        self.stream = torch.cuda.Stream()
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
         self.calls = 0
 
     def __call__(self, *batch):
         self.calls += 1
-        callers_stream = torch.cuda.current_stream()
+        callers_stream = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(callers_stream)
         with torch.cuda.stream(self.stream):
             values = self.run(batch)
@@ -886,7 +889,7 @@ class Run:
         self.logged = run["logged"]
         self.began -= run["seconds"]
         for optimiser, state in zip(self.optimisers, run["optimisers"], strict=True):
-            # The learning rates stay the tensors that they are.
+            # The learning rates stay tensors on this device.
             optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
         for tensor, value in zip(self.recipe.geco_state, run["geco"], strict=True):
             tensor.fill_(value)
@@ -1007,13 +1010,14 @@ def train(run):
                 break
             if bad_logs == 0 and run.step % options.save_every == 0 and run.step < options.steps:
                 run.save()
-    if bad_logs:
-        raise ValueError(f"the loss is not finite at step {run.step}: lower --lr")
-    if run.step == options.steps:
+    del take_step  # nccl ends only after the graph that holds its calls
+    if run.step == options.steps and not bad_logs:
         recipe.finish(run.model)
-    run.save()
     if PROCESSES > 1:
         dist.destroy_process_group()  # its threads may abort a process that ends with them
+    if bad_logs:
+        raise ValueError(f"the loss is not finite at step {run.step}: lower --lr")
+    run.save()
     interruption.end()
     if stop or interruption.signal:
         if RANK == 0:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What only a GPU can tell: tests, speed, a profile, time to the paper's error, the paper's networks.
 #
-#   bash results/gpu.sh            some 40 minutes on one H100
+#   bash results/gpu.sh            some 40 minutes on one H100, but for the paper's networks at the
+#                                  end, which take more: call it again until they are done
 #   bash results/gpu.sh --small    the same in small, to try this script on a CPU
 #
 # Everything it finds goes to results/gpu/. A part whose file is there is skipped, and trainings go on
@@ -36,7 +37,7 @@ part() {
     return
   fi
   echo "$name: $*"
-  timeout "$left" "$@" > "$to/$name.failed" 2>&1 &
+  timeout "$left" "$@" <&0 > "$to/$name.failed" 2>&1 &  # else a job has no standard input
   child=$!
   trap 'kill -TERM "$child"; wait "$child"; exit 130' INT TERM  # timeout hands it on
   if wait "$child"; then
@@ -156,7 +157,8 @@ if [ "$devices" -ge 2 ] || [ "$devices" = 0 ]; then
   launch=$together in_part two-processes learn $steps $small
 fi
 
-# The paper's networks, all at once: what their logs say of seconds is not the time of one alone. GECO's tolerance is a little above the floor of the noise.
+# The paper's networks, all at once: what their logs say of seconds is not the time of one alone.
+# GECO's tolerance is a little above the floor of the noise.
 while read -r system tolerance; do
   (in_part "paper-$system-clean" learn --arch paper --system "$system" --geco 5e-5 $paper $small) &
   (in_part "paper-$system-noisy" learn --arch paper --system "$system" --geco "$tolerance" \
