@@ -57,10 +57,11 @@ systems() {
   look=(--reverse --speed 2 --speed 0.5 --sample 4)
   local name longer
   for name in mass_spring pendulum two_body three_body; do
-    longer=()
-    if [ "$name" != mass_spring ]; then
-      longer=(--steps 3000 --substeps 2)
-    fi
+    case "$name" in
+      mass_spring) longer=() ;;
+      two_body) longer=(--steps 8000 --substeps 2) ;;
+      *) longer=(--steps 3000 --substeps 2) ;;
+    esac
     learn "$name" --system "$name" "${longer[@]}"
     if [ ! -e "runs/made-$name/measures.json" ]; then
       python test_hgn.py measures "runs/made-$name"
