@@ -495,7 +495,7 @@ def measure_flow(model, points, n=10_000, samples=(16, 256)):
 # ------------------------------------------------------------------ the printed table
 NOTES = {
     "mse": "mean squared error of pixels in these frames",
-    "blank_mse": "of a blank prediction, the mean picture",
+    "blank_mse": "of a blank prediction, the mean picture of these clips",
     "averaged_mse": "the same of the mean picture over draws of z",
     "mse_noisy": "against noisy pictures, frames 0 to 29",
     "noise_floor": "mse_noisy of the best prediction that has not seen the noise",
@@ -846,7 +846,10 @@ def look_at_flow(model, options, folder, given):
     """Write charts of a flow. Returns: the figures. Raises: ValueError for options of pictures."""
     unused = given.keys() - {"seed"}
     if unused:
-        raise ValueError(f"--{unused.pop()} is of no use with points: leave it out")
+        raise ValueError(
+            f"--{unused.pop()} is of no use with points: leave it out, or name a run of pictures by "
+            "--checkpoint"
+        )
     points = test_set(options, 0)
     print(points.summary)
     if points.dim != model.dim:

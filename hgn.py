@@ -524,8 +524,8 @@ class HGN(Saved):
         enough = shape[2:] == self.picture and shape[1] >= least
         if not enough or not frames.is_floating_point():
             raise ValueError(
-                f"frames must be floats (B, T, *{self.picture}), T at least {least}, "
-                f"not {frames.dtype} {shape}"
+                f"frames must be floats (B, T, C, H, W), T at least {least}, (C, H, W) = "
+                f"{self.picture} as the model was made for, not {frames.dtype} {shape}"
             )
 
     def encode(self, frames):

@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-parts="systems drawing others noise scenes film flows unequal bench"
+parts="systems drawing others noise scenes seeds film flows unequal bench"
 look=()  # options of eval.py, which each part sets
 
 # learn NAME OPTIONS...: train and measure the run of this name.
@@ -167,14 +167,19 @@ noise() {
   gather noisy "${runs[@]}"
 }
 
-# Pictures that are not discs on a plain ground; the coarse ones of grid also with longer contexts.
-scenes() {
-  look=(--scale 4)
-  local name dt frames names=(rod photo twins string bar depth rods grid guise)
+# draw_scenes: write the clips of all scenes, unless they are there.
+draw_scenes() {
   if [ ! -e runs/scenes ]; then
     python -c "import test_hgn; test_hgn.write_scenes('runs/scenes.new')"
     mv runs/scenes.new runs/scenes
   fi
+}
+
+# Pictures that are not discs on a plain ground; the coarse ones of grid also with longer contexts.
+scenes() {
+  look=(--scale 4)
+  local name dt frames names=(rod photo twins string bar depth rods grid guise)
+  draw_scenes
   for name in "${names[@]}"; do
     dt=0.125
     if [ "$name" = rods ]; then
@@ -196,6 +201,26 @@ pictures = [iio.imread(f"runs/made-{name}/rollout.png") for name in sys.argv[1:]
 rows = [np.concatenate(pictures[i : i + 3], 1) for i in (0, 3, 6)]
 iio.imwrite("results/scenes.png", np.concatenate(rows))
 PYTHON
+}
+
+# How much runs differ: the default run with three seeds; seed 0 of rod and twins is of scenes.
+seeds() {
+  look=(--quick)
+  local name seed runs=()
+  draw_scenes
+  for seed in 0 1 2; do
+    for name in two_body three_body; do
+      learn "$name-$seed" --system "$name" --seed "$seed"
+      runs+=("$name-$seed")
+    done
+  done
+  for seed in 1 2; do
+    for name in rod twins; do
+      learn "$name-$seed" --data "runs/scenes/$name.npy" --dt 0.125 --seed "$seed"
+      runs+=("$name-$seed")
+    done
+  done
+  gather seeds "${runs[@]}"
 }
 
 # One film of 600 frames: a pendulum with friction before a textured ground, with camera noise.
