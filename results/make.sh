@@ -54,7 +54,7 @@ PYTHON
 
 # The models that come with the code, and their movies.
 systems() {
-  look=(--reverse --speed 2 --speed 0.5 --sample 4)
+  look=(--clips 256 --reverse --speed 2 --speed 0.5 --sample 4)
   local name longer
   for name in mass_spring pendulum two_body three_body; do
     case "$name" in
