@@ -847,8 +847,8 @@ def look_at_flow(model, options, folder, given):
     unused = given.keys() - {"seed"}
     if unused:
         raise ValueError(
-            f"--{unused.pop()} is of no use with points: leave it out, or name a run of pictures by "
-            "--checkpoint"
+            f"--{unused.pop()} is of no use with points: leave it out, or name a run of pictures "
+            "by --checkpoint"
         )
     points = test_set(options, 0)
     print(points.summary)

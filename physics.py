@@ -653,8 +653,8 @@ class Recordings:
             clip = min(clip, len(long[0].frames) // 2)  # one half is held out
         if not long or clip < least:
             raise ValueError(
-                f"{path} must hold one recording of {2 * least} frames, or several of {least}, after "
-                f"--stride, and --clip must be {least} or more; {notes[0]}"
+                f"{path} must hold one recording of {2 * least} frames, or several of {least}, "
+                f"after --stride, and --clip must be {least} or more; {notes[0]}"
             )
         self.dt = stride * frame_time(path, long, dt)
         self.clips, film_of, still = moving_clips(long, clip)
