@@ -428,8 +428,6 @@ class Saved(nn.Module):
 # -------------------------------------------------------------------------------- HGN (section 3)
 
 FRAME_TIME = 0.125  # from frame to frame inside the model, whatever unit of time `dt` is in
-CPU_BLOCK = 64  # pictures painted at once on a CPU, which stay in its cache
-GPU_BLOCK = 512
 
 
 def check_options(options, allowed):
@@ -581,12 +579,11 @@ class HGN(Saved):
         """H of states (B, ..., dim), (B, ...). Its zero and its unit mean nothing."""
         return self.H(q.flatten(0, -2), p.flatten(0, -2)).view(q.shape[:-1])
 
-    def decode(self, q):
-        """Paint q (B, T, dim): frames (B, T, C, size, size).
+    def decode(self, q, block=64):
+        """Paint q (B, T, dim): frames (B, T, C, size, size), `block` pictures at a time.
 
         Pixels may be slightly below 0 or above 1: clamp them where you show or save the frames.
         """
-        block = GPU_BLOCK if q.is_cuda else CPU_BLOCK
         pictures = [self.decoder(part) for part in q.flatten(0, 1).split(block)]
         return torch.cat(pictures).unflatten(0, q.shape[:2])
 

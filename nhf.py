@@ -445,8 +445,10 @@ class Points:
             self.digest = f"points {tuple(rows.shape)}, CRC {checksum:x}"
             self.held_out, self.rows = rows.tensor_split([max(1, len(rows) // 10)])
         self.dim = self.rows.shape[1]
-        self.shift, self.scale = robust_units(self.rows, name)
+        self.shift, self.scale, far = robust_units(self.rows, name)
         self.summary = f"{name}: {self.digest or 'fresh points'}, {len(self.held_out)} held out"
+        if far:
+            self.summary += f"; {far} of the rows lie far from the rest, and do not set the scale"
         distinct = min(len(column.unique()) for column in self.rows.T)
         if distinct < len(self.rows) / 2:
             self.summary += f"; a column has only {distinct} values, no density: add noise"
@@ -476,9 +478,10 @@ FAR = 4  # times the distance from the median that nine of ten rows keep, in eac
 
 
 def robust_units(rows, name):
-    """The mean (D,) of rows (N, D), and the Cholesky factor (D, D) of their covariance.
+    """The mean (D,) of rows (N, D), the Cholesky factor (D, D) of their covariance, and how many
+    rows have a coordinate beyond `FAR`.
 
-    Coordinates beyond `FAR` are drawn in to there, so that a single row cannot set the scale of all
+    Such coordinates are drawn in to there, so that a single row cannot set the scale of all
     others. Gaussian rows have none.
     Raises: ValueError where a column is a constant or a sum of others.
     """
@@ -486,6 +489,7 @@ def robust_units(rows, name):
     away = (rows - median).abs()
     nine_of_ten = len(rows) - len(rows) // 10
     largest = FAR * away.kthvalue(nine_of_ten, 0).values
+    far = (away > largest).any(1).sum().item()
     near = rows.clamp(median - largest, median + largest)
     mean = near.mean(0)
     centred = (near - mean) / len(rows) ** 0.5
@@ -499,4 +503,4 @@ def robust_units(rows, name):
             "far out: drop it, or add rows"
         )
     scale = R.mT * new.sign()
-    return mean, scale
+    return mean, scale, far

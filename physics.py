@@ -672,11 +672,10 @@ class Recordings:
         self.digest = f"{total} frames, CRC {crc:x}"
         found = (
             f"{path}: recordings {len(set(film_of))}, clips {len(film_of)}, frames {total} of "
-            f"{self.size} x {self.size}, {1 / self.dt:.4g} a second"
+            f"{self.size} x {self.size}, {1 / self.dt:.4g} a second; "
+            f"left out: {len(films) - len(long)} too short, {still} in which nothing moves"
         )
-        too_short = len(films) - len(long)
-        left_out = f"left out: {too_short} too short, {still} in which nothing moves"
-        self.summary = "; ".join((found, left_out, *notes, *self.check_motion(path)))
+        self.summary = "; ".join((found, *notes, *self.check_motion(path)))
 
     def check_motion(self, path):
         """What makes errors on the held-out clips say little, a list of one line or none.

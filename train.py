@@ -757,13 +757,12 @@ class Graphed:
 
     def __init__(self, step, device):
         self.step = step
-        self.device = device
         self.stream = torch.cuda.Stream(device)
         self.calls = 0
 
     def __call__(self, *batch):
         self.calls += 1
-        callers_stream = torch.cuda.current_stream(self.device)
+        callers_stream = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(callers_stream)
         with torch.cuda.stream(self.stream):
             values = self.run(batch)
