@@ -3137,7 +3137,7 @@ def test_the_speed_is_measured(command):
 # Figures and models from before 1.5, see results/README.md.
 FROM_BEFORE = {"bench-cuda.json", "damped_pendulum.json", "damped_spring.json", "film.json",
                "flows.json", "noisy.json", "paper-2500.json", "paper.json",
-               "paper_mass_spring.json", "paper_mass_spring.pt", "scenes.json",
+               "paper_mass_spring.json", "paper_mass_spring.pt",
                "unequal.json"}  # fmt: skip
 
 
