@@ -488,6 +488,7 @@ def even_steps(times):
     if not median > 0:  # as NaN is not either
         return np.arange(len(times)), 0.0
     off = abs(durations - median)
+    # No GIF has steps below 0.02 s, of which a rounding is a half; in a faster film that is a gap.
     rounding = max(0.2 * median, min(ROUNDING, 0.51 * median), off.min())
     step = durations[off <= rounding].mean().item()
     steps = round((times[-1] - times[0]) / step)

@@ -477,6 +477,14 @@ def test_films_keep_their_times(step, rate, tmp_path):
     assert data.dt == pytest.approx(step / rate)
 
 
+def test_clips_too_short_for_the_context_are_refused(tmp_path):
+    """They are neither made longer nor left out without a word."""
+    np.save(tmp_path / "x.npy", BYTES[:60])
+    with pytest.raises(ValueError, match="--clip must be 11 or more"):
+        Recordings(tmp_path / "x.npy", clip=10, least=11)
+    assert min(Recordings(tmp_path / "x.npy", clip=11, least=11).lengths) == 11
+
+
 @each("turns", (1, 2, 3))
 def test_films_of_a_turned_camera_stand_upright(turns, tmp_path):
     """A player turns what is stored by the matrix in the film's header, here clockwise."""

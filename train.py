@@ -265,6 +265,12 @@ def join_processes(options, model):
     return slice(RANK * size, (RANK + 1) * size)
 
 
+def leave_processes():
+    """End what `join_processes` began: its threads may abort a process that ends with them."""
+    if PROCESSES > 1:
+        dist.destroy_process_group()
+
+
 def average(x):
     """The mean of a tensor over all processes."""
     if PROCESSES == 1:
@@ -1007,16 +1013,16 @@ def train(run):
                 bad_logs = 0 if math.isfinite(numbers["loss"]) else bad_logs + 1
             if bad_logs == MOST_BAD_LOGS:
                 break
-            if bad_logs == 0 and run.step % options.save_every == 0 and run.step < options.steps:
+            if not bad_logs and run.step % options.save_every == 0 and run.step < options.steps:
                 run.save()
     del take_step  # nccl ends only after the graph that holds its calls
-    if run.step == options.steps and not bad_logs:
-        recipe.finish(run.model)
-    if PROCESSES > 1:
-        dist.destroy_process_group()  # its threads may abort a process that ends with them
+    if not bad_logs:
+        if run.step == options.steps:
+            recipe.finish(run.model)
+        run.save()
+    leave_processes()
     if bad_logs:
         raise ValueError(f"the loss is not finite at step {run.step}: lower --lr")
-    run.save()
     interruption.end()
     if stop or interruption.signal:
         if RANK == 0:
