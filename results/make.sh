@@ -55,14 +55,15 @@ PYTHON
 # The models that come with the code, and their movies.
 systems() {
   look=(--clips 256 --reverse --speed 2 --speed 0.5 --sample 4)
-  local name longer
+  local name options
   for name in mass_spring pendulum two_body three_body; do
     case "$name" in
-      mass_spring) longer=() ;;
-      two_body) longer=(--steps 8000 --substeps 2) ;;
-      *) longer=(--steps 3000 --substeps 2) ;;
+      mass_spring) options=(--substeps 3) ;;
+      pendulum) options=(--steps 3000 --substeps 3) ;;
+      two_body) options=(--steps 8000 --substeps 2) ;;
+      three_body) options=(--steps 3000 --substeps 2) ;;
     esac
-    learn "$name" --system "$name" "${longer[@]}"
+    learn "$name" --system "$name" "${options[@]}"
     if [ ! -e "runs/made-$name/measures.json" ]; then
       python test_hgn.py measures "runs/made-$name"
     fi
