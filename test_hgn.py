@@ -3143,10 +3143,8 @@ def test_the_speed_is_measured(command):
 # ----------------------------------------------------------------------------- what comes with it
 
 # Figures and models from before 1.5, see results/README.md.
-FROM_BEFORE = {"bench-cuda.json", "damped_pendulum.json", "damped_spring.json", "film.json",
-               "flows.json", "noisy.json", "paper-2500.json", "paper.json",
-               "paper_mass_spring.json", "paper_mass_spring.pt",
-               "unequal.json"}  # fmt: skip
+FROM_BEFORE = {"bench-cuda.json", "flows.json", "noisy.json", "paper-2500.json", "paper.json",
+               "paper_mass_spring.json", "paper_mass_spring.pt", "unequal.json"}  # fmt: skip
 
 
 def versions_in(report):
