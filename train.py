@@ -101,7 +101,7 @@ ARGUMENTS = {
                          "(default: 0.125; of films their own)."},
         "--stride": {"type": count, "help": "Take every k-th frame of recordings (default: 1)."},
         "--clip": {"type": many,
-                   "help": "Cut recordings into clips of so many frames (default: 60)."},
+                   "help": "Cut recordings into clips of so many frames or more (default: 60)."},
         "--noise": {"type": number(0, 1e3, float, "paper"),
                     "help": "Standard deviation of noise on q of simulated bodies, in units of the "
                             "world or radians, or 'paper' for the paper's (default: 0)."},

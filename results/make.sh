@@ -210,7 +210,7 @@ seeds() {
   local name seed runs=()
   draw_scenes
   for seed in 0 1 2; do
-    for name in two_body three_body; do
+    for name in pendulum two_body three_body; do
       learn "$name-$seed" --system "$name" --seed "$seed"
       runs+=("$name-$seed")
     done
@@ -255,7 +255,7 @@ PYTHON
   gather film film
 }
 
-# Nine densities beside RealNVP, the five that are hardest with three seeds.
+# Nine densities beside RealNVP, five of them with three seeds.
 flows() {
   look=()
   local name seed model seeds runs=()
