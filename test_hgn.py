@@ -3144,7 +3144,7 @@ def test_the_speed_is_measured(command):
 
 # Figures and models from before 1.5, see results/README.md.
 FROM_BEFORE = {"bench-cuda.json", "flows.json", "paper-2500.json", "paper.json",
-               "paper_mass_spring.json", "paper_mass_spring.pt", "unequal.json"}  # fmt: skip
+               "paper_mass_spring.json", "paper_mass_spring.pt"}  # fmt: skip
 
 
 def versions_in(report):
