@@ -440,7 +440,7 @@ def check_options(options, allowed):
 def check_range(frames):
     """Raises: ValueError unless frames are in [0, 1], but for noise."""
     if not (frames - 0.5).abs().max() < 1.4:  # NaN is not either
-        raise ValueError("frames must be from 0 to 1: divide those from 0 to 255 by 255")
+        raise ValueError("frames must be from 0 to 1, not NaN: divide those from 0 to 255 by 255")
 
 
 class HGN(Saved):
@@ -523,7 +523,7 @@ class HGN(Saved):
         if not enough or not frames.is_floating_point():
             raise ValueError(
                 f"frames must be floats (B, T, C, H, W), T at least {least}, (C, H, W) = "
-                f"{self.picture} as the model was made for, not {frames.dtype} {shape}"
+                f"{self.picture} as the model was made for; yours are {frames.dtype} {shape}"
             )
 
     def encode(self, frames):

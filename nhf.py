@@ -466,8 +466,8 @@ def valid_points(source, name):
     Raises: ValueError for other shapes, NaN and infinity.
     """
     points = torch.as_tensor(source, dtype=torch.float64, device="cpu")
-    if points.dim() != 2 or points[1:].numel() == 0:
-        raise ValueError(f"{name} must be points (N, D), N > 1, not {list(points.shape)}")
+    if points.dim() != 2 or points[19:].numel() == 0:
+        raise ValueError(f"{name} must be points (N, D), N at least 20, not {list(points.shape)}")
     bad = (~points.isfinite()).nonzero()
     if len(bad):
         raise ValueError(f"{name}: not finite at {bad[0].tolist()}: drop such rows")

@@ -355,7 +355,7 @@ def read_csv(path):
     if np.isnan(table[:1]).all():
         table = table[1:]
     if np.isnan(table).any():
-        raise ValueError("below its first line, not all that stands between commas is a number")
+        raise ValueError("below its first line, something between commas is no number like 0.5")
     return table
 
 
@@ -501,7 +501,9 @@ def unit_range(x):
     white = WHITE.get(x.dtype.name, 255)
     x = np.asarray(x, "float32") / np.float32(white)
     if not 0 <= x.min() <= x.max() <= 1:  # nor is NaN
-        raise ValueError(f"its values are not from 0, which is black, to {white}, white")
+        raise ValueError(
+            f"its values are NaN or not from 0, which is black, to {white}, white: scale them"
+        )
     return x
 
 
@@ -654,8 +656,8 @@ class Recordings:
             clip = min(clip, len(long[0].frames) // 2)  # one half is held out
         if not long or clip < least:
             raise ValueError(
-                f"{path} must hold one recording of {2 * least} frames, or several of {least}, "
-                f"after --stride, and --clip must be {least} or more; {notes[0]}"
+                f"{path} must hold pictures or films: one recording of {2 * least} frames, or "
+                f"several of {least}, after --stride, and --clip at least {least}; {notes[0]}"
             )
         self.dt = stride * frame_time(path, long, dt)
         self.clips, film_of, still = moving_clips(long, clip)
@@ -673,7 +675,7 @@ class Recordings:
         self.digest = f"{total} frames, CRC {crc:x}"
         found = (
             f"{path}: recordings {len(set(film_of))}, clips {len(film_of)}, frames {total} of "
-            f"{self.size} x {self.size}, {1 / self.dt:.4g} a second; "
+            f"{self.size} x {self.size}, taken as {1 / self.dt:.4g} a second; "
             f"left out: {len(films) - len(long)} too short, {still} in which nothing moves"
         )
         self.summary = "; ".join((found, *notes, *self.check_motion(path)))
@@ -686,7 +688,9 @@ class Recordings:
         with reading(path):
             motions = torch.tensor([motion(clip) for clip in self.clips])
         if not any(unit_range(clip).max() > DARK for clip in self.clips):
-            raise ValueError(f"{path} is dark: scale it; of 16-bit integers 65535 is white")
+            raise ValueError(
+                f"{path} is dark: scale it. Masks are to be bool, and 65535 is white in uint16"
+            )
         if motions[self.held_out].mean() > DYING * motions[self.train].mean():
             return []
         return ["the clips held out hardly move: record again, or several times"]

@@ -101,12 +101,13 @@ ARGUMENTS = {
                          "(default: 0.125; of films their own)."},
         "--stride": {"type": count, "help": "Take every k-th frame of recordings (default: 1)."},
         "--clip": {"type": many,
-                   "help": "Cut recordings into clips of so many frames or more (default: 60)."},
+                   "help": "Cut recordings into clips of so many frames or more (default: 60). "
+                           "Shorter recordings are one clip each."},
         "--noise": {"type": number(0, 1e3, float, "paper"),
                     "help": "Standard deviation of noise on q of simulated bodies, in units of the "
                             "world or radians, or 'paper' for the paper's (default: 0)."},
         "--window": {"type": count,
-                     "help": "Learn from so many frames of a clip (default: 30)."},
+                     "help": "Learn from so many frames of a clip, or all it has (default: 30)."},
     },
     "model": {
         "--model": {"choices": ("hgn", *FLOWS),
@@ -220,7 +221,7 @@ def settle(given):
     defaults = EVERY_RUN | source | OF_KINDS[kind]
     for name in given:
         if name not in defaults:
-            raise ValueError(f"--{dashed(name)} is of no use in this run of {kind}: leave it out")
+            raise ValueError(f"--{dashed(name)} is of no use for {kind} on such data: leave it out")
     if given.get("deterministic") and ("geco" in given or "beta" in given):
         raise ValueError("--geco and --beta are of no use with --deterministic, as there is no KL")
     options = argparse.Namespace(**defaults | given)
