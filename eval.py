@@ -760,7 +760,7 @@ def save_curves(folder):
 # ------------------------------------------------------------------ the command
 OF_DATA = {
     "--system": {"choices": SYSTEMS, "metavar": "NAME",
-                 "help": f"A system: {', '.join(SYSTEMS)}. Without runs checkpoints/NAME.pt."},
+                 "help": f"A system: {', '.join(SYSTEMS)}. Without a run: checkpoints/NAME.pt."},
     "--density": {"choices": DENSITIES, "metavar": "NAME",
                   "help": f"A density of points: {', '.join(DENSITIES)}."},
     "--data": {"type": os.path.abspath, "metavar": "PATH",

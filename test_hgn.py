@@ -608,6 +608,9 @@ def test_points_say_what_is_odd_about_them():
     rows = torch.randn(2000, 2, generator=seeded())
     assert Points(rows).summary.endswith("held out")
     assert "add noise" in Points((9 * rows).round()).summary
+    with pytest.raises(ValueError, match="at least 20"):
+        Points(rows[:19])
+    assert len(Points(rows[:20]).held_out) == 2  # a single one would have no standard error
 
 
 def test_a_far_row_does_not_set_the_scale():
