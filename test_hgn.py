@@ -480,7 +480,7 @@ def test_films_keep_their_times(step, rate, tmp_path):
 def test_clips_too_short_for_the_context_are_refused(tmp_path):
     """They are neither made longer nor left out without a word."""
     np.save(tmp_path / "x.npy", BYTES[:60])
-    with pytest.raises(ValueError, match="--clip must be 11 or more"):
+    with pytest.raises(ValueError, match="--clip at least 11"):
         Recordings(tmp_path / "x.npy", clip=10, least=11)
     assert min(Recordings(tmp_path / "x.npy", clip=11, least=11).lengths) == 11
 
