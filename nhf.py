@@ -466,6 +466,7 @@ def valid_points(source, name):
     Raises: ValueError for other shapes, NaN and infinity.
     """
     points = torch.as_tensor(source, dtype=torch.float64, device="cpu")
+    # A tenth of fewer than 20 points is a single one, which has no standard error.
     if points.dim() != 2 or points[19:].numel() == 0:
         raise ValueError(f"{name} must be points (N, D), N at least 20, not {list(points.shape)}")
     bad = (~points.isfinite()).nonzero()
