@@ -320,6 +320,8 @@ PYTHON
 bench() {
   python test_hgn.py bench --device cpu
   cp runs/bench.json results/bench-cpu.json
+  python test_hgn.py bench --device cpu --compile
+  cp runs/bench.json results/bench-cpu-compiled.json
 }
 
 main() {
