@@ -17,6 +17,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -172,14 +173,15 @@ def find_run(where=None, name=None):
 
 
 OWN_ARGUMENT = {"hgn": "arch", "nhf": "hamiltonians", "realnvp": "layers"}  # tells models apart
-OF_EVERY_RUN = {"model", "system", "density", "data", "digest"}  # options that a run must have
+REQUIRED = {"model", "system", "density", "data", "digest"}  # options that a run must have
 # The options of a run that are no arguments of a model, for a model that is no run's.
 OF_NO_RUN = {"clip": 60, "stride": 1, "seed": 0}
-OF_NO_DATA = {"system": None, "density": None, "data": None, "digest": None, "noise": 0.0}
+OF_NO_DATA = {"system": None, "density": None, "data": None, "digest": None, "noise": 0.0,
+              "steps": None}  # fmt: skip
 
 
 def options_of(config, run, **data):
-    """Return the options of a run, of a model with this config that is measured on other data.
+    """Return the options by which a model of this config is measured on other data than a run's.
 
     run: the options that it had, which say how recordings are cut into clips and held out.
     """
@@ -199,7 +201,7 @@ def read_run(path):
             run = checkpoint["run"]
         else:
             run = {"options": options_of(checkpoint["config"], {})}
-        complete = run["options"].keys() >= OF_EVERY_RUN
+        complete = run["options"].keys() >= REQUIRED
     except (AttributeError, KeyError, TypeError, ValueError):
         complete = False
     if not complete:
@@ -398,17 +400,18 @@ def errors_under_noise(model, test, start, frames):
     return {"mse_noisy": noisy.item(), "noise_floor": floor}
 
 
-def noise_floor(system, noise="paper", size=32, n=2000, draws=32, generator=None):
+def noise_floor(system, noise="paper", size=32, n=2000, generator=None):
     """Return the pixel MSE of the best prediction under observation noise that it has not seen.
 
     It is the mean variance of a pixel given the true state, by Monte Carlo over n random states
-    with `draws` noisy pictures each. A model may go below it on frames that its encoder sees.
+    with 32 noisy pictures each. A model may go below it on frames that its encoder sees.
     """
     q, p = initial_states(system, n, generator)
     path, _ = simulate(system, q, p, 8, dt=0.5)
-    q = path[:, -1:].expand(-1, draws, -1, -1)  # away from the start: (n, draws, bodies, dims)
-    frames = render(system, jitter(system, q, noise, generator), size)
-    return frames.var(1).mean().item()
+    q = path[:, -1:].expand(-1, 32, -1, -1)  # away from the start: (n, 32, bodies, dims)
+    q = jitter(system, q, noise, generator)
+    # All pictures at once would take 13 GB at 128 pixels.
+    return fmean(render(system, part, size).var(1).mean().item() for part in q.split(50))
 
 
 def learnt_friction(model, test, start, frames):
@@ -418,25 +421,25 @@ def learnt_friction(model, test, start, frames):
     return {"friction": model.gamma.item() * FRAME_TIME / model.dt}
 
 
-def kept_energy(model, test, start, frames, steps=1000):
-    """Return how much H varies along long rollouts, in units of its spread and as a variance."""
-    H = model.energy(*model.rollout(*start, steps - 1))  # (clips, steps)
+def kept_energy(model, test, start, frames):
+    """Return how much H varies along 1,000 frames, in units of its spread and as a variance."""
+    H = model.energy(*model.rollout(*start, 999))  # (clips, 1000)
     figures = {"energy_variance": H.var(1).mean().item()}
     if len(H) > 1:  # one clip has no spread
         figures["energy_std_ratio"] = (H.std(1).median() / H[:, 0].std()).item()
     return figures
 
 
-def valid_frames(model, test, start, frames, length=10 * WINDOW):
-    """Return how many of `length` frames are valid, the median over clips.
+def valid_frames(model, test, start, frames):
+    """Return how many of 300 frames are valid, the median over clips.
 
     The frames of a clip are valid until the first whose error exceeds a tenth of a blank
     prediction's. This is stricter than the VPT of Higgins et al. (2021).
     """
     limit = 0.1 * blank_error(test, WINDOW)
     few = [x[:FEW] for x in start]
-    error = errors(model, test, few, length)
-    valid = (error <= limit).cumprod(1)  # (clips, length); NaN is not valid
+    error = errors(model, test, few, 300)
+    valid = (error <= limit).cumprod(1)  # (clips, 300); NaN is not valid
     return {"strict_vpt": valid.sum(1).double().median().item()}
 
 
@@ -615,7 +618,7 @@ def charts(n):
 
 
 @torch.no_grad()
-def save_phase(model, test, path, frames=FRAMES, n=10):
+def save_phase(model, test, path, frames, n=10):
     """Write a chart of n rollouts and, where the system is known, below it one of the truth.
 
     Ten is the number of colours that matplotlib has.
@@ -625,7 +628,7 @@ def save_phase(model, test, path, frames=FRAMES, n=10):
     parts = figure.subfigures(rows, squeeze=False).flat
     title = "model: a colour for each test clip, a dot for each frame"
     q, p = model.rollout(*model.infer(test.observed[:n]), frames - 1)
-    draw_states(parts[0], title, model, q, p, model.angles)
+    draw_states(parts[0], title, model, q, p, model.encoder.angles)
     if test.system:
         q, p = test.path(frames, n=n)
         draw_states(parts[1], "truth", test.system, q, p, test.angles)
@@ -658,7 +661,7 @@ def draw_states(figure, title, source, q, p, angles):
 
 
 @torch.no_grad()
-def save_density(model, points, folder, seed=0):
+def save_density(model, points, folder, seed):
     """Write density.png: histograms of data and samples, of their first two columns.
 
     In the plane there are the learnt density and, of NHF, each V, too, and flow.gif. Of points on
@@ -717,23 +720,23 @@ def draw_potential(ax, model, i, points):
     return image
 
 
-def save_flow(model, points, path, seed, n=2000):
-    """Write a movie of n points that a flow moves from its base density to the data.
+def save_flow(model, points, path, seed):
+    """Write a movie of 2,000 points that a flow moves from its base density to the data.
 
     Every picture shows them before a leapfrog step, on the V that takes it; the last after all.
     """
-    q, _ = model.flow(*model.base_states(n, seeded(seed)))
-    times = model.unstandardise(q).permute(1, 2, 0)  # (steps + 1, 2, n)
+    q, _ = model.flow(*model.base_states(2000, seeded(seed)))
+    path_of_points = model.unstandardise(q).permute(1, 2, 0)  # (steps + 1, 2, n)
     figure, (ax,) = charts(1)
 
     def draw(step):
         i = min(step // model.config["steps"], len(model.H) - 1)
         ax.clear()
         draw_potential(ax, model, i, points)
-        ax.plot(*times[step], ".", color="red", markersize=2)
+        ax.plot(*path_of_points[step], ".", color="red", markersize=2)
         ax.set_title(f"points on V of H[{i}], step {step}")
 
-    movie = FuncAnimation(figure, draw, len(times))
+    movie = FuncAnimation(figure, draw, len(path_of_points))
     movie.save(path, writer="pillow", fps=STEPS_PER_SECOND)
 
 
@@ -797,6 +800,8 @@ def look(given):
     path = find_run(where, *data.values())
     model, run = load(path)
     options = run["options"]
+    if run.get("step") != options.get("steps"):
+        print("This run has not ended: of an HGN the end fits the prior and the variance of z.")
     in_run = path.name == "checkpoint.pt"
     name = path.parent.name if in_run else path.stem
     if where and any(options[key] != value for key, value in data.items()):
@@ -804,8 +809,6 @@ def look(given):
         in_run = False
         (source,) = data.values()
         name = f"{name}-on-{Path(source).stem}"
-    if in_run and run["step"] < options["steps"]:
-        print("This run has not ended: of an HGN the end fits the prior and the variance of z.")
     folder = path.parent if in_run else Path("runs", f"{name}-look")
     print(f"{path}: pictures and figures go to {folder}")
     model.to(device_of(options["model"], given.pop("device", None)))

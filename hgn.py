@@ -19,6 +19,7 @@ such as the initialisation, and what differs is said where it stands. The second
 model, which is the default: other networks and another loss behind the same interface.
 """
 
+import functools
 import io
 import itertools
 import math
@@ -36,7 +37,8 @@ def compiled_once(step):
     """Let torch.compile compile `step` once instead of unrolling each of its calls."""
     # This compares numbers, not strings. Before 2.13 it fails where autograd differentiates H.
     if torch.__version__ >= "2.13":
-        return torch.compiler.nested_compile_region(step)
+        region = torch.compiler.nested_compile_region(step)
+        return functools.wraps(step)(region)  # else it has no help and cannot be pickled
     return step
 
 
@@ -117,8 +119,9 @@ class Hamiltonian(nn.Module):
     """Any scalar H(q, p): a subclass writes `forward`, (B, ...) twice -> (B,).
 
     It suits `implicit_leapfrog_step`. The gradients are computed by autograd unless a subclass
-    overrides `grad_q` and `grad_p`. It may also override `features`, whose result is passed to both
-    of them and is reused while q does not change.
+    overrides `grad_q` and `grad_p`. It may also override `features`: `implicit_leapfrog_step`
+    passes its result to both of them and reuses it while q does not change; the explicit steps
+    pass None.
     """
 
     iterations = 8  # of each implicit equation; an iteration gains a factor of the order of h
@@ -481,7 +484,7 @@ class HGN(Saved):
             raise ValueError(f"dt must be above 0, not {dt}: a negative dt goes to rollout")
         self.context = context
         self.dt = dt
-        self.picture = (channels, size, size)
+        self.frame_shape = (channels, size, size)
         networks = ARCHITECTURES[arch](size, channels, context, latent, periodic, f_psi)
         # The order of the modules is that of the parameters, by which optimisers are resumed.
         self.encoder, self.decoder, self.f_psi, self.H, prior, self.z_shape, step = networks
@@ -490,11 +493,6 @@ class HGN(Saved):
         self.log_gamma = nn.Parameter(torch.tensor(-3.0)) if friction else None
         # Small convolutions are 1.3 to 2 times as fast in this memory format.
         self.to(memory_format=torch.channels_last)
-
-    @property
-    def angles(self):
-        """How many of the numbers in q are angles; these come first."""
-        return self.encoder.angles
 
     @property
     def gamma(self):
@@ -519,11 +517,11 @@ class HGN(Saved):
     def check_frames(self, frames, least=1):
         """Raises: ValueError unless frames are floats (B, at least `least`, C, size, size)."""
         shape = tuple(frames.shape)
-        enough = shape[2:] == self.picture and shape[1] >= least
+        enough = shape[2:] == self.frame_shape and shape[1] >= least
         if not enough or not frames.is_floating_point():
             raise ValueError(
                 f"frames must be floats (B, T, C, H, W), T at least {least}, (C, H, W) = "
-                f"{self.picture} as the model was made for; yours are {frames.dtype} {shape}"
+                f"{self.frame_shape} as the model was made for; yours are {frames.dtype} {shape}"
             )
 
     def encode(self, frames):
@@ -571,24 +569,25 @@ class HGN(Saved):
         compact model's `infer`, `loss` and `sample` it also needs a method `momentum`.
         """
         speed = 1.0 if dt is None else dt / self.dt
+        # A speed of 2 that is slightly more by rounding takes two steps, not three.
         substeps = self.config["substeps"] * max(1, math.ceil(abs(speed) - 1e-6))
-        dt = FRAME_TIME * speed
-        return rollout(self.H, q, p, dt, steps, self.step, substeps, self.gamma)
+        frame_time = FRAME_TIME * speed
+        return rollout(self.H, q, p, frame_time, steps, self.step, substeps, self.gamma)
 
     def energy(self, q, p):
         """H of states (B, ..., dim), (B, ...). Its zero and its unit mean nothing."""
         return self.H(q.flatten(0, -2), p.flatten(0, -2)).view(q.shape[:-1])
 
-    def decode(self, q, block=64):
-        """Paint q (B, T, dim): frames (B, T, C, size, size), `block` pictures at a time.
+    def decode(self, q):
+        """Paint q (B, T, dim): frames (B, T, C, size, size), 64 at a time to save memory.
 
         Pixels may be slightly below 0 or above 1: clamp them where you show or save the frames.
         """
-        pictures = [self.decoder(part) for part in q.flatten(0, 1).split(block)]
+        pictures = [self.decoder(part) for part in q.flatten(0, 1).split(64)]
         return torch.cat(pictures).unflatten(0, q.shape[:2])
 
     @torch.no_grad()
-    def sample(self, n, steps, dt=None, generator=None):
+    def sample(self, n, steps, generator=None):
         """n rollouts from the prior: frames (n, steps + 1, C, size, size) in [0, 1].
 
         generator: a torch.Generator of the CPU, so that no sample depends on the device.
@@ -596,7 +595,7 @@ class HGN(Saved):
         """
         noise = torch.randn(n, *self.z_shape, generator=generator)
         z = self.prior.from_noise(noise.to(next(self.parameters())))
-        q, _ = self.rollout(*self.state(z), steps, dt)
+        q, _ = self.rollout(*self.state(z), steps)
         return self.decode(q).clamp(0, 1)
 
     def loss(self, frames, beta=1e-3, noise=None, times=None):
@@ -711,7 +710,10 @@ class Space:
         return x.clamp(-LIMIT, LIMIT)
 
     def wrap(self, q):
-        """q with its angles brought into [-pi, pi], for differences of two q."""
+        """q, a difference of two states, with its angles brought into [-pi, pi].
+
+        Where there are angles, the numbers are clamped as in `embed`.
+        """
         return q
 
     def vjp(self, grad_x, x):
@@ -789,13 +791,11 @@ class RealNVP(Prior):
         return x, log_det
 
     def inverse(self, y, condition=None):
-        """The x (..., dim) that `forward` takes to y, and log |det dx/dy|, (...)."""
-        log_det = 0
+        """The x (..., dim) that `forward` takes to y (..., dim)."""
         for layer in reversed(range(len(self.nets))):
             log_s, t = self.coupling(layer, y, condition)
             y = (y - t) * (-log_s).exp()
-            log_det = log_det - log_s.sum(-1)
-        return y, log_det
+        return y
 
     def kl(self, z, mean, logvar):
         """log q(z|x) - log p(z) of each clip, (B,); over z ~ q(z|x) its mean is the KL."""
@@ -805,7 +805,7 @@ class RealNVP(Prior):
 
     def from_noise(self, noise):
         """A draw from the prior, made of noise ~ N(0, I)."""
-        return self.inverse(noise)[0]
+        return self.inverse(noise)
 
 
 # ---------------------------------------------------------------------- Hamiltonian and its f_psi
@@ -891,10 +891,9 @@ class CompactHamiltonian(Hamiltonian):
     def grad_q(self, q, p, features=None):
         """dH/dq, by one backward pass through the hidden units, which M and V share.
 
-        Of K, sum_i K_i depends on q, K_i = (p W)_i^2 s_i / 2. As s = 2 sigmoid(y), ds/dy is
-        s (1 - s / 2).
-        Hence dK/dy_i = K_i (1 - s_i / 2) and, as y = b S, dK/db = S dK/dy.
-        Hence dH/db = last + S dK/dy, and the rest is the backward pass from b to q.
+        K is sum_i K_i + 0.3 |p|^2 / 2, where K_i = (p W)_i^2 s_i / 2 and s = 2 sigmoid(y), y = b S.
+        As ds/dy = s (1 - s / 2), dK/dy_i is K_i (1 - s_i / 2), and dK/db is S dK/dy.
+        Hence dH/db = last + S dK/dy. From b to x it goes on by `V.backward`, from x to q by `vjp`.
         """
         x, a, b, s = self.features(q) if features is None else features
         K_i = 0.5 * (p.clamp(-LIMIT, LIMIT) @ self.W).square() * s
@@ -944,6 +943,7 @@ class CompactEncoder(Encoder):
     """
 
     coefficients = 7  # of the polynomial, at most
+    fit_time = 2.0  # it cannot follow longer motion: it sees 15 frames on each side of its own
     logvar_scale = 10.0  # makes Adam move the log-variance ten times as fast
 
     def __init__(self, size, channels, context, space, side=32, filters=24, hidden=12):
@@ -976,6 +976,7 @@ class CompactEncoder(Encoder):
         # at the reference frame.
         time = FRAME_TIME * (torch.arange(context).double() - self.reference_frame)
         powers = torch.vander(time, min(context, self.coefficients), increasing=True)
+        powers[time.abs() >= self.fit_time] = 0.0  # these frames have no weight
         self.fit = nn.Buffer(torch.linalg.pinv(powers)[:2].float())  # (2, context)
         line = torch.linspace(-1, 1, side)
         y, x = torch.cartesian_prod(line, line).T  # (side * side,) each
@@ -1008,12 +1009,14 @@ class CompactEncoder(Encoder):
         """frames (B, context, C, H, W) -> mean and log-variance of z, (B, 2 dim) each."""
         q = self.encode_frame(frames)
         steps = self.space.wrap(q.diff(dim=1))  # angles move the short way round
-        moved = F.pad(steps.cumsum(1), (0, 0, 1, 0))  # since the first frame, (B, context, dim)
+        # As angles jump by 2 pi, the fit is to the sums of the steps since the first frame.
+        moved = F.pad(steps.cumsum(1), (0, 0, 1, 0))  # (B, context, dim)
+        displacement, velocity = (self.fit @ moved).unbind(1)  # (B, dim) each
         # A bad chart at the start of training must not throw the state far away. An angle turns by
         # less than half a turn from frame to frame, at a velocity below 26.
-        place, velocity = (self.fit @ moved).clamp(-LIMIT, LIMIT).unbind(1)  # (B, dim) each
+        velocity = velocity.clamp(-LIMIT, LIMIT)
         seen = torch.cat((self.space.embed(q).flatten(1), moved[:, -1], velocity), 1)
-        z = torch.cat((q[:, 0] + place, velocity), 1) + self.correction(seen)
+        z = torch.cat((q[:, 0] + displacement, velocity), 1) + self.correction(seen)
         return z, (self.logvar_scale * self.logvar).expand_as(z)
 
 
@@ -1201,11 +1204,11 @@ def charted_loss(
     chart = model.encoder.encode_frame(few_targets)
     distance = model.encoder.space.wrap(q[:, :few] - chart).square().mean(2)
     chart_variance = variance(chart, average)
-    rollout_error = picture_error(model, q, targets) / E
-    chart_error = picture_error(model, chart, few_targets) / E
-    negative_elbo = robust(rollout_error, 0.1) + beta * kl / seen[0, 0].numel() / E
-    loss = negative_elbo + chart_error.mean() + robust(distance / chart_variance, 0.01)
-    return loss, rollout_error.mean() * E, kl
+    mse = picture_error(model, q, targets)
+    chart_mse = picture_error(model, chart, few_targets)
+    negative_elbo = robust(mse / E, 0.1) + beta * kl / seen[0, 0].numel() / E
+    chart_loss = (chart_mse / E).mean() + robust(distance / chart_variance, 0.01)
+    return negative_elbo + chart_loss, mse.mean(), kl
 
 
 def averaged_picture_error(model, seen, targets, times, horizon, scale, draws=8):

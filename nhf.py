@@ -41,15 +41,19 @@ class Flow(Saved):
     Inside, coordinates are tail asinh(scale^-1 (x - shift) / tail): about linear near zero, and
     logarithmic far out, where the base density is too small. Densities account for this change.
     Data are tensors, arrays or lists. They are standardised in float64, and densities and samples
-    are float64; the networks keep the precision of their weights.
+    are float64; the networks keep the precision of their weights. To move a flow to a GPU is safe,
+    `.float()` also casts shift and scale.
     shift: a number or (dim,). scale: a number above 0 or a lower triangular matrix (dim, dim).
     Raises: ValueError for other values.
     """
 
     tail = 3.0
 
-    def __init__(self, dim, shift=0.0, scale=1.0):
+    def __init__(self, config, shift=0.0, scale=1.0):
         super().__init__()
+        check_options(config, self.allowed)
+        self.config = config
+        dim = config["dim"]
         shift = torch.as_tensor(shift, dtype=torch.float64, device="cpu")
         scale = torch.as_tensor(scale, dtype=torch.float64, device="cpu")
         if scale.dim() == 0:
@@ -57,7 +61,7 @@ class Flow(Saved):
         if shift.shape not in ((), (dim,)) or scale.shape != (dim, dim):
             raise ValueError(f"shift must be a number or ({dim},), scale one or ({dim}, {dim})")
         # A logarithm is finite only of a number above 0.
-        numbers = shift + scale.diagonal().log()
+        numbers = shift + scale.diagonal().log() + scale
         if not numbers.isfinite().all() or scale.triu(1).any():
             raise ValueError("shift must be finite, scale above 0 or a lower triangular matrix")
         self.shift = nn.Buffer(shift.expand(dim).clone())
@@ -206,9 +210,7 @@ class NHF(Flow):
             "dim": dim, "hamiltonians": hamiltonians, "steps": steps, "width": width,
             "kinetic": kinetic,
         }  # fmt: skip
-        check_options(config, self.allowed)
-        super().__init__(dim, **units)
-        self.config = config
+        super().__init__(config, **units)
         self.base = SoftUniform()
         self.H = nn.ModuleList(FlowHamiltonian(dim, width, kinetic) for _ in range(hamiltonians))
         # At first all steps together turn a state by half a radian about the middle of V, where K
@@ -283,11 +285,10 @@ class RealNVPFlow(Flow):
     Raises: ValueError in one dimension, where nothing is coupled.
     """
 
+    allowed = {"dim": SIZES[1:], "layers": SIZES, "width": SIZES}
+
     def __init__(self, dim=2, layers=8, width=56, **units):
-        config = {"dim": dim, "layers": layers, "width": width}
-        check_options(config, {"dim": SIZES[1:], "layers": SIZES, "width": SIZES})
-        super().__init__(dim, **units)
-        self.config = config
+        super().__init__({"dim": dim, "layers": layers, "width": width}, **units)
         self.couplings = RealNVP(dim, layers, width)
 
     def log_prob(self, x, samples=1, generator=None):
@@ -296,14 +297,14 @@ class RealNVPFlow(Flow):
         noise, log_det = self.couplings(x)
         return log_normal(noise) + log_det - log_volume
 
-    def log_weights(self, x, noise=None):
+    def log_weights(self, x, noise):
         """The interface of NHF: one weight for each point, log p(x) itself, (1, B)."""
         return self.log_prob(x).unsqueeze(0)
 
     @torch.no_grad()
     def sample(self, n, generator=None):
         """n points (n, dim), in float64, without gradients: see `couplings.inverse`."""
-        x, _ = self.couplings.inverse(self.noise(n, self.dim, generator=generator))
+        x = self.couplings.inverse(self.noise(n, self.dim, generator=generator))
         return self.unstandardise(x)
 
 

@@ -46,7 +46,7 @@ from physics import SYSTEMS, initial_states, jitter, read_points, render, simula
 # The options of a run are those of every run, of its source of data and of its kind. A given option
 # that is in none of the three is refused.
 
-EVERY_RUN = {"model": None, "system": None, "density": None, "data": None, "digest": None,
+EVERY_RUN = {"system": None, "density": None, "data": None, "digest": None,
              "seed": 0, "save_every": 250}  # fmt: skip
 OF_A_SYSTEM = {"system": "mass_spring", "size": 32, "dt": 0.125, "noise": 0.0, "window": 30}
 OF_RECORDINGS = {"size": None, "dt": None, "stride": 1, "clip": 60, "window": 30}
@@ -65,8 +65,7 @@ OF_KINDS = {
 PAPER_PROTOCOL = OF_A_SYSTEM | {"model": "hgn", "arch": "paper", "noise": "paper", "context": 30}
 ABOVE_FLOOR = 1.06  # GECO's target over the error of the noise, which no model can go below
 FLOOR_CLIPS = 500  # give the floor to within one per cent
-COMMAND = ("device", "compile", "resume", "name")  # options not saved with the run
-CHANGEABLE = ("steps", "window", "save_every")  # what --resume may change
+CHANGEABLE = {"steps", "window", "save_every"}  # what --resume may change
 
 
 def defaults_of(option):
@@ -235,12 +234,13 @@ def resumed(given, saved):
     saved: what the run saved beside the model.
     """
     options = saved["options"]
+    changeable = CHANGEABLE & options.keys()
     for name, value in given.items():
-        if name not in CHANGEABLE and options.get(name) != value:
+        if name not in changeable and options.get(name) != value:
             raise ValueError(f"--{dashed(name)} cannot change in a run that is resumed")
     options = argparse.Namespace(**options | given)
     if options.steps < saved["step"]:
-        raise ValueError(f"this run is at step {saved['step']} already: --steps is less")
+        raise ValueError("this run has taken more steps already: raise --steps")
     return options
 
 
@@ -308,7 +308,7 @@ class SimulatedClips:
         self.system = SYSTEMS[options.system]
         self.device = device
         self.lengths = torch.tensor([options.window])
-        # A row of frames starts at least min(reach, horizon) frames before the end of its clip.
+        # After the first of a row of frames its clip has at least min(reach, horizon) more.
         self.reach = self.lengths
         # Indices into `lengths`: all simulated clips have the same length, so one entry is enough.
         self.train_clips = torch.zeros_like(self.lengths)
@@ -335,7 +335,7 @@ class RecordedClips:
         self.recordings = recordings
         self.device = device
         self.lengths = recordings.lengths
-        self.reach = self.lengths // 2  # they are long, and start anywhere in their first half
+        self.reach = self.lengths // 2  # what follows is half of a long clip, at least
         self.train_clips = recordings.train
 
     def frames(self, step, clips, times, generator, part):
@@ -415,9 +415,9 @@ class PictureRecipe(Recipe):
         short = (lengths < self.row).sum().item()
         if short and RANK == 0:
             print(f"{short} clips are shorter than {self.row} frames: lower --window to learn them")
-        frames = options.batch_size * (options.context + options.window)
+        frames = options.batch_size * (self.row + (options.targets or 0))
         if frames * dataset.size**2 > MOST_PIXELS:
-            raise ValueError("a batch takes gigabytes: lower --batch-size, --window or --size")
+            raise ValueError("a batch takes gigabytes: lower --batch-size, --targets or --size")
         # Long clips are drawn more often, so that every frame is as likely as any other.
         self.clips = self.source.train_clips.repeat_interleave(lengths * (lengths >= self.row))
 
@@ -513,7 +513,7 @@ class CompactRecipe(PictureRecipe):
     muon = True
     batches_of_prior = 256  # at most, whose states the prior is fitted to
     first_horizon = 3  # frames that the first steps roll out
-    batches_of_variance = 8  # as a single clip that is not followed would widen that of two
+    batches_of_variance = 8  # of fewer, a single clip that is not followed would decide
 
     @staticmethod
     def complete(options):
@@ -551,8 +551,9 @@ class CompactRecipe(PictureRecipe):
         horizon = self.longest - 1
         if not self.compile and self.device.type != "cuda":  # graphs are of one shape
             horizon = times.max().item()
-        noise = self.noise(model)
-        return charted_loss(model, seen, targets, times, horizon, self.beta, noise, average)
+        return charted_loss(
+            model, seen, targets, times, horizon, self.beta, self.noise(model), average
+        )
 
     def finish(self, model):
         """Fit the variance of z, then the prior to many states, by batches after the last one.
@@ -632,10 +633,10 @@ RECIPES = {
 }
 
 
-def recipe_of(options, device=None, compile=False):
+def recipe_of(options, device, compile=False):
     """The recipe of a run with these options, with its data, on the device of this name."""
     if options.batch_size % PROCESSES:
-        raise ValueError(f"--batch-size must be a multiple of the {PROCESSES} processes")
+        raise ValueError("--batch-size must be a multiple of the number of processes")
     kind = options.arch if options.model == "hgn" else options.model
     device = device_of(options.model, device)
     dataset = test_set(vars(options), TEST_CLIPS, device)
@@ -724,12 +725,12 @@ def set_rate(optimisers, lr, step, steps):
 # ------------------------------------------------------------------------------- the training step
 
 
-def stepper(model, losses, optimisers, geco=None, largest_norm=1.0):
+def stepper(model, losses, optimisers, geco=None):
     """A function that takes a training step on a batch and returns losses(*batch).
 
     It goes down the gradient of "loss" among these, averaged over all processes and clipped to
-    `largest_norm`; a gradient that is not finite counts as zero. On a GPU it waits for nothing and
-    runs as one graph, see `Graphed`.
+    norm 1; where any of it is not finite, all of it counts as zero. On a GPU the step waits for
+    nothing and runs as one graph, see `Graphed`.
     """
 
     def step(*batch):
@@ -739,7 +740,7 @@ def stepper(model, losses, optimisers, geco=None, largest_norm=1.0):
         values = {name: value.detach().clone() for name, value in values.items()}
         weights = [weight for weight in model.parameters() if weight.grad is not None]
         average_together([*(weight.grad for weight in weights), *values.values()])
-        norm = torch.nn.utils.clip_grad_norm_(weights, largest_norm)
+        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
         bad = ~norm.isfinite()
         for weight in weights:
             weight.grad.masked_fill_(bad, 0.0)
@@ -777,7 +778,7 @@ class Graphed:
         return values
 
     def run(self, batch):
-        """Take the step on the batch, in the way that this call has."""
+        """Run the step, at first, or capture it, once, or replay what was captured."""
         if self.calls <= self.warm_up:
             return self.step(*batch)
         if self.calls == self.warm_up + 1:
@@ -839,7 +840,7 @@ def fit_variance(model, batches, horizon, seed=0):
     model.encoder.logvar += 2 * math.log(best) / model.encoder.logvar_scale
 
 
-def fit_prior(prior, mean, logvar, rounds=1000, seed=0, lr=2e-2):
+def fit_prior(prior, mean, logvar, rounds, seed=0, lr=2e-2):
     """Fit a learnt prior, by Muon, to q(z|x) of many clips, mean and log-variance (n, dim) each."""
     torch.manual_seed(seed)
     optimisers = make_optimisers(prior, lr, muon=True)
@@ -1036,9 +1037,8 @@ def train(run):
 
 def conclude(run):
     """Measure the model as it was saved, and say where it is."""
-    recipe = run.recipe
-    model, _ = load(run.folder, recipe.device)
-    result = recipe.report(model, run.folder)
+    model, _ = load(run.folder, run.recipe.device)
+    result = run.recipe.report(model, run.folder)
     run.log(**result)
     save_curves(run.folder)
     print_table(result)
@@ -1047,7 +1047,10 @@ def conclude(run):
 
 def run_command(given):
     """Train what the given options ask for, measure it, and say where it is."""
-    device, compile, where, name = [given.pop(name, None) for name in COMMAND]
+    # These options are not saved with the run.
+    device, compile, where, name = [
+        given.pop(option, None) for option in ("device", "compile", "resume", "name")
+    ]
     if where is None:
         options = settle(given)
         torch.manual_seed(options.seed)
