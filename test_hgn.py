@@ -694,7 +694,7 @@ def hamiltonian(name):
     elif name == "compact":
         H = CompactHamiltonian(SpaceWithAngles(3, 2), 32)
     elif name == "paper":
-        H = PaperHamiltonian(6, 4, width=8)
+        H = PaperHamiltonian(6, 4)
     else:
         H = FlowHamiltonian(3, 32, kinetic=name)
     return shaken(H)
@@ -1251,7 +1251,24 @@ def test_the_fitted_variance_is_that_of_the_errors(error, noise):
 
 
 def test_the_papers_model_starts_to_learn():
-    assert reconstruction_after(15) < 0.95
+    assert reconstruction_after(60) < 0.8
+
+
+@torch.no_grad()
+@each("size, maps", ((16, 16), (32, 16), (64, 16), (32, 32)))
+def test_the_papers_H_starts_as_a_bowl(size, maps):
+    """Numbers in q oscillate, each by itself, and the explicit leapfrog keeps H."""
+    model = HGN(arch="paper", size=size, latent=maps)
+    dim = maps * (size // 8) ** 2
+    q, p = torch.randn(2, 4, dim, generator=seeded())
+    alone = model.energy(q, 0 * p) + model.energy(0 * q, p) - model.energy(0 * q, 0 * p)
+    torch.testing.assert_close(model.energy(q, p), alone)
+    torch.testing.assert_close(model.energy(q, p), model.energy(-q, -p))
+    q, p = model.rollout(q, p, 240)
+    H = model.energy(q, p)
+    assert (H / H[:, :1] - 1).abs().max() < 0.01
+    turns = (q[:, 1:] * q[:, :-1] < 0).sum(1) / 2 / 8  # in 30 frames
+    assert 0.5 < turns.median() < 2
 
 
 @each("mse, grows, end", ((1.0, False, 1e-5), (1e-9, True, 1.0)))
@@ -3545,7 +3562,8 @@ def measure_speed(words):
     torch.manual_seed(options.seed)
     recipe = train.recipe_of(options, device, compile)
     model = recipe.build()
-    step = train.step_of(recipe, model, recipe.optimisers(model))
+    optimisers = train.make_optimisers(model, options.lr, recipe.lr_scales, recipe.muon)
+    step = train.step_of(recipe, model, optimisers)
     batch = recipe.batch(options.steps)  # with the farthest horizon
     a = torch.randn(4096, 4096, device=recipe.device)
     table = [timed("matmul of 4096, TFLOP", 2 * 4096**3 / 1e12, torch.matmul, a, a)]

@@ -16,6 +16,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -281,15 +282,6 @@ def average(x):
     return total / PROCESSES
 
 
-def average_together(tensors):
-    """Replace each of the tensors by its mean over all processes, in one message."""
-    if PROCESSES > 1:
-        means = average(torch.cat([tensor.flatten() for tensor in tensors]))
-        means = means.split([tensor.numel() for tensor in tensors])
-        for tensor, mean in zip(tensors, means, strict=True):
-            tensor.copy_(mean.view_as(tensor))
-
-
 # -------------------------------------------------------------------------------- sources of clips
 
 POOL = 64  # batches whose trajectories are simulated together, which is faster
@@ -377,10 +369,6 @@ class Recipe:
     @staticmethod
     def complete(options):
         """Fill in options that depend on others."""
-
-    def optimisers(self, model):
-        """The optimisers of the model's parameters."""
-        return make_optimisers(model, self.options.lr, self.lr_scales, self.muon)
 
     def prepare(self, model):
         """Set what training a new or a loaded model needs."""
@@ -473,7 +461,7 @@ class PictureRecipe(Recipe):
         save_movies(model, self.dataset, folder)
         result = measure(model, self.dataset)
         window = result["mse_per_frame"][: self.options.window]
-        if not sum(window) / len(window) < 0.5 * result["blank_mse"]:  # NaN is not
+        if not fmean(window) < 0.5 * result["blank_mse"]:  # NaN is not
             print("More than half of a blank prediction's error: little was learnt. Raise --steps.")
         return result
 
@@ -637,7 +625,7 @@ def recipe_of(options, device, compile=False):
     """The recipe of a run with these options, with its data, on the device of this name."""
     if options.batch_size % PROCESSES:
         raise ValueError("--batch-size must be a multiple of the number of processes")
-    kind = options.arch if options.model == "hgn" else options.model
+    kind = getattr(options, "arch", options.model)  # flows have no arch
     device = device_of(options.model, device)
     dataset = test_set(vars(options), TEST_CLIPS, device)
     options.digest = dataset.digest
@@ -739,7 +727,8 @@ def stepper(model, losses, optimisers, geco=None):
         values["loss"].backward()
         values = {name: value.detach().clone() for name, value in values.items()}
         weights = [weight for weight in model.parameters() if weight.grad is not None]
-        average_together([*(weight.grad for weight in weights), *values.values()])
+        for tensor in (*(weight.grad for weight in weights), *values.values()):
+            tensor.copy_(average(tensor))
         norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
         bad = ~norm.isfinite()
         for weight in weights:
@@ -870,7 +859,7 @@ class Run:
         self.recipe = recipe
         self.options = recipe.options
         self.model = model
-        self.optimisers = recipe.optimisers(model)
+        self.optimisers = make_optimisers(model, recipe.options.lr, recipe.lr_scales, recipe.muon)
         self.step = 0
         self.logged = 0  # bytes of metrics.jsonl
         self.began = time.time()
@@ -908,10 +897,9 @@ class Run:
         """Append a line to metrics.jsonl."""
         if RANK > 0:
             return
-        seconds = time.time() - self.began
-        line = json.dumps({"step": self.step, "seconds": seconds, **values})
+        line = {"step": self.step, "seconds": time.time() - self.began, **values}
         with open(self.folder / "metrics.jsonl", "a") as log:
-            log.write(line + "\n")
+            log.write(json.dumps(line) + "\n")
             self.logged = log.tell()
 
 

@@ -120,7 +120,8 @@ for arch in ("compact", "paper"):
     options = train.settle(train.parse(["--arch", arch, *sys.argv[1:]]))
     recipe = train.recipe_of(options, device)
     model = recipe.build().to(device)
-    step = train.step_of(recipe, model, recipe.optimisers(model))
+    optimisers = train.make_optimisers(model, options.lr, recipe.lr_scales, recipe.muon)
+    step = train.step_of(recipe, model, optimisers)
     with CountOperations() as count:
         step(*recipe.batch(0))
     print(f"{arch}: {count.total / 1e9:.4g} GFLOP a step")
