@@ -284,8 +284,7 @@ class PaperHamiltonian(Hamiltonian):
     The paper does not give the initialisation. Here H starts as a sum over all numbers x in q and p
     of f(x) + f(-x), where f is softplus applied five times. In this bowl each number in q
     oscillates by itself, with a period of 20 to 40 frames. With random weights H would start almost
-    linear: q would move along a straight line, tell the decoder the time rather than the state, and
-    a thousand steps would teach it little.
+    linear, and q would move along a straight line, which tells the time rather than the state.
     """
 
     def __init__(self, maps, side):
