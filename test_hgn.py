@@ -3199,9 +3199,8 @@ def test_the_speed_is_measured(command):
 
 # ----------------------------------------------------------------------------- what comes with it
 
-# Figures and models from before 1.5, see results/README.md.
-FROM_BEFORE = {"bench-cuda.json", "paper-2500.json", "paper.json",
-               "paper_mass_spring.json", "paper_mass_spring.pt"}  # fmt: skip
+# Figures from before 1.5, see results/README.md.
+FROM_BEFORE = {"bench-cuda.json", "paper-2500.json", "paper.json"}
 
 
 def versions_in(report):
