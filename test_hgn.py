@@ -3364,7 +3364,7 @@ def test_a_loss_that_is_not_finite_does_no_harm(last, steps, kept, own, command,
     on_loss(poison)
     words = f"--data {own[0]}/grey.npy {TINY} --steps {steps} --save-every 5"
     said = command("train", words, status=0 if last == 7 else 2)
-    assert last == 7 or "the loss is not finite at step 100" in said
+    assert last == 7 or "the loss is not finite" in said
     assert step_of("grey") == kept
 
 

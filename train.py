@@ -282,6 +282,15 @@ def average(x):
     return total / PROCESSES
 
 
+def average_together(tensors):
+    """Replace each of the tensors by its mean over all processes, in one message."""
+    if PROCESSES > 1:
+        mean = average(torch.cat([tensor.flatten() for tensor in tensors]))
+        for tensor in tensors:
+            part, mean = mean.tensor_split([tensor.numel()])
+            tensor.copy_(part.view_as(tensor))
+
+
 # -------------------------------------------------------------------------------- sources of clips
 
 POOL = 64  # batches whose trajectories are simulated together, which is faster
@@ -727,8 +736,7 @@ def stepper(model, losses, optimisers, geco=None):
         values["loss"].backward()
         values = {name: value.detach().clone() for name, value in values.items()}
         weights = [weight for weight in model.parameters() if weight.grad is not None]
-        for tensor in (*(weight.grad for weight in weights), *values.values()):
-            tensor.copy_(average(tensor))
+        average_together([*(weight.grad for weight in weights), *values.values()])
         norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
         bad = ~norm.isfinite()
         for weight in weights:
@@ -1012,7 +1020,7 @@ def train(run):
         run.save()
     leave_processes()
     if bad_logs:
-        raise ValueError(f"the loss is not finite at step {run.step}: lower --lr")
+        raise ValueError("the loss is not finite: lower --lr")
     interruption.end()
     if stop or interruption.signal:
         if RANK == 0:
