@@ -351,8 +351,7 @@ def averaged_errors(model, test, start, frames):
         z = model.prior.draw(mean, logvar, noise)
         path, _ = model.rollout(*model.state(z), frames - 1)
         total += paint(model, path)
-    error = pixel_mse(total / DRAWS, truth)
-    return by_window("averaged_mse", error.mean(0))
+    return by_window("averaged_mse", pixel_mse(total / DRAWS, truth).mean(0))
 
 
 def errors(model, test, start, frames, speed=1.0):
@@ -560,8 +559,7 @@ def save_movies(
         movies["samples"] = drawn.cpu().unsqueeze(0)
     times = [round(share * steps) for share in STILLS]
     stills = movies["rollout"][:, 0, times]  # of the first clip: (2, 5, C, size, size)
-    picture = draw_frames(stills, f"truth above model, frames {times}", scale)
-    picture.save(folder / "rollout.png")
+    draw_frames(stills, f"truth above model, frames {times}", scale).save(folder / "rollout.png")
     for name, movie in movies.items():
         save_movie(folder / f"{name}.gif", movie, model.dt, scale)
 
@@ -830,8 +828,7 @@ def look(given):
 
 def look_at_pictures(model, options, folder, given):
     """Write movies and charts of a model of pictures, then measure it. Returns: the figures."""
-    device = next(model.parameters()).device
-    test = test_set(options, given.pop("clips", CLIPS), device)
+    test = test_set(options, given.pop("clips", CLIPS), next(model.parameters()).device)
     print(test.summary)
     folder.mkdir(parents=True, exist_ok=True)
     quick = given.pop("quick", False)

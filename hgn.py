@@ -291,8 +291,7 @@ class PaperHamiltonian(Hamiltonian):
         super().__init__()
         self.shape = (2 * maps, side, side)
         width = max(64, 4 * maps)  # the published 64 suffice for the published 16 maps
-        sizes = (2 * maps, width, width, width, width, width, 1)
-        self.convs = stack(*sizes, activation=nn.Softplus)
+        self.convs = stack(2 * maps, width, width, width, width, width, 1, activation=nn.Softplus)
         for layer in self.convs[::2]:
             nn.init.dirac_(layer.weight)  # each map to itself
         weight = self.convs[0].weight.data
@@ -578,8 +577,7 @@ class HGN(Saved):
         speed = 1.0 if dt is None else dt / self.dt
         # A speed of 2 that is slightly more by rounding takes two steps, not three.
         substeps = self.config["substeps"] * max(1, math.ceil(abs(speed) - 1e-6))
-        frame_time = FRAME_TIME * speed
-        return rollout(self.H, q, p, frame_time, steps, self.step, substeps, self.gamma)
+        return rollout(self.H, q, p, FRAME_TIME * speed, steps, self.step, substeps, self.gamma)
 
     def energy(self, q, p):
         """H of states (B, ..., dim), (B, ...). Its zero and its unit mean nothing."""

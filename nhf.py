@@ -266,8 +266,7 @@ class NHF(Flow):
         block = max(1, 2048 // samples)  # points whose states fit into the cache of a CPU
         for part in x.reshape(-1, self.dim).split(block):
             noise = self.noise(samples, *part.shape, generator=generator)
-            log_mean = self.log_weights(part, noise).logsumexp(0) - log(samples)
-            log_p.append(log_mean)
+            log_p.append(self.log_weights(part, noise).logsumexp(0) - log(samples))
         return torch.cat(log_p).view(x.shape[:-1])
 
     @torch.no_grad()

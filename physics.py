@@ -422,8 +422,10 @@ def read_array_films(path, size):
                 frames = np.stack([square(frame, size) for frame in frames])
             films.append(Film(frames))
     name = array.dtype.name
-    layout = f"shape {array.shape} read as clips, time, rows, columns, channels {clips.shape}"
-    return films, [layout, f"of {name}, white is {WHITE.get(name, 255)}"]
+    return films, [
+        f"shape {array.shape} read as clips, time, rows, columns, channels {clips.shape}",
+        f"of {name}, white is {WHITE.get(name, 255)}",
+    ]
 
 
 def film_frames(path):

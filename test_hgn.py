@@ -85,15 +85,7 @@ from hgn import (
     rollout,
     write_file,
 )
-from nhf import (
-    DENSITIES,
-    NHF,
-    FlowHamiltonian,
-    Points,
-    RealNVPFlow,
-    SoftUniform,
-    log_normal,
-)
+from nhf import DENSITIES, NHF, FlowHamiltonian, Points, RealNVPFlow, SoftUniform, log_normal
 from physics import (
     BACKGROUND,
     GREEN,

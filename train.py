@@ -235,9 +235,8 @@ def resumed(given, saved):
     saved: what the run saved beside the model.
     """
     options = saved["options"]
-    changeable = CHANGEABLE & options.keys()
     for name, value in given.items():
-        if name not in changeable and options.get(name) != value:
+        if name not in CHANGEABLE & options.keys() and options.get(name) != value:
             raise ValueError(f"--{dashed(name)} cannot change in a run that is resumed")
     options = argparse.Namespace(**options | given)
     if options.steps < saved["step"]:
@@ -409,7 +408,7 @@ class PictureRecipe(Recipe):
         self.row = self.frames_in_a_row()
         if self.longest < max(3, options.context):
             raise ValueError("too few frames: raise --window or --clip, or lower --context")
-        short = (lengths < self.row).sum().item()
+        short = (lengths < self.row).sum()
         if short and RANK == 0:
             print(f"{short} clips are shorter than {self.row} frames: lower --window to learn them")
         frames = options.batch_size * (self.row + (options.targets or 0))
