@@ -3192,7 +3192,7 @@ def test_the_speed_is_measured(command):
 # ----------------------------------------------------------------------------- what comes with it
 
 # Figures from before 1.5, see results/README.md.
-FROM_BEFORE = {"bench-cuda.json", "paper-2500.json", "paper.json"}
+FROM_BEFORE = {"bench-cuda.json", "paper.json"}
 
 
 def versions_in(report):

@@ -111,7 +111,6 @@ class CountOperations(TorchDispatchMode):
         return made
 
 
-
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 kinds = [ProfilerActivity.CPU]
 if device.type == "cuda":

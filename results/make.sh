@@ -6,11 +6,11 @@
 #
 # Runs are runs/made-NAME. A run that is measured is skipped, and one that was stopped goes on, so the
 # script may be stopped by Ctrl-C and started again. Remove runs/made-NAME to make a run anew, and
-# runs/scenes to draw the scenes anew. The paper's networks, and what else takes a GPU, are of gpu.sh.
+# runs/scenes to draw the scenes anew. What takes a GPU is of gpu.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-parts="systems drawing others noise scenes seeds film flows unequal bench"
+parts="systems drawing others noise paper scenes seeds film flows unequal bench"
 look=()  # options of eval.py, which each part sets
 
 # learn NAME OPTIONS...: train and measure the run of this name.
@@ -52,6 +52,19 @@ Path(f"results/{file}.json").write_text(json.dumps(reports, indent=1))
 PYTHON
 }
 
+# ship RUN: its model comes with the code, as checkpoints/RUN.pt.
+ship() {
+  python - "runs/made-$1" "checkpoints/$1.pt" <<'PYTHON'
+import sys
+
+from eval import load
+
+model, run = load(sys.argv[1])
+del run["optimisers"]  # they are half of the file, and only a resumed run needs them
+model.save(sys.argv[2], run=run)
+PYTHON
+}
+
 # The models that come with the code, and their movies.
 systems() {
   look=(--clips 256 --reverse --speed 2 --speed 0.5 --sample 4)
@@ -67,15 +80,7 @@ systems() {
     if [ ! -e "runs/made-$name/measures.json" ]; then
       python test_hgn.py measures "runs/made-$name"
     fi
-    python - "runs/made-$name" "checkpoints/$name.pt" <<'PYTHON'
-import sys
-
-from eval import load
-
-model, run = load(sys.argv[1])
-del run["optimisers"]  # they are half of the file, and only a resumed run needs them
-model.save(sys.argv[2], run=run)
-PYTHON
+    ship "$name"
     gather "$name" "$name"
     cp "runs/made-$name/rollout.gif" "results/$name.gif"
   done
@@ -166,6 +171,18 @@ noise() {
     runs+=("noisy_$name")
   done
   gather noisy "${runs[@]}"
+}
+
+# The paper's networks, an hour or two for each run. A step paints eight random frames of each clip.
+paper() {
+  look=(--clips 64 --reverse --speed 2 --sample 4)
+  local how=(--targets 8 --lr 4e-4)
+  learn paper_mass_spring --arch paper --geco 5e-5 --system mass_spring --steps 1600 "${how[@]}"
+  learn paper_two_body --arch paper --geco 5e-5 --system two_body --steps 1600 "${how[@]}"
+  learn paper_noisy_mass_spring --protocol paper --system mass_spring --steps 1600 "${how[@]}"
+  learn paper_noisy_two_body --protocol paper --system two_body --steps 3000 "${how[@]}"
+  ship paper_mass_spring
+  gather paper-cpu paper_mass_spring paper_two_body paper_noisy_mass_spring paper_noisy_two_body
 }
 
 # draw_scenes: write the clips of all scenes, unless they are there.
