@@ -201,12 +201,11 @@ def read_run(path):
             run = checkpoint["run"]
         else:
             run = {"options": options_of(checkpoint["config"], {})}
-        complete = run["options"].keys() >= REQUIRED
+        if run["options"].keys() >= REQUIRED:
+            return run
     except (AttributeError, KeyError, TypeError, ValueError):
-        complete = False
-    if not complete:
-        raise ValueError(f"{path} is no model of this version: train anew, or delete it")
-    return run
+        pass
+    raise ValueError(f"{path} is no model of this version: train anew, or delete it")
 
 
 def load(path, device="cpu"):
@@ -521,8 +520,7 @@ def print_table(result):
     print("\nOn test data:")
     for name, value in result.items():
         if isinstance(value, float):
-            stem = name.rstrip("_0123456789")
-            print(f"  {name:<22}{value:<11.4g}", NOTES.get(stem, ""))
+            print(f"  {name:<22}{value:<11.4g}", NOTES.get(name.rstrip("_0123456789"), ""))
 
 
 # ------------------------------------------------------------------ movies

@@ -321,14 +321,10 @@ class Density:
     Attributes:
         sample: a function of n and a generator that returns points (n, 2).
         entropy: in nats.
-        sigma: the width of the noise, where the density is noise around points or curves.
-        centres: points (m, 2) spread evenly over these curves.
     """
 
     sample: Callable
     entropy: float
-    sigma: float | None = None
-    centres: torch.Tensor | None = None
 
 
 def xy(x, y):
@@ -339,30 +335,24 @@ def polar(r, angle):
     return xy(r * angle.cos(), r * angle.sin())
 
 
-def on_arcs(arcs, t):
-    """The points at t in [0, 1] on arcs of circles, (..., 5) as in `noisy_arcs`."""
-    x, y, radius, middle, n = arcs.unbind(-1)
-    return xy(x, y) + polar(radius, pi * (middle + (2 * t - 1) / n))
-
-
-def noisy_arcs(arcs, entropy, sigma, nodes=400):
+def noisy_arcs(arcs, entropy, sigma):
     """Noise of width sigma around arcs of circles, all of them equally likely.
 
-    arcs: a row (x, y, radius, middle, n) for each arc, the centre and the radius of its circle, the
-    direction of its middle in half turns, and the part 1/n of the circle that it is; n is inf for a
+    arcs: a row (x, y, radius, middle, k) for each arc, the centre and the radius of its circle, the
+    direction of its middle in half turns, and the part 1/k of the circle that it is; k is inf for a
     point.
     """
     arcs = torch.tensor(arcs)
-    t = (torch.arange(nodes) + 0.5) / nodes
-    centres = on_arcs(arcs, t.unsqueeze(1)).view(-1, 2).double()
 
     def sample(n, generator=None):
         arc = torch.randint(len(arcs), (n,), generator=generator)
+        x, y, radius, middle, k = arcs[arc].unbind(1)  # (n,) each
         t = torch.rand(n, generator=generator)
         noise = torch.randn(n, 2, generator=generator)
-        return on_arcs(arcs[arc], t) + sigma * noise
+        angle = pi * (middle + (2 * t - 1) / k)
+        return xy(x, y) + polar(radius, angle) + sigma * noise
 
-    return Density(sample, entropy, sigma, centres)
+    return Density(sample, entropy)
 
 
 def sample_pinwheel(n, generator=None):
@@ -396,10 +386,10 @@ def sample_checkerboard(n, generator=None):
 # histograms of 4e7 points, extrapolated to cells of no size; that of the checkerboard is exact.
 DENSITIES = {
     "eight_gaussians": noisy_arcs(
-        [(0, 0, 4 / 1.414, k / 4, inf) for k in range(8)], 2.832, 1 / 2.828, nodes=1
+        [(0, 0, 4 / 1.414, k / 4, inf) for k in range(8)], 2.832, 1 / 2.828
     ),
     "nine_gaussians": noisy_arcs(
-        [(x, y, 0, 0, inf) for y in (-2, 0, 2) for x in (-2, 0, 2)], 2.624, 0.3, nodes=1
+        [(x, y, 0, 0, inf) for y in (-2, 0, 2) for x in (-2, 0, 2)], 2.624, 0.3
     ),
     "two_moons": noisy_arcs([(-1, -0.2, 2, 0.5, 2), (1, 0.8, 2, 1.5, 2)], 2.394, 0.2),
     "crescents": noisy_arcs([(0, 0, 2, 0, 3), (0, 0, 2, 1, 3)], 2.019, 0.2),

@@ -347,8 +347,7 @@ def reading(path):
 def read_csv(path):
     """Numbers (N, D) separated by commas, below one line of names or none.
 
-    Every column is a coordinate: pandas writes no numbers of rows with index=False.
-    Raises: ValueError.
+    Every column is a coordinate. Raises: ValueError, also where the first one numbers the rows.
     """
     # Spreadsheets begin a file with a mark, which this encoding drops. Words are read as NaN.
     table = np.genfromtxt(path, delimiter=",", comments=None, ndmin=2, encoding="utf-8-sig")
@@ -356,6 +355,8 @@ def read_csv(path):
         table = table[1:]
     if np.isnan(table).any():
         raise ValueError("below its first line, something between commas is no number like 0.5")
+    if np.array_equal(table[:, 0], np.arange(len(table))):
+        raise ValueError("its first column numbers the rows: leave that out, in pandas index=False")
     return table
 
 
@@ -562,19 +563,22 @@ def read_films(path, size):
     """
     files, others = list_files(path)
     notes = [f"passed over: {others} file(s) or folder(s)"]
-    recordings = defaultdict(list)  # by the file or folder: pairs of frames and their times
+    recordings = defaultdict(list)  # by the file or folder: frames, times, numbers in the names
     for file in files:
         frames, times = read_frames(file, size)
         size = frames.shape[1]  # the first picture decides it
         name = file if len(frames) > 1 else file.parent
-        recordings[name].append((frames, times))
+        last_number = re.findall(r"\d+", file.stem)[-1:]
+        recordings[name].append((frames, times, last_number))
     films = []
-    for name, pairs in recordings.items():
-        frames, times = map(np.concatenate, zip(*pairs, strict=True))
+    for name, parts in recordings.items():
+        frames, times, numbers = map(np.concatenate, zip(*parts, strict=True))
         shown, step = even_steps(times)
         films.append(Film(frames[shown], step))
         if not np.array_equal(shown, np.arange(len(frames))):
             notes.append(f"{name.name}: uneven frames brought to steps of {step:.3g} s")
+        if len(set(np.diff(numbers.astype(float)))) > 1:
+            notes.append(f"{name.name}: the numbers in the names skip: are pictures missing?")
     return films, notes
 
 

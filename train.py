@@ -140,8 +140,9 @@ ARGUMENTS = {
                        "help": "All of q are angles, or none (default: as the system's are; of "
                                "recordings the first half of q)."},
         "--friction": flag | {"help": "Learn how fast motion dies out."},
-        "--no-f-psi": {"dest": "f_psi", "action": "store_false",
-                       "help": "Ablation of the paper's networks: z is the state itself."},
+        "--f-psi": {"action": argparse.BooleanOptionalAction,
+                    "help": "Ablation of the paper's networks: without f_psi, z is the state "
+                            "itself (default: with it)."},
         "--deterministic": flag | {"help": "Ablation of hgn: no sampling of z and no KL."},
         "--beta": {"type": number(0, 1e6, float),
                    "help": "Weight of the KL; with --geco its first value (default: 0.001)."},
@@ -189,14 +190,15 @@ def follow_protocol(given):
     """The given options, and those that --protocol stands for. Raises: ValueError."""
     options = PAPER_PROTOCOL | given
     del options["protocol"]
+    noise = options["noise"]
     elsewhere = "data" in given or "density" in given or options["model"] != "hgn"
-    if elsewhere or options["noise"] == 0:
+    if elsewhere or noise == 0:
         raise ValueError("--protocol is of hgn and a named system with noise: leave it out")
     if "geco" in given or "deterministic" in given:
         return options
-    system = SYSTEMS[options["system"]]
-    noise = options["noise"]
-    floor = noise_floor(system, noise, options["size"], FLOOR_CLIPS, generator=seeded(0))
+    floor = noise_floor(
+        SYSTEMS[options["system"]], noise, options["size"], FLOOR_CLIPS, generator=seeded(0)
+    )
     return options | {"geco": ABOVE_FLOOR * floor}
 
 
@@ -235,8 +237,9 @@ def resumed(given, saved):
     saved: what the run saved beside the model.
     """
     options = saved["options"]
+    changeable = CHANGEABLE & options.keys()
     for name, value in given.items():
-        if name not in CHANGEABLE & options.keys() and options.get(name) != value:
+        if name not in changeable and options.get(name) != value:
             raise ValueError(f"--{dashed(name)} cannot change in a run that is resumed")
     options = argparse.Namespace(**options | given)
     if options.steps < saved["step"]:
@@ -246,7 +249,7 @@ def resumed(given, saved):
 
 def dashed(name):
     """An option's name as the command line has it."""
-    return "no-f-psi" if name == "f_psi" else name.replace("_", "-")
+    return name.replace("_", "-")
 
 
 # ------------------------------------------------------------------------------- several processes
@@ -285,8 +288,8 @@ def average_together(tensors):
     """Replace each of the tensors by its mean over all processes, in one message."""
     if PROCESSES > 1:
         mean = average(torch.cat([tensor.flatten() for tensor in tensors]))
-        for tensor in tensors:
-            part, mean = mean.tensor_split([tensor.numel()])
+        parts = mean.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
 
@@ -455,8 +458,8 @@ class PictureRecipe(Recipe):
 
     def noise(self, model):
         """Noise for z, (B, ...), of which each process takes its part."""
-        shape = (self.options.batch_size, *model.z_shape)
-        return torch.randn(shape, device=self.device)[self.part]
+        noise = torch.randn(self.options.batch_size, *model.z_shape, device=self.device)
+        return noise[self.part]
 
     def losses(self, model, *batch):
         """The loss to go down, its terms and the weight of the KL, scalars by their names."""
@@ -791,8 +794,7 @@ class Graphed:
         self.batch = [x.clone() for x in batch]
         self.graph = torch.cuda.CUDAGraph()
         # In this mode other threads may use the GPU meanwhile, as those of nccl do.
-        how = {"stream": self.stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self.graph, **how):
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
             self.values = self.step(*self.batch)
 
 
