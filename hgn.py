@@ -35,7 +35,8 @@ __version__ = "1.5"  # of all files here; it goes up where what is computed chan
 
 def compiled_once(step):
     """Let torch.compile compile `step` once instead of unrolling each of its calls."""
-    # This compares numbers, not strings. Before 2.13 it fails where autograd differentiates H.
+    # This compares numbers, not strings. Before 2.13 a nested region fails where autograd
+    # differentiates H in it.
     if torch.__version__ >= "2.13":
         region = torch.compiler.nested_compile_region(step)
         return functools.wraps(step)(region)  # else it has no help and cannot be pickled
@@ -185,10 +186,10 @@ def stack(*sizes, layer=conv, activation=nn.LeakyReLU, **options):
 class Encoder(nn.Module):
     """What every encoder q(z|x) shares: it sees how pictures differ from their median.
 
-    Most of a picture is background.
+    Most of a picture is background. The paper's encoder sees the pictures as they are.
     """
 
-    reference_frame = 0  # z is the state at this frame of the context
+    reference_frame = 0  # of the context: z gives the state at this frame
     contrast = 4.0  # brings the difference to the background to about unit size
     angles = 0  # how many of q are angles; these come first
 
@@ -207,6 +208,7 @@ class Encoder(nn.Module):
 class PaperEncoder(Encoder):
     """q(z|x): eight convolutions over the frames of the context, stacked along channels.
 
+    The paper's context is the whole clip; the default of `HGN` is five frames.
     reduction: further layers after the eight, for the ablation without f_psi.
     """
 
@@ -282,8 +284,9 @@ class PaperHamiltonian(Hamiltonian):
 
     The activation is softplus: the forces of a ReLU network would be piecewise constant.
     The paper does not give the initialisation. Here H starts as a sum over all numbers x in q and p
-    of f(x) + f(-x), where f is softplus applied five times. In this bowl each number in q
-    oscillates by itself, with a period of 20 to 40 frames. With random weights H would start almost
+    of c (f(x) + f(-x)), where f is softplus applied five times and c is how many windows of the
+    last convolution see the place of x in its map, four to nine. In this bowl each number in q
+    oscillates by itself, with a period of 20 to 45 frames. With random weights H would start almost
     linear, and q would move along a straight line, which tells the time rather than the state.
     """
 
@@ -455,9 +458,6 @@ def check_range(frames):
 class HGN(Saved):
     """Hamiltonian Generative Network (Toth et al. 2020, section 3).
 
-    The compact model solves the implicit equations of a step by `model.H.iterations` iterations, in
-    every mode. You may set this number: TRAINING_ITERATIONS are enough for the loss.
-
     Args:
         size: side of the square frames in pixels, a multiple of 8 from 16 to 128.
         channels: of the frames, 1 to 4.
@@ -471,6 +471,9 @@ class HGN(Saved):
         deterministic: the paper's ablation without sampling of z and without KL.
         friction: learn the coefficient gamma of a friction p -> exp(-gamma t) p.
         dt: time from frame to frame.
+    With integrator="implicit_leapfrog", the equations of a step are solved by `model.H.iterations`
+    iterations. You may set this number: TRAINING_ITERATIONS are enough for the compact model's
+    loss.
     Raises: ValueError for values that are not allowed.
     """
 
@@ -607,8 +610,8 @@ class HGN(Saved):
         """The negative ELBO, -1/T sum_t log p(x_t|q_t) + KL(q(z|x) || p(z)), equation (5).
 
         It is the loss of arch="paper"; that of arch="compact" is `charted_loss`.
-        p(x|q) is Gaussian of variance beta / 2. The sum is given times beta / (C size size) and
-        without its constant, which makes it mse + beta KL / (C size size).
+        p(x|q) is Gaussian of variance beta / 2 in each of the N = C size size numbers of a picture.
+        What is returned is beta / N times the negative ELBO, less a constant: mse + beta KL / N.
         frames: (B, T, C, size, size): the encoder sees the first `context`.
         noise: of z, N(0, I). times: integers (B, n), which frames are scored, by default all.
         Of random times the loss is an unbiased estimate.
@@ -628,6 +631,11 @@ class GECO:
 
     beta, the inverse of their Lagrange multiplier, is changed after each step by the logarithm of
     tolerance over the moving average of the error; theirs by the difference of the two.
+
+        geco = GECO(tolerance=5e-5)
+        loss, mse, kl = model.loss(frames, geco.beta)   # then loss.backward(), optimiser.step()
+        geco.update(mse)
+
     tolerance: the MSE to reach. beta: its first value.
     """
 
@@ -1054,8 +1062,8 @@ class CompactDecoder(nn.Module):
         self.picture = correction_mlp(x_dim, 16, channels * size * size, activation=nn.Tanh)
         coordinates = 2 * gaussians // self.group  # of all groups
         self.linear = nn.Linear(x_dim, coordinates)
-        # What it starts with stays where training hardly varies q. If that were large, groups that
-        # paint one body would come apart in rollouts that go farther.
+        # The weight of a coordinate that hardly varies in training stays as it starts. If it were
+        # large, groups that paint one body would come apart in rollouts that go farther.
         self.linear.weight.data.mul_(0.1)
         self.path = correction_mlp(x_dim, 64, 64, coordinates, activation=nn.Tanh)
         # Of each part: its offset from the group, log a and log c, b, log h, its colour.

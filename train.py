@@ -116,10 +116,11 @@ ARGUMENTS = {
     },
     "model: pictures": {
         "--protocol": {"choices": ("paper",),
-                       "help": "Train as the paper does: stands for --arch paper --noise paper "
-                               "--context 30 and for --geco with 1.06 times the error that the "
-                               "noise alone makes. It needs a named system. Options that are given "
-                               "beside it overrule it; with --deterministic there is no GECO."},
+                       "help": "The paper's networks, noise and frames: stands for --arch paper "
+                               "--noise paper --context 30 and for --geco with 1.06 times the "
+                               "error that the noise alone makes. It needs a named system. Options "
+                               "that are given beside it overrule it; with --deterministic there "
+                               "is no GECO."},
         "--arch": {"choices": ("compact", "paper"),
                    "help": "Networks of hgn: small ones, or the published ones "
                            "(default: compact)."},
