@@ -177,12 +177,16 @@ noise() {
 paper() {
   look=(--clips 64 --reverse --speed 2 --sample 4)
   local how=(--targets 8 --lr 4e-4)
-  learn paper_mass_spring --arch paper --geco 5e-5 --system mass_spring --steps 1600 "${how[@]}"
-  learn paper_two_body --arch paper --geco 5e-5 --system two_body --steps 1600 "${how[@]}"
+  local clean=(--arch paper --geco 5e-5)
+  learn paper_mass_spring "${clean[@]}" --system mass_spring --window 60 --steps 1000 "${how[@]}"
+  learn paper_window_30_mass_spring "${clean[@]}" --system mass_spring --steps 1600 "${how[@]}"
+  learn paper_two_body "${clean[@]}" --system two_body --steps 1600 "${how[@]}"
   learn paper_noisy_mass_spring --protocol paper --system mass_spring --steps 1600 "${how[@]}"
-  learn paper_noisy_two_body --protocol paper --system two_body --steps 3000 "${how[@]}"
+  learn paper_noisy_two_body --protocol paper --system two_body --steps 5000 "${how[@]}"
   ship paper_mass_spring
-  gather paper-cpu paper_mass_spring paper_two_body paper_noisy_mass_spring paper_noisy_two_body
+  ship paper_noisy_two_body
+  gather paper-cpu paper_mass_spring paper_window_30_mass_spring paper_two_body \
+    paper_noisy_mass_spring paper_noisy_two_body
 }
 
 # draw_scenes: write the clips of all scenes, unless they are there.
