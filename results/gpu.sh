@@ -15,6 +15,7 @@ to=results/gpu
 devices=$(python -c "import torch; print(torch.cuda.device_count())")
 batches="16 512"
 small=""
+context=""
 prefix=gpu
 quick="--steps 600"
 paper="--steps 15000"
@@ -23,6 +24,7 @@ if [ "${1:-}" = --small ]; then
   to=results/gpu-small
   prefix=gpu-small
   small="--size 16 --window 6 --targets 2"
+  context="--context 6"
   quick="--steps 4 --batch-size 4"
   paper="--steps 4 --batch-size 2"
 fi
@@ -158,17 +160,10 @@ if [ "$devices" -ge 2 ] || [ "$devices" = 0 ]; then
 fi
 
 # The paper's networks, all at once: what their logs say of seconds is not the time of one alone.
-# GECO's tolerance is a little above the floor of the noise.
-while read -r system tolerance; do
-  (in_part "paper-$system-clean" learn --arch paper --system "$system" --geco 5e-5 $paper $small) &
-  (in_part "paper-$system-noisy" learn --arch paper --system "$system" --geco "$tolerance" \
-    --noise paper --context "$([ -n "$small" ] && echo 6 || echo 30)" $paper $small) &
-done <<'TABLE'
-mass_spring 0.0012
-pendulum 0.0012
-two_body 0.00031
-three_body 0.00187
-TABLE
+for system in mass_spring pendulum two_body three_body; do
+  (in_part "paper-$system-clean" learn --system "$system" --arch paper --geco 5e-5 $paper $small) &
+  (in_part "paper-$system-noisy" learn --system "$system" --protocol paper $paper $small $context) &
+done
 trap 'kill -TERM $(jobs -p); wait; exit 130' INT TERM
 wait
 ls "$to"
