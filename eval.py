@@ -96,7 +96,9 @@ def number(low, high, kind=int, word=None):
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
+            raise argparse.ArgumentTypeError(
+                f"must be {kind.__name__} from {low} to {high}, not {text}"
+            )
         return value
 
     return convert
@@ -174,7 +176,7 @@ def find_run(where=None, name=None):
 
 OWN_ARGUMENT = {"hgn": "arch", "nhf": "hamiltonians", "realnvp": "layers"}  # tells models apart
 REQUIRED = {"model", "system", "density", "data", "digest"}  # options that a run must have
-# The options of a run that are no arguments of a model, for a model that is no run's.
+# Options of a run that are taken for a model without one, such as that of `HGN.save`.
 OF_NO_RUN = {"clip": 60, "stride": 1, "seed": 0}
 OF_NO_DATA = {"system": None, "density": None, "data": None, "digest": None, "noise": 0.0,
               "steps": None}  # fmt: skip
@@ -797,7 +799,7 @@ def look(given):
     model, run = load(path)
     options = run["options"]
     if run.get("step") != options.get("steps"):
-        print("This run has not ended: of an HGN the end fits the prior and the variance of z.")
+        print("This run has not ended: of a compact HGN the end fits prior and variance of z.")
     in_run = path.name == "checkpoint.pt"
     name = path.parent.name if in_run else path.stem
     if where and any(options[key] != value for key, value in data.items()):

@@ -1,11 +1,11 @@
 """Neural Hamiltonian Flow: a normalising flow made of Hamiltonian dynamics. Needs torch and hgn.py.
 
-Toth et al., "Hamiltonian Generative Networks", ICLR 2020, section 4. A state (q, p) is drawn from a
-simple density pi and moved by leapfrog steps of a learnt Hamiltonian; q is the datum. Leapfrog
+Toth et al., "Hamiltonian Generative Networks", ICLR 2020. A state (q, p) is drawn from a simple
+density pi and moved by leapfrog steps of a learnt Hamiltonian; q is the datum. Leapfrog
 preserves volume, so the dynamics need no log-determinant. The momenta, which data lack, come from a
 learnt density f(p|q), so that
 
-    log p(q) >= E_f(p|q) [ log pi(flow^-1(q, p)) - log f(p|q) ]        (the ELBO of section 4)
+    log p(q) >= E_f(p|q) [ log pi(flow^-1(q, p)) - log f(p|q) ]        (their ELBO for flows)
 
     model = NHF(dim=2)
     loss = -model.elbo(x).mean()                    # x (B, 2)
@@ -39,10 +39,11 @@ class Flow(Saved):
     """What NHF and RealNVPFlow share: the user's units.
 
     Inside, coordinates are tail asinh(scale^-1 (x - shift) / tail): about linear near zero, and
-    logarithmic far out, where the base density is too small. Densities account for this change.
+    logarithmic far out, as the base density of far points would else be almost zero. Densities
+    account for this change.
     Data are tensors, arrays or lists. They are standardised in float64, and densities and samples
-    are float64; the networks keep the precision of their weights. To move a flow to a GPU is safe,
-    `.float()` also casts shift and scale.
+    are float64; the networks keep the precision of their weights. Moving a flow to a GPU is safe;
+    `.float()` is not, as it rounds shift and scale too.
     shift: a number or (dim,). scale: a number above 0 or a lower triangular matrix (dim, dim).
     Raises: ValueError for other values.
     """
@@ -108,7 +109,8 @@ class SoftUniform(nn.Module):
     0.002 nats a coordinate.
     """
 
-    # Of s, else a point beside the box could cost any number of nats. An s below it stays there.
+    # s is never smaller, as a point beside the box could else cost any number of nats. Where the
+    # parameter is below it, it has no gradient and stays there.
     least_s = 0.01
     least_u = 1e-6  # torch.rand may be 0, whose logit is infinite
 
@@ -146,8 +148,8 @@ class Quadratic(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        # The masses start heavy, so that the random p moves q little in the last drift, which would
-        # blur edges of the density.
+        # The masses start heavy, so that the random p moves q little in the last drift: such random
+        # moves would blur the edges of the density.
         self.L = nn.Parameter(0.15 * torch.eye(dim))
 
     def forward(self, p):
@@ -160,12 +162,12 @@ class Quadratic(nn.Module):
 
 
 class FlowHamiltonian(SeparableHamiltonian):
-    """H(q, p) = K(p) + V(q), where K is a `Quadratic` or, with kinetic="mlp", like V an MLP.
+    """H(q, p) = K(p) + V(q), where V is a `PotentialMLP`, and K too if kinetic="mlp".
 
     `kinetic` is K of p and `potential` is V of standardised q, (..., dim) -> (...). V is in units
-    of K, not in nats: a difference of V is roughly what K changes by along a path, as leapfrog
-    steps are long. V / T would be nats only if the density were exp(-H / T), which training does
-    not ask for.
+    of K, not in nats: a difference of V is what K changes by along a path, but only roughly, as
+    leapfrog steps are long. V / T would be nats only if the density were exp(-H / T), which
+    training does not ask for.
     """
 
     def __init__(self, dim, width, kinetic="quadratic"):
@@ -187,14 +189,15 @@ class FlowHamiltonian(SeparableHamiltonian):
 
 
 class NHF(Flow):
-    """Neural Hamiltonian Flow (Toth et al. 2020, section 4).
+    """Neural Hamiltonian Flow (Toth et al. 2020).
 
     Args:
         dim: columns of the data.
         hamiltonians: how many follow each other, each H = K(p) + V(q).
         steps: leapfrog steps of each of them, of learnt lengths.
         width: of the MLPs.
-        kinetic: "quadratic" (Souveton et al. 2023, arXiv 2302.01955) or "mlp" (the paper).
+        kinetic: "quadratic" (Souveton et al. 2023, arXiv 2302.01955) or "mlp" (a general
+            K, as in the paper; its MLP is of tanh and has a quadratic term).
         units: shift and scale of the data, see Flow.
     Raises: ValueError for values that are not allowed.
     """
@@ -213,8 +216,8 @@ class NHF(Flow):
         super().__init__(config, **units)
         self.base = SoftUniform()
         self.H = nn.ModuleList(FlowHamiltonian(dim, width, kinetic) for _ in range(hamiltonians))
-        # At first all steps together turn a state by half a radian about the middle of V, where K
-        # is quadratic.
+        # At first all steps together turn a state by half a radian about the middle of V, if K is
+        # quadratic.
         dt = torch.full((hamiltonians, steps), 3.2 / hamiltonians / steps)
         self.log_dt = nn.Parameter(dt.log())
         hidden = max(width // 4, 2 * dim)
@@ -309,8 +312,8 @@ class RealNVPFlow(Flow):
 
 # -------------------------------------------------------------------------------------- densities
 
-# Of all test data. Training draws from seeds below it only (train.py). It must be below 2^32, as
-# torch's generator of the CPU uses 32 bits of a seed.
+# The seed of all test data. Training draws from seeds below it only (train.py). It must be below
+# 2^32, as torch's generator of the CPU uses 32 bits of a seed.
 TEST_SEED = 4095 << 20
 
 
@@ -472,7 +475,7 @@ def robust_units(rows, name):
     """The mean (D,) of rows (N, D), the Cholesky factor (D, D) of their covariance, and how many
     rows have a coordinate beyond `FAR`.
 
-    Such coordinates are drawn in to there, so that a single row cannot set the scale of all
+    Such coordinates are moved to that distance, so that a single row cannot set the scale of all
     others. Gaussian rows have none.
     Raises: ValueError where a column is a constant or a sum of others.
     """

@@ -1,8 +1,8 @@
 """Every source of clips: simulated systems, exact and rendered, and the user's own recordings.
 
 Needs torch and numpy, for recordings Pillow, and for films PyAV. The constants, initial states and
-colours of the first four systems are those of Toth et al. (ICLR 2020), section 4, as published with
-its reproduction (Balsells Rodas et al. 2021); the other systems are our own.
+colours of the first four systems are those of Toth et al. (ICLR 2020), as published with its
+reproduction (Balsells Rodas et al. 2021); the other systems are our own.
 
     frames, q, p = clips(SYSTEMS["three_body"], n=16)   # (16, 30, 3, 32, 32), (16, 30, 3, 2) twice
     own = Recordings("pendulum.mp4")
@@ -127,7 +127,8 @@ def rod_end(angle):
 def orbit(bodies, low, high, speed, n, uniform):
     """Bodies of unit mass evenly spaced on a circle of radius r ~ U(low, high), turning either way.
 
-    The speed is `speed` / sqrt(r), of a circular orbit; then each component is scaled by 1 +- 0.1.
+    The speed is `speed` / sqrt(r), of a circular orbit; then each of its components is multiplied
+    by a random factor from 0.9 to 1.1.
     """
     r = uniform(low, high, n, 1, 1)
     direction = uniform(-1, 1, n, 1, 1).sign()
@@ -199,7 +200,7 @@ def simulate(system, q, p, frames, dt=PAPER_DT):
     q, p: initial states (B, bodies, dims). frames: how many, with the initial one. dt: from frame
     to frame; negative runs backward. Returns: q, p, (B, frames, bodies, dims) each.
     Raises: ValueError if frames < 1, and for a system whose functions do not fit each other.
-    Warns: where a motion cannot be computed; Python shows a warning of one place only once.
+    Warns: where a motion cannot be computed.
     Gradients do not go through the forces.
     """
     if frames < 1:
@@ -257,7 +258,7 @@ def advance(system, start, dt):
             middle = advance(system, start[:, bad], dt / 2)
             end[:, bad] = advance(system, middle, dt / 2)
         else:
-            warnings.warn(UNRESOLVED, stacklevel=2)  # of equal text, which Python shows once
+            warnings.warn(UNRESOLVED, stacklevel=2)
     return end
 
 
@@ -355,7 +356,7 @@ def read_csv(path):
         table = table[1:]
     if np.isnan(table).any():
         raise ValueError("below its first line, something between commas is no number like 0.5")
-    if np.array_equal(table[:, 0], np.arange(len(table))):
+    if (np.diff(table[:, 0]) == 1).all():
         raise ValueError("its first column numbers the rows: leave that out, in pandas index=False")
     return table
 
@@ -388,15 +389,16 @@ class Film:
     """A recording: its frames (T, size, size, C), at even steps, and the seconds of a step."""
 
     frames: np.ndarray
-    step: float = 0.0  # unknown
+    step: float = 0.0  # 0 if unknown
 
 
 def as_films(array):
     """Films (N, T, H, W, C) of an array of clips or of one film. Raises: ValueError."""
     shape = array.shape
     time_last = False
-    if array.ndim < 4 or not {1, 3} & {shape[-1], shape[-3]}:  # without channels
-        time_last = shape[-3:-2] == shape[-2:-1] != shape[-1:]
+    if array.ndim < 4 or not {1, 3} & {shape[-1], shape[-3]}:
+        # There are no channels. Frames have two equal sides: these are not the last two axes here.
+        time_last = array.ndim > 2 and shape[-3] == shape[-2] != shape[-1]
         array = array[..., None]
     if array.shape[-1] not in (1, 3):
         array = np.moveaxis(array, -3, -1)
@@ -491,7 +493,7 @@ def even_steps(times):
     if not median > 0:  # as NaN is not either
         return np.arange(len(times)), 0.0
     off = abs(durations - median)
-    # No GIF has steps below 0.02 s, of which a rounding is a half; in a faster film that is a gap.
+    # A GIF rounds times to 0.01 s, half of a step of 0.02 s. In a faster film that would be a gap.
     rounding = max(0.2 * median, min(ROUNDING, 0.51 * median), off.min())
     step = durations[off <= rounding].mean().item()
     steps = round((times[-1] - times[0]) / step)
@@ -659,7 +661,7 @@ class Recordings:
         films = [Film(film.frames[::stride], film.step) for film in films]
         long = [film for film in films if len(film.frames) >= least]
         if len(long) == 1:
-            clip = min(clip, len(long[0].frames) // 2)  # one half is held out
+            clip = min(clip, len(long[0].frames) // 2)  # of two clips, one is held out
         if not long or clip < least:
             raise ValueError(
                 f"{path} must hold pictures or films: one recording of {2 * least} frames, or "

@@ -667,6 +667,7 @@ CSV = {
     "semicolons": "1;2\n3;4\n",
     "a remark": "1,2\n# 5,6\n3,4\n",
     "rows numbered by pandas": ",x,y\n0,1,2\n1,3,4\n",
+    "rows numbered from one": "id,x,y\n1,1,2\n2,3,4\n",
 }
 GOOD_CSV = ("numbers", "a line of names", "of a spreadsheet")
 

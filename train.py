@@ -64,7 +64,7 @@ OF_KINDS = {
 }  # fmt: skip
 # What --protocol paper stands for beside the target of GECO, where nothing else is given.
 PAPER_PROTOCOL = OF_A_SYSTEM | {"model": "hgn", "arch": "paper", "noise": "paper", "context": 30}
-ABOVE_FLOOR = 1.06  # GECO's target over the error of the noise, which no model can go below
+ABOVE_FLOOR = 1.06  # GECO's target over the error of the noise alone
 FLOOR_CLIPS = 500  # give the floor to within one per cent
 CHANGEABLE = {"steps", "window", "save_every"}  # what --resume may change
 
@@ -102,12 +102,13 @@ ARGUMENTS = {
         "--stride": {"type": count, "help": "Take every k-th frame of recordings (default: 1)."},
         "--clip": {"type": many,
                    "help": "Cut recordings into clips of so many frames or more (default: 60). "
-                           "Shorter recordings are one clip each."},
+                           "Shorter recordings are one clip each, a single one two."},
         "--noise": {"type": number(0, 1e3, float, "paper"),
                     "help": "Standard deviation of noise on q of simulated bodies, in units of the "
                             "world or radians, or 'paper' for the paper's (default: 0)."},
         "--window": {"type": count,
-                     "help": "Learn from so many frames of a clip, or all it has (default: 30)."},
+                     "help": "Learn from so many frames of a clip (default: 30). Of shorter "
+                             "clips, the compact model takes all frames."},
     },
     "model": {
         "--model": {"choices": ("hgn", *FLOWS),
@@ -118,9 +119,9 @@ ARGUMENTS = {
         "--protocol": {"choices": ("paper",),
                        "help": "The paper's networks, noise and frames: stands for --arch paper "
                                "--noise paper --context 30 and for --geco with 1.06 times the "
-                               "error that the noise alone makes. It needs a named system. Options "
-                               "that are given beside it overrule it; with --deterministic there "
-                               "is no GECO."},
+                               "error that the noise alone makes. It is for named systems only. "
+                               "Options that are given beside it overrule it; with --deterministic "
+                               "there is no GECO."},
         "--arch": {"choices": ("compact", "paper"),
                    "help": "Networks of hgn: small ones, or the published ones "
                            "(default: compact)."},
@@ -312,7 +313,7 @@ class SimulatedClips:
         self.system = SYSTEMS[options.system]
         self.device = device
         self.lengths = torch.tensor([options.window])
-        # After the first of a row of frames its clip has at least min(reach, horizon) more.
+        # The first frame seen is drawn so that at least min(reach, horizon) frames follow it.
         self.reach = self.lengths
         # Indices into `lengths`: all simulated clips have the same length, so one entry is enough.
         self.train_clips = torch.zeros_like(self.lengths)
@@ -339,7 +340,7 @@ class RecordedClips:
         self.recordings = recordings
         self.device = device
         self.lengths = recordings.lengths
-        self.reach = self.lengths // 2  # what follows is half of a long clip, at least
+        self.reach = self.lengths // 2  # the first frame seen is in the first half, mostly
         self.train_clips = recordings.train
 
     def frames(self, step, clips, times, generator, part):
@@ -479,7 +480,7 @@ class PictureRecipe(Recipe):
 
 
 class PaperRecipe(PictureRecipe):
-    """The published networks; the loss is the ELBO of frames in a row."""
+    """The published networks; the loss is the negative ELBO of frames in a row, scaled."""
 
     legend = "loss: mse + beta kl / numbers in a picture; mse: of pixels in [0, 1]; kl: nats"
 
@@ -513,11 +514,11 @@ class CompactRecipe(PictureRecipe):
     muon = True
     batches_of_prior = 256  # at most, whose states the prior is fitted to
     first_horizon = 3  # frames that the first steps roll out
-    batches_of_variance = 8  # of fewer, a single clip that is not followed would decide
+    batches_of_variance = 8  # with fewer, one clip that the model does not follow would decide
 
     @staticmethod
     def complete(options):
-        """Of a named system, q has as many coordinates as the system, angles or numbers."""
+        """Of a named system, q has as many coordinates as the system, but two numbers at least."""
         if options.system is None:
             return
         system = SYSTEMS[options.system]
