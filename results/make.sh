@@ -180,13 +180,18 @@ paper() {
   local clean=(--arch paper --geco 5e-5)
   learn paper_mass_spring "${clean[@]}" --system mass_spring --window 60 --steps 1000 "${how[@]}"
   learn paper_window_30_mass_spring "${clean[@]}" --system mass_spring --steps 1600 "${how[@]}"
+  learn paper_pendulum "${clean[@]}" --system pendulum --steps 1600 "${how[@]}"
   learn paper_two_body "${clean[@]}" --system two_body --steps 1600 "${how[@]}"
   learn paper_noisy_mass_spring --protocol paper --system mass_spring --steps 1600 "${how[@]}"
+  learn paper_noisy_pendulum --protocol paper --system pendulum --steps 1600 "${how[@]}"
   learn paper_noisy_two_body --protocol paper --system two_body --steps 5000 "${how[@]}"
+  # From 0.001, GECO would take most of the run to lower beta, and nothing is learnt until then.
+  learn paper_noisy_three_body --protocol paper --system three_body --beta 1e-5 --steps 1600 \
+    "${how[@]}"
   ship paper_mass_spring
   ship paper_noisy_two_body
-  gather paper-cpu paper_mass_spring paper_window_30_mass_spring paper_two_body \
-    paper_noisy_mass_spring paper_noisy_two_body
+  gather paper-cpu paper_mass_spring paper_window_30_mass_spring paper_pendulum paper_two_body \
+    paper_noisy_mass_spring paper_noisy_pendulum paper_noisy_two_body paper_noisy_three_body
 }
 
 # draw_scenes: write the clips of all scenes, unless they are there.
