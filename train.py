@@ -518,7 +518,7 @@ class CompactRecipe(PictureRecipe):
 
     @staticmethod
     def complete(options):
-        """Of a named system, q has as many coordinates as the system, but two numbers at least."""
+        """Of a named system, q has as many coordinates as the system, of numbers at least two."""
         if options.system is None:
             return
         system = SYSTEMS[options.system]

@@ -173,7 +173,7 @@ noise() {
   gather noisy "${runs[@]}"
 }
 
-# The paper's networks, one to four hours for each run. A step paints eight random frames of each clip.
+# The paper's networks, one to four hours for each run. A step paints eight random frames of a clip.
 paper() {
   look=(--clips 64 --reverse --speed 2 --sample 4)
   local how=(--targets 8 --lr 4e-4)
